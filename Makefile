@@ -1,0 +1,71 @@
+# make demo    convert SmolLM2-135M-Instruct and print what it cost
+# make test    run the tests
+# make lint types format
+# Each makes its own virtual environment in .venv first. Needs Python 3.10 or newer: PYTHON=python3.12 make test
+
+PYTHON ?= python3
+JOBS ?= 2
+ARGS =
+
+# The demo's settings, for the command line only (never taken from the environment):
+#   make demo QUERY=select MODEL=path/to/checkpoint TEXT=mine.txt EVAL_TEXT=other.txt OUT=reduced
+SMOLLM2 := .cache/smollm2-135m-instruct
+MODEL = $(SMOLLM2)
+QUERY = key-shared
+TEXT = samples/kjv_calibration.txt
+EVAL_TEXT = samples/kjv_heldout.txt
+TOKENS = 16384
+EVAL_TOKENS = 8192
+CONTEXT = 512
+OUT =
+DEMO_OUT := .cache/demo
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test lint types format demo clean
+
+help:
+	@sed -n '/^#/!q; s/^# //p' Makefile
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "error: '$(PYTHON)' was not found; name a Python 3.10 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; ok = sys.version_info >= (3, 10); found = sys.version.split()[0]; sys.exit(not ok and \
+	  f"error: qectomy needs Python 3.10 or newer, and $(PYTHON) is {found}; name another: make PYTHON=python3.12")'
+	"$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	@touch $(STAMP)
+
+# One thread per worker: the models are tiny, and torch's threads would compete with the workers.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# An output folder named by OUT is never removed; the demo's own one, from an earlier run, is.
+demo: $(STAMP)
+	@if [ "$(MODEL)" = "$(SMOLLM2)" ]; then $(BIN)/python benchmarks/fetch_smollm2.py "$(SMOLLM2)"; fi
+	@if [ -z "$(OUT)" ]; then rm -rf "$(DEMO_OUT)"; mkdir -p "$(dir $(DEMO_OUT))"; fi
+	$(BIN)/qectomy convert "$(MODEL)" --out "$(or $(OUT),$(DEMO_OUT))" --query "$(QUERY)" \
+	  --text "$(TEXT)" --tokens $(TOKENS) --context $(CONTEXT) \
+	  --eval-text "$(EVAL_TEXT)" --eval-tokens $(EVAL_TOKENS)
+	@echo
+	@echo "The reduced checkpoint lies in $(or $(OUT),$(DEMO_OUT)); its report is qectomy.json there."
+
+# .cache/ holds the fetched model and stays.
+clean:
+	rm -rf $(VENV) $(DEMO_OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
