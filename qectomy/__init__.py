@@ -1,0 +1,44 @@
+"""Qectomy removes the query projection W_Q from pretrained Llama checkpoints and says what that cost.
+
+After `import qectomy`, `AutoModelForCausalLM.from_pretrained(reduced_folder)` needs no trust flag. The reduced
+classes are registered when transformers first asks for one of their model types, so importing this package
+loads neither torch nor transformers.
+"""
+
+from types import ModuleType
+from typing import Any
+
+from wrapt import when_imported
+
+__version__ = "0.1.0"
+
+
+class _RegisterOnDemand(dict[str, Any]):
+    """transformers' table of registered configs, which fills in ours when one is looked up.
+
+    Registering at import would load the Llama classes while transformers' Auto modules are half loaded.
+    """
+
+    def __contains__(self, model_type: object) -> bool:
+        if isinstance(model_type, str) and model_type.startswith("qectomy_") and not super().__contains__(model_type):
+            register()
+        return super().__contains__(model_type)
+
+
+def register() -> None:
+    """Make transformers' Auto classes know every reduced family."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from qectomy.surgery.architectures import FAMILIES
+
+    for family in FAMILIES.values():
+        config = family.config_class(reduced=True)
+        AutoConfig.register(family.reduced_model_type, config, exist_ok=True)
+        AutoModel.register(config, family.base_class(reduced=True), exist_ok=True)
+        AutoModelForCausalLM.register(config, family.causal_class(reduced=True), exist_ok=True)
+
+
+@when_imported("transformers.models.auto.configuration_auto")
+def _watch_config_lookups(module: ModuleType) -> None:
+    mapping = module.CONFIG_MAPPING
+    mapping._extra_content = _RegisterOnDemand(mapping._extra_content)

@@ -1,0 +1,5 @@
+"""python -m qectomy: the command line."""
+
+from qectomy.cli import main
+
+main()

@@ -1,0 +1,81 @@
+"""The end of the pass: final norm and head of both models, and the scores of the evaluation windows."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qectomy.calibrate.layer_fit import Streams
+from qectomy.calibrate.states import batches
+from qectomy.errors import NonFiniteError
+from qectomy.eval.perplexity import ScoringWindows
+from qectomy.eval.scores import Logits, TokenScores, join_scores, score_tokens
+from qectomy.surgery.checkpoint import Checkpoint
+
+RELOAD_TOKENS = 64
+VOCABULARY_SLICE = 8192
+
+
+class Head:
+    """Final norm and head of a checkpoint, read from its files a slice of the vocabulary at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, config: Any, device: torch.device):
+        family = checkpoint.family
+        self.checkpoint, self.device = checkpoint, device
+        self.vocab_size = checkpoint.dims.vocab_size
+        self.name = family.embedding if checkpoint.dims.tied else family.head
+        self.norm = family.norm(config)
+        self.norm.load_state_dict({"weight": checkpoint.read(family.final_norm, torch.float32)})
+        self.norm = self.norm.to(device).requires_grad_(False)
+
+    def logits(self, states: torch.Tensor) -> Logits:
+        """Return the logits of the last layer's states (N, D), by slices of the vocabulary."""
+        hidden = self.norm(states)
+        read = self.checkpoint.read_rows
+        return lambda start, stop: nn.functional.linear(
+            hidden, read(self.name, start, stop, torch.float32).to(self.device)
+        )
+
+
+@dataclass(frozen=True)
+class FinalScores:
+    """Token scores of both models, the reduced one's logits for the reload check, and the seconds one head took."""
+
+    before: TokenScores
+    after: TokenScores
+    expected: tuple[torch.Tensor, torch.Tensor]  # tokens (1, n), logits (n, V)
+    head_seconds: float
+
+
+def final_scores(
+    original: Head, reduced: Head, streams: Streams, held: ScoringWindows, basis: Any | None = None
+) -> FinalScores:
+    """Score the evaluation windows, which follow the fitted ones in `streams`.
+
+    `basis` is the one the streams are in, if not that of training. Raises NonFiniteError naming the windows.
+    """
+    mask = held.scored_mask()
+    before, after, seconds = [], [], 0.0
+    for start, stop in batches(0, len(held.tokens), streams.batch):
+        keep = mask[start:stop]
+        targets = held.tokens[start:stop, 1:][keep].to(original.device)
+        theirs, ours = (
+            states.read(streams.fitted + start, streams.fitted + stop)[:, :-1][keep].to(original.device)
+            for states in (streams.teacher, streams.student)
+        )
+        theirs = theirs if basis is None else basis.original_states(theirs)
+        begun = time.perf_counter()
+        before.append(score_tokens(original.logits(theirs), targets, original.vocab_size))
+        seconds += time.perf_counter() - begun
+        after.append(score_tokens(reduced.logits(ours), targets, reduced.vocab_size, original.logits(theirs)))
+        if not (torch.isfinite(before[-1].nll).all() and torch.isfinite(after[-1].nll).all()):
+            raise NonFiniteError(f"logits are NaN or Inf on evaluation windows {start} to {stop - 1}")
+    length = min(RELOAD_TOKENS, held.tokens.shape[1])
+    first = streams.student.read(streams.fitted, streams.fitted + 1)[0, :length]
+    logits = reduced.logits(first.to(reduced.device))
+    slices = range(0, reduced.vocab_size, VOCABULARY_SLICE)
+    whole = [logits(a, min(a + VOCABULARY_SLICE, reduced.vocab_size)).cpu() for a in slices]
+    expected = (held.tokens[:1, :length].clone(), torch.cat(whole, dim=-1))
+    return FinalScores(join_scores(before), join_scores(after), expected, seconds)

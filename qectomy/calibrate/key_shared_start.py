@@ -1,0 +1,83 @@
+"""`key-shared`: the joint start of W_K and the mixes A_h, from second moments alone.
+
+With independent positions, the logits' error of head h is |C^½ (W_Q^h R W_Kᵀ - W A_h R Wᵀ) C_k^½|² at RoPE offset R,
+where C = E[x̂ᵀx̂] weighs queries and C_k, the covariance of x̂ under the teacher's attention, weighs keys: the
+Kronecker factors of the attention KL's Gauss-Newton matrix. It costs no attention pass, however much text there is.
+Weights here are (D, out), as in x̂ W; key heads of a group come first: G n_kv_heads, r heads a group, K d_head.
+"""
+
+import math
+
+import torch
+
+from qectomy.calibrate.moments import ridge
+from qectomy.calibrate.rope_pairs import Rope
+from qectomy.calibrate.units import adam, key_parameter, mix_parameter
+
+STEPS = 120
+OFFSETS_A_STEP = 6
+
+
+def least_squares_mix(C: torch.Tensor, W_Q: torch.Tensor, W_K: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Return A (H, K, K): the mix of a head's own key nearest to its query, A_h = (KᵀCK)⁻¹ KᵀC W_Q^h."""
+    keys = W_K.view(len(C), rope.n_kv_heads, 1, rope.d_head).expand(-1, -1, rope.per_group, -1).flatten(1, 2)
+    queries = W_Q.view(len(C), -1, rope.d_head)
+    mixes = []
+    for h in range(queries.shape[1]):
+        K = keys[:, h]
+        mixes.append(ridge(K.T @ C @ K, K.T @ C @ queries[:, h], 1e-5))
+    return torch.stack(mixes)
+
+
+def joint_start(
+    C: torch.Tensor,
+    C_k: torch.Tensor,
+    W_Q: torch.Tensor,
+    W_K: torch.Tensor,
+    rope: Rope,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (W_K' (D, G*K), A (H, K, K)) that lower the error above; C (D, D), C_k (G, D, D)."""
+    d_model, groups, per, K = len(C), rope.n_kv_heads, rope.per_group, rope.d_head
+    C, C_k, W_Q, W_K = (tensor.float() for tensor in (C, C_k, W_Q, W_K))
+    rope = Rope(rope.cos.float(), rope.sin.float(), groups, per)
+    key = key_parameter(W_K, C, rope, power=0.25, lr=5e-3)
+    mix = mix_parameter(least_squares_mix(C, W_Q, W_K, rope), W_Q, W_K, C, rope, lr=1e-2)
+    theirs = W_K.view(d_model, groups, K).transpose(0, 1)  # (G, D, K)
+    queries = W_Q.view(d_model, groups, per, K).permute(1, 2, 0, 3)  # (G, r, D, K)
+    C_queries, C_theirs = C @ queries, C_k @ theirs
+    query_gram, key_gram = queries.mT @ C_queries, theirs.mT @ C_theirs
+    scale = (query_gram * key_gram[:, None]).sum()
+
+    def loss() -> torch.Tensor:
+        ours = key.value().view(d_model, groups, K).transpose(0, 1)
+        A = mix.value().view(groups, per, K, K)
+        cross = (C_queries.mT @ ours[:, None]) @ A
+        own = A.mT @ (ours.mT @ (C @ ours))[:, None] @ A
+        query_blocks = _blocks(query_gram, -cross, own)  # (G, r, 2K, 2K)
+        key_blocks = _blocks(key_gram, C_theirs.mT @ ours, ours.mT @ (C_k @ ours))  # (G, 2K, 2K)
+        draws = torch.rand(OFFSETS_A_STEP, generator=generator)
+        offsets = (torch.exp(draws * math.log(len(rope.cos))) - 1).long().to(C.device)
+        return (query_blocks * _turn_both(key_blocks, offsets, rope).mean(0)[:, None]).sum() / scale
+
+    adam([key, mix], loss, steps=STEPS, warmup=15, betas=(0.9, 0.95))
+    return key.value().detach(), mix.value().detach()
+
+
+def _blocks(a: torch.Tensor, b: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """Return [[a, b], [bᵀ, d]]."""
+    return torch.cat([torch.cat([a, b], -1), torch.cat([b.mT, d], -1)], -2)
+
+
+def _turn_both(matrix: torch.Tensor, offsets: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Return R matrix Rᵀ, blockwise, at each offset; (N, G, 2K, 2K) of (G, 2K, 2K)."""
+    K = rope.d_head
+
+    def turn(m: torch.Tensor) -> torch.Tensor:
+        cos = rope.cos[offsets].view(-1, *[1] * (m.dim() - 1), K)
+        sin = rope.sin[offsets].view(-1, *[1] * (m.dim() - 1), K)
+        blocks = m.unflatten(-1, (2, K))
+        half = torch.cat([-blocks[..., K // 2 :], blocks[..., : K // 2]], -1)
+        return (blocks * cos + half * sin).flatten(-2)
+
+    return turn(turn(matrix.expand(len(offsets), *matrix.shape)).mT)

@@ -1,0 +1,55 @@
+"""Second moments of what the student and the teacher read, the data that every closed-form start needs."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Moments:
+    """E[x̂ᵀx̂] of the student, E[x̂ᵀx̂_teacher], and both means, in float64. D is d_model.
+
+    With `centred`, the means are taken out of both matrices: a bias then carries what they hold.
+    """
+
+    student: torch.Tensor  # (D, D)
+    cross: torch.Tensor  # (D, D), student rows, teacher columns
+    student_mean: torch.Tensor  # (D,)
+    teacher_mean: torch.Tensor  # (D,)
+
+    def centred(self) -> "Moments":
+        outer = torch.outer
+        return Moments(
+            self.student - outer(self.student_mean, self.student_mean),
+            self.cross - outer(self.student_mean, self.teacher_mean),
+            torch.zeros_like(self.student_mean),
+            torch.zeros_like(self.teacher_mean),
+        )
+
+
+class MomentSums:
+    """Accumulates Moments batch by batch."""
+
+    def __init__(self, d_model: int, device: torch.device):
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=device)  # noqa: E731
+        self._student, self._cross = zeros(d_model, d_model), zeros(d_model, d_model)
+        self._means = zeros(2, d_model)
+        self._count = 0
+
+    def add(self, student: torch.Tensor, teacher: torch.Tensor) -> None:
+        """Take in x̂ of both, (..., D) float32."""
+        s, t = student.flatten(0, -2), teacher.flatten(0, -2)
+        self._student += (s.T @ s).double()
+        self._cross += (s.T @ t).double()
+        self._means += torch.stack([s.sum(0), t.sum(0)]).double()
+        self._count += s.shape[0]
+
+    def moments(self) -> Moments:
+        n = self._count
+        return Moments(self._student / n, self._cross / n, self._means[0] / n, self._means[1] / n)
+
+
+def ridge(gram: torch.Tensor, target: torch.Tensor, strength: float) -> torch.Tensor:
+    """Return argmin_X tr(Xᵀ gram X) - 2 tr(Xᵀ target) + strength * mean(diag gram) |X|²; gram is (n, n) PSD."""
+    load = strength * gram.diagonal().mean().clamp_min(1e-30)
+    return torch.linalg.solve(gram + load * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), target)

@@ -1,0 +1,177 @@
+"""Refine a layer's query map and W_K on the attention KL, by minibatch Adam.
+
+Each step takes a few windows and every s-th query row of them, all keys. Half the windows are compared at a lower
+temperature (both sides' logits halved): keys that this text hardly attends to then count too, and the fit carries
+over better to other text. Heavy products run in bfloat16 where the processor has it; parameters stay float32.
+Weights are (D, out). Dimensions: N windows, B windows a step, T positions, R query rows, D d_model, H n_heads,
+G n_kv_heads, K d_head.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qectomy.calibrate.attention_kl import MeanAttentionKL, attention_logits
+from qectomy.calibrate.rope_pairs import Rope
+from qectomy.calibrate.starts import Start
+from qectomy.calibrate.units import Parameter, adam, key_parameter, mix_parameter, output_rms
+
+Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (heads (B, *, R, K), positions (R,)) -> turned
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefineSettings:
+    """Budget and step sizes; measured choices, see docs/LOG.md."""
+
+    steps: int = 400
+    rows_a_step: int = 1024  # query rows over all windows of a step
+    row_share: float = 0.25  # of a window's rows used at a time
+    temperatures: tuple[float, ...] = (1.0, 0.5)  # of a step's windows in turn; multiplies the logits
+    weights: tuple[float, ...] = (1.0, 2.0)  # of their losses
+    warmup: int = 20
+    lr_key: float = 2e-3
+    lr_query: float = 8e-3
+    lr_key_fixed_channels: float = 4e-3  # identity and select: only gains move beside W_K
+    lr_gain: float = 2e-2
+    max_gain_change: float = 10.0
+
+
+@dataclass(frozen=True)
+class FitData:
+    """What the fit sees: the student's x̂ (N, T, D), the teacher's turned and scaled queries (N, H, T, K) and keys."""
+
+    hidden: torch.Tensor
+    teacher_query: torch.Tensor
+    teacher_key: torch.Tensor
+    allowed: torch.Tensor  # (T, T) bool, True where a query may look
+    scaling: float
+    turn: Turn
+
+
+def refine(
+    start: Start,
+    b_K: torch.Tensor | None,
+    query_module: nn.Module,
+    data: FitData,
+    C: torch.Tensor,
+    W_Q: torch.Tensor,
+    rope: Rope,
+    settings: RefineSettings,
+    generator: torch.Generator,
+) -> tuple[Start, torch.Tensor | None]:
+    """Return the start moved to a lower mean KL(teacher || student) over heads and rows, and the key's bias.
+
+    `C` is E[x̂ᵀx̂] and `W_Q` the original projection: they set the units in which each tensor moves.
+    """
+    parameters = _parameters(start, b_K, C.float(), W_Q.float(), rope, settings)
+    fixed = {name: tensor for name, tensor in start.query.items() if f"query.{name}" not in parameters}
+    batches = _Batches(data, settings, generator)
+
+    def loss() -> torch.Tensor:
+        values = {name: parameter.value() for name, parameter in parameters.items()}
+        return _loss(values, fixed, query_module, data, rope, *batches.draw())
+
+    adam(list(parameters.values()), loss, steps=settings.steps, warmup=settings.warmup, betas=(0.9, 0.98))
+    with torch.no_grad():
+        values = {name: parameter.value() for name, parameter in parameters.items()}
+    query = {name: values.get(f"query.{name}", tensor) for name, tensor in start.query.items()}
+    return Start(values["W_K"], query, values.get("norm_gain")), values.get("b_K")
+
+
+class _Batches:
+    """Draws, for each step, windows (each once an epoch), every s-th row of them, and their temperatures."""
+
+    def __init__(self, data: FitData, settings: RefineSettings, generator: torch.Generator):
+        self.n, self.context, _ = data.hidden.shape
+        self.device, self.generator = data.hidden.device, generator
+        self.stride = max(1, round(1 / settings.row_share))
+        self.size = max(1, min(self.n, settings.rows_a_step * self.stride // self.context))
+        cycle = torch.arange(self.size) % len(settings.temperatures)
+        self.temperature = torch.tensor(settings.temperatures)[cycle].view(-1, 1, 1, 1)
+        self.weight = torch.tensor(settings.weights)[cycle].view(-1, 1, 1, 1)
+        self.order: list[int] = []
+
+    def draw(self) -> tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]:
+        if len(self.order) < self.size:
+            self.order = torch.randperm(self.n, generator=self.generator).tolist()
+        chosen, self.order = self.order[: self.size], self.order[self.size :]
+        first = int(torch.randint(self.stride, (1,), generator=self.generator))
+        rows = torch.arange(first, self.context, self.stride, device=self.device)
+        return chosen, rows, self.temperature.to(self.device), self.weight.to(self.device)
+
+
+def _loss(
+    values: dict[str, torch.Tensor],
+    fixed: dict[str, torch.Tensor],
+    query_module: nn.Module,
+    data: FitData,
+    rope: Rope,
+    chosen: list[int],
+    rows: torch.Tensor,
+    temperature: torch.Tensor,
+    weight: torch.Tensor,
+) -> torch.Tensor:
+    """Weighted mean attention KL of the chosen windows' rows (its gradient; see MeanAttentionKL)."""
+    hidden = data.hidden[chosen]
+    dtype = hidden.dtype
+    values = {name: value.to(dtype) for name, value in values.items()}
+    temperature, weight, allowed = temperature.to(dtype), weight.to(dtype), data.allowed[rows]
+    with torch.no_grad():
+        theirs = data.teacher_query[chosen][:, :, rows] * temperature
+        p = attention_logits(theirs, data.teacher_key[chosen], allowed).softmax(-1)
+    key = hidden @ values["W_K"]  # (B, T, G*K)
+    if "b_K" in values:
+        key = key + values["b_K"]
+    seen = hidden[:, rows]
+    if "norm_gain" in values:
+        seen = seen * values["norm_gain"]
+    stored = {name.removeprefix("query."): value for name, value in values.items() if name.startswith("query.")}
+    query = torch.func.functional_call(query_module, {**fixed, **stored}, (seen, key[:, rows]))  # (B, R, H*K)
+    query = data.turn(query.unflatten(-1, (-1, rope.d_head)).transpose(1, 2), rows) * (temperature * data.scaling)
+    positions = torch.arange(hidden.shape[1], device=hidden.device)
+    key = data.turn(key.unflatten(-1, (-1, rope.d_head)).transpose(1, 2), positions)
+    return MeanAttentionKL.apply(query, key, p, allowed, weight)
+
+
+def _parameters(
+    start: Start,
+    b_K: torch.Tensor | None,
+    C: torch.Tensor,
+    W_Q: torch.Tensor,
+    rope: Rope,
+    settings: RefineSettings,
+) -> dict[str, Parameter]:
+    """Set up every free tensor with the units in which it moves."""
+    lr, limit = settings.lr_query, math.log(settings.max_gain_change)
+    fixed_channels = not {"mix", "down"} & start.query.keys()
+    lr_key = settings.lr_key_fixed_channels if fixed_channels else settings.lr_key
+    W_K = start.W_K.float()
+    query_size = output_rms(C, W_Q)
+    parameters = {"W_K": key_parameter(W_K, C, rope, power=0.125, lr=lr_key)}
+
+    def scaled(origin: torch.Tensor, size: torch.Tensor, rate: float = lr) -> Parameter:
+        return Parameter(origin.float(), lambda u: size * u, rate)
+
+    if b_K is not None:
+        parameters["b_K"] = scaled(b_K, output_rms(C, W_K), lr_key)
+    if start.norm_gain is not None:
+        gain = start.norm_gain.float()
+        parameters["norm_gain"] = Parameter(
+            gain, lambda u: gain * (torch.exp(u.clamp(-limit, limit)) - 1), settings.lr_gain
+        )
+    for name, tensor in start.query.items():
+        if name == "mix":
+            parameters["query.mix"] = mix_parameter(tensor.float(), W_Q, W_K, C, rope, lr=lr)
+        elif name == "gain":
+            typical = tensor.float().abs()
+            parameters["query.gain"] = scaled(tensor, typical.clamp_min(0.1 * float(typical.mean())), settings.lr_gain)
+        elif name == "down":
+            parameters["query.down"] = scaled(tensor, tensor.float().square().mean().sqrt())
+        elif name == "up":
+            parameters["query.up"] = scaled(tensor, tensor.float().square().mean().sqrt())
+        elif name == "bias":
+            parameters["query.bias"] = scaled(tensor, query_size)
+    return parameters

@@ -1,0 +1,107 @@
+"""Refit W_O and W_down in closed form, so that the student's stream returns to the teacher's.
+
+After a layer's attention (and again after its MLP) the student's stream is off by what the query map could not
+express and by what earlier layers left. A ridge regression from what the matrix reads onto that difference, shrunk
+towards the original matrix, takes back the part that is predictable:
+
+    ΔW = (Aᵀ A + λ mean(diag Aᵀ A) I)⁻¹ Aᵀ (x_teacher - x_student)
+
+A is (tokens, in), ΔW is (in, D). Strong shrinkage (λ of 1 and more) is what carries over to other text.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qectomy.calibrate.layer_fit import Streams, fast_dtype, fast_math
+from qectomy.calibrate.layers import LayerRunner
+from qectomy.calibrate.moments import MomentSums, ridge
+from qectomy.calibrate.states import batches
+from qectomy.surgery.architectures import LinearView, Orientation
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitSettings:
+    """Ridge strengths, relative to the mean diagonal of the Gram matrix; measured choices, see docs/LOG.md."""
+
+    output: float = 1.0
+    mlp_readers: float = 0.01
+    mlp_out: float = 3.0
+
+
+class _Regression:
+    """Gram matrix of what a projection reads, and its product with what the student lacks."""
+
+    def __init__(self, n_in: int, n_out: int, device: torch.device):
+        self.gram = torch.zeros(n_in, n_in, device=device)
+        self.right = torch.zeros(n_in, n_out, device=device)
+
+    def add(self, inputs: torch.Tensor, lack: torch.Tensor) -> None:
+        dtype = fast_dtype(inputs.device)
+        a, b = inputs.flatten(0, 1).to(dtype), lack.flatten(0, 1).to(dtype)
+        self.gram += (a.T @ a).float()
+        self.right += (a.T @ b).float()
+
+    def change(self, strength: float) -> torch.Tensor:
+        """Return ΔW (in, D) float32."""
+        return ridge(self.gram.double(), self.right.double(), strength).float()
+
+
+def refit_layer(
+    runner: LayerRunner, teacher: nn.Module, student: nn.Module, streams: Streams, settings: RefitSettings
+) -> None:
+    """Refit the student layer's W_O, then its MLP, in place, on the fitted windows; the streams stay as they are."""
+    roles = runner.family.roles
+    _refit_writer(runner, teacher, student, streams, roles.output, settings.output)
+    _refit_readers(runner, teacher, student, streams, settings.mlp_readers)
+    _refit_writer(runner, teacher, student, streams, roles.mlp_out, settings.mlp_out)
+
+
+def _refit_writer(
+    runner: LayerRunner, teacher: nn.Module, student: nn.Module, streams: Streams, view: LinearView, strength: float
+) -> None:
+    """Refit W_O, or W_down once W_O stands, on what the student's stream lacks after it."""
+    after_mlp = view is runner.family.roles.mlp_out
+    sums: _Regression | None = None
+    for start, stop in batches(0, streams.fitted, streams.batch):
+        theirs = streams.teacher.read(start, stop).to(runner.device)
+        ours = streams.student.read(start, stop).to(runner.device)
+        with fast_math(runner.device):
+            theirs, _ = runner.attend(teacher, theirs)
+            ours, inputs = runner.attend(student, ours)
+            if after_mlp:
+                theirs, _ = runner.think(teacher, theirs)
+                ours, inputs = runner.think(student, ours)
+        sums = sums or _Regression(inputs.shape[-1], runner.dims.d_model, runner.device)
+        sums.add(inputs, theirs - ours)
+    assert sums is not None
+    _add(student.get_submodule(view.module), view, sums.change(strength))
+
+
+def _refit_readers(
+    runner: LayerRunner, teacher: nn.Module, student: nn.Module, streams: Streams, strength: float
+) -> None:
+    """Let the MLP's readers give on the student's stream what the teacher's give on its own."""
+    roles = runner.family.roles
+    sums = MomentSums(runner.dims.d_model, runner.device)
+    for start, stop in batches(0, streams.fitted, streams.batch):
+        hidden = []
+        for module, states in ((student, streams.student), (teacher, streams.teacher)):
+            with fast_math(runner.device):
+                x_mid, _ = runner.attend(module, states.read(start, stop).to(runner.device))
+            hidden.append(module.get_submodule(roles.mlp_norm)(x_mid))
+        sums.add(*hidden)
+    moments = sums.moments()
+    change = ridge(moments.student, moments.cross - moments.student, strength)  # (D, D): x̂ + x̂ change ≈ x̂_teacher
+    for view in roles.mlp_readers:
+        linear = student.get_submodule(view.module)
+        W = linear.get_parameter("weight").double()
+        _add(linear, view, (change @ (W.T if view.orientation is Orientation.OUT_IN else W)).float())
+
+
+def _add(linear: nn.Module, view: LinearView, change: torch.Tensor) -> None:
+    """Give a projection a new matrix, its own plus ΔW (in, out). The old one may be the teacher's too."""
+    change = change.T if view.orientation is Orientation.OUT_IN else change
+    old = linear.get_parameter("weight")
+    linear.weight = nn.Parameter(old + change, requires_grad=False)

@@ -1,0 +1,31 @@
+"""What a conversion is told: texts, budgets, types and seed."""
+
+from dataclasses import dataclass
+
+from qectomy.errors import QectomyError
+from qectomy.surgery.checkpoint import Checkpoint
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertSettings:
+    """Settings of one conversion. `texts` and `eval_text` are files or dataset names; token counts are totals."""
+
+    texts: tuple[str, ...] = ()
+    tokens: int = 32_768
+    context: int = 512
+    eval_text: str | None = None
+    eval_tokens: int = 32_768
+    dtype: str | None = None
+    device: str = "cpu"
+    seed: int = 0
+    command: str = ""
+
+    def stored_dtype(self, source: Checkpoint) -> str:
+        """Return safetensors' name of the type to write. Raises QectomyError for an unknown one."""
+        if self.dtype is None:
+            return source.dtype
+        if self.dtype not in DTYPES:
+            raise QectomyError(f"unknown --dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+        return DTYPES[self.dtype]

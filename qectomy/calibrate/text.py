@@ -1,0 +1,176 @@
+"""Text to windows of tokens: files, JSONL or a `datasets` name in, (n, context) token ids out.
+
+How windows are made: the documents of a source are joined by a blank line and tokenized as one text without
+special tokens; the first tokens are cut into windows of `context` tokens that do not overlap. Where the
+tokenizer itself starts a text with BOS, every window starts with BOS too (and holds one text token fewer).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qectomy.errors import CheckpointError, TextError
+
+JOIN = "\n\n"
+TEXT_FIELDS = ("text", "page", "content", "document")
+CHARACTERS_A_TOKEN = 6  # how much text is read at first for each token wanted; more is read when it falls short
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text as a string, with the name and hash under which it is reported."""
+
+    name: str
+    sha256: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows of one or more texts."""
+
+    tokens: torch.Tensor  # (n, context) int64
+    bos: bool  # whether each window starts with BOS
+    sources: list[dict[str, Any]]  # what a report says of each text: file, sha256, tokens, skipped
+
+    @property
+    def scored(self) -> int:
+        """How many tokens have a prediction: all but the first of each window."""
+        return self.tokens.shape[0] * (self.tokens.shape[1] - 1)
+
+
+def read_source(name: str) -> Source:
+    """Read a UTF-8 text file, a JSONL file, or a dataset. Raises TextError if there is nothing to read."""
+    path = Path(name)
+    if path.is_dir():
+        raise TextError(f"{path} is a folder; give a text file, a .jsonl file or a dataset's name")
+    if not path.exists():
+        return _read_dataset(name)
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8 text (byte {error.start} does not decode)") from error
+    except OSError as error:
+        raise TextError(f"{path} cannot be read: {error.strerror}") from error
+    if path.suffix in (".jsonl", ".ndjson"):
+        text = JOIN.join(_read_jsonl(path, text))
+    if not text.strip():
+        raise TextError(f"{path} holds no text")
+    return Source(path.name, hashlib.sha256(data).hexdigest(), text)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the checkpoint's tokenizer; none of its code is run. Raises CheckpointError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds here; all mean the same to the user
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{folder} holds no tokenizer that can be loaded: {reason}") from error
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer starts a text with its BOS token."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
+def first_tokens(tokenizer: Any, source: Source, count: int | None) -> list[int]:
+    """Return the first `count` tokens (None: all) of a text, reading no more of it than that takes."""
+    text, ids = source.text, []
+    length = len(text) if count is None else count * CHARACTERS_A_TOKEN + 1000
+    while True:
+        ids = tokenizer(text[:length], add_special_tokens=False, verbose=False)["input_ids"]
+        # The last few tokens before a cut may differ from those of the whole text.
+        if length >= len(text) or (count is not None and len(ids) >= count + 64):
+            return ids if count is None else ids[:count]
+        length *= 2
+
+
+def make_windows(
+    tokenizer: Any,
+    sources: list[Source],
+    *,
+    context: int,
+    tokens: int | None,
+    vocab_size: int,
+    skip: dict[str, int] | None = None,
+) -> Windows:
+    """Cut the sources into windows of `context` tokens, about `tokens` in all (None: everything there is).
+
+    The tokens are shared evenly among the sources. `skip` gives, by a source's sha256, how many of its first
+    tokens to leave out (they are evaluated on). Raises TextError when a text is shorter than one window and
+    CheckpointError when the tokenizer makes ids beyond the embedding.
+    """
+    bos = adds_bos(tokenizer)
+    width = context - bos
+    if width < 2:
+        raise TextError(f"a context of {context} tokens leaves nothing to predict; use 16 or more")
+    blocks, reports = [], []
+    wanted = None if tokens is None else max(1, tokens // context)
+    for i, source in enumerate(sources):
+        left_out = (skip or {}).get(source.sha256, 0)
+        share = None if wanted is None else (wanted * (i + 1)) // len(sources) - (wanted * i) // len(sources)
+        if share == 0:
+            continue
+        ids = first_tokens(tokenizer, source, None if share is None else left_out + share * width)[left_out:]
+        count = len(ids) // width
+        if count == 0:
+            raise TextError(
+                f"{source.name} has {len(ids)} tokens{f' after the first {left_out}' if left_out else ''}, fewer than "
+                f"one window of {width}; give more text or a smaller --context"
+            )
+        block = torch.tensor(ids[: count * width], dtype=torch.int64).view(count, width)
+        if int(block.max()) >= vocab_size:
+            raise CheckpointError(
+                f"the tokenizer makes token id {int(block.max())}, but the model's embedding has {vocab_size} rows; "
+                "tokenizer and weights do not belong together"
+            )
+        blocks.append(block)
+        reports.append(
+            {"file": source.name, "sha256": source.sha256, "tokens": count * context, "first_token": left_out}
+        )
+    all_blocks = torch.cat(blocks)
+    if bos:
+        start = torch.full((all_blocks.shape[0], 1), tokenizer.bos_token_id, dtype=torch.int64)
+        all_blocks = torch.cat([start, all_blocks], dim=1)
+    return Windows(all_blocks, bos, reports)
+
+
+def _read_jsonl(path: Path, text: str) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TextError(f"{path}, line {number}: not JSON ({error})") from error
+        field = next((f for f in TEXT_FIELDS if isinstance(record, dict) and isinstance(record.get(f), str)), None)
+        if field is None:
+            raise TextError(f"{path}, line {number}: no text in any of the fields {', '.join(TEXT_FIELDS)}")
+        yield record[field]
+
+
+def _read_dataset(name: str) -> Source:
+    """Read a dataset from the hub: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (split `train` by default)."""
+    repo, _, rest = name.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        from datasets import load_dataset
+
+        rows = load_dataset(repo, config or None, split=split or "train")
+        field = next((f for f in TEXT_FIELDS if f in rows.column_names), None)
+    except Exception as error:  # no such file, no such dataset, no network: one message covers them
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise TextError(f"no file {name!r}, and no dataset of that name could be read: {reason}") from error
+    if field is None:
+        raise TextError(f"dataset {name!r} has no column {', '.join(TEXT_FIELDS)}; it has {rows.column_names}")
+    text = JOIN.join(rows[field])
+    return Source(name, hashlib.sha256(text.encode()).hexdigest(), text)

@@ -1,0 +1,86 @@
+"""Parameters in units of their own effect, and the Adam that moves them.
+
+Each free tensor is p = origin + move(u) with u starting at 0; a step of one size in u means the same to every
+direction of p. W_K moves along the eigenvectors of C = E[x̂ᵀx̂], a mix in the whitened basis of its keys.
+Weights are (D, out) unless a name says otherwise. Dimensions: D d_model, H n_heads, G n_kv_heads, K d_head.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from qectomy.calibrate.rope_pairs import Rope
+
+DAMPING = 0.03  # of the mean eigenvalue: directions in which x̂ hardly moves are not stretched further
+
+
+@dataclass
+class Parameter:
+    """A tensor p = origin + move(u), optimised over u, whose entries are of order 1."""
+
+    origin: torch.Tensor
+    move: Callable[[torch.Tensor], torch.Tensor]
+    lr: float
+    u: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.u = torch.zeros_like(self.origin).requires_grad_()
+
+    def value(self) -> torch.Tensor:
+        return self.origin + self.move(self.u)
+
+
+def adam(
+    parameters: Sequence[Parameter],
+    loss: Callable[[], torch.Tensor],
+    *,
+    steps: int,
+    warmup: int,
+    betas: tuple[float, float],
+) -> None:
+    """Run Adam (Kingma & Ba, arXiv 1412.6980) with linear warm-up and cosine decay to 0, in place."""
+    slots = [(torch.zeros_like(p.u), torch.zeros_like(p.u)) for p in parameters]
+    for step in range(steps):
+        gradients = torch.autograd.grad(loss(), [p.u for p in parameters])
+        decay = 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / warmup)
+        with torch.no_grad():
+            for parameter, gradient, (first, second) in zip(parameters, gradients, slots, strict=True):
+                first.lerp_(gradient, 1 - betas[0])
+                second.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+                mean = first / (1 - betas[0] ** (step + 1))
+                scale = (second / (1 - betas[1] ** (step + 1))).sqrt_().add_(1e-12)
+                parameter.u.sub_(parameter.lr * decay * mean / scale)
+
+
+def eigenbasis(C: torch.Tensor, power: float) -> torch.Tensor:
+    """Return (D, D): columns are eigenvectors of C scaled by (eigenvalue + damping)^-power, for outputs of order 1."""
+    values, vectors = torch.linalg.eigh(C)
+    mean = values.mean()
+    return vectors * ((values.clamp_min(0) + DAMPING * mean) / mean) ** -power / mean.sqrt()
+
+
+def output_rms(C: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """Return the rms (out,) of each output of x̂ W."""
+    return (W * (C @ W)).sum(0).clamp_min(1e-30).sqrt()
+
+
+def key_parameter(W_K: torch.Tensor, C: torch.Tensor, rope: Rope, *, power: float, lr: float) -> Parameter:
+    """W_K (D, G*K), moved in the eigenbasis of C in units of its group's key."""
+    basis = eigenbasis(C, power)
+    size = output_rms(C, W_K).view(rope.n_kv_heads, -1).square().mean(1).sqrt().repeat_interleave(rope.d_head)
+    return Parameter(W_K, lambda u: basis @ u * size, lr)
+
+
+def mix_parameter(
+    A: torch.Tensor, W_Q: torch.Tensor, W_K: torch.Tensor, C: torch.Tensor, rope: Rope, *, lr: float
+) -> Parameter:
+    """A (H, K, K), moved in the whitened basis of its keys in units of the query it makes."""
+    whiteners = []
+    for W in W_K.split(rope.d_head, dim=1):
+        values, vectors = torch.linalg.eigh(W.T @ C @ W)
+        whiteners.append(vectors * (values.clamp_min(0) + DAMPING * values.mean()).rsqrt())
+    whitener = torch.stack(whiteners).repeat_interleave(rope.per_group, 0)
+    size = output_rms(C, W_Q).view(len(A), -1).square().mean(1).sqrt()[:, None, None]
+    return Parameter(A, lambda u: whitener @ u * size, lr)

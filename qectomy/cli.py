@@ -1,0 +1,261 @@
+"""The command line: parse, call one function, print. Heavy imports live inside the commands."""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qectomy import __version__
+from qectomy.errors import QectomyError
+
+app = typer.Typer(
+    name="qectomy",
+    help="Remove the query projection W_Q from pretrained Llama checkpoints, and say what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"qectomy {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: `qectomy inspect ./smollm2-135m-instruct`")
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of an original checkpoint.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens to plan for.")] = 32_768,
+    eval_tokens: Annotated[int, typer.Option(min=0, help="Evaluation tokens to plan for.")] = 32_768,
+    context: Annotated[int, typer.Option(min=16, help="Tokens a window.")] = 512,
+    as_json: Json = False,
+) -> None:
+    """Say what each query map would remove, from the config and the file headers alone."""
+    from qectomy.surgery.checkpoint import open_checkpoint
+    from qectomy.surgery.plan import inspect as inspect_checkpoint
+
+    result = inspect_checkpoint(open_checkpoint(checkpoint), tokens=tokens, eval_tokens=eval_tokens, context=context)
+    if as_json:
+        _print_json(result)
+    else:
+        from qectomy.eval.tables import show_inspection
+
+        show_inspection(result)
+
+
+@app.command(
+    epilog="Example: `qectomy convert ./smollm2-135m-instruct --out ./reduced --query key-shared "
+    "--text calibration.txt --eval-text heldout.txt`"
+)
+def convert(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of an original checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    query: Annotated[
+        str,
+        typer.Option(
+            help="Query map: identity, select, key-shared, low-rank:R, dense; per layer as in 0-2=dense,3-=key-shared."
+        ),
+    ] = "key-shared",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Calibration text: a UTF-8 file, a .jsonl file or a dataset's name. May be repeated."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens, shared evenly among the texts.")] = 32_768,
+    context: Annotated[int, typer.Option(min=16, help="Tokens a window.")] = 512,
+    eval_text: Annotated[
+        str | None,
+        typer.Option(help="Text to measure perplexity on, never fitted on. Default: the start of the first --text."),
+    ] = None,
+    eval_tokens: Annotated[int, typer.Option(min=1, help="Evaluation tokens.")] = 32_768,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Type of the written weights: float32, bfloat16, float16. Default: the source's."),
+    ] = None,
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and what it needs; write nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Take W_Q out of a checkpoint in one pass; write the reduced one and its perplexity before and after."""
+    from qectomy.calibrate.settings import ConvertSettings
+    from qectomy.surgery.checkpoint import open_checkpoint
+    from qectomy.surgery.output import check_absent
+    from qectomy.surgery.query_maps import parse_recipe
+
+    check_absent(out)
+    source = open_checkpoint(checkpoint)
+    recipe = tuple(parse_recipe(query, source.dims))
+    settings = ConvertSettings(
+        texts=tuple(text or ()),
+        tokens=tokens,
+        context=context,
+        eval_text=eval_text,
+        eval_tokens=eval_tokens,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        command=shlex.join(["qectomy", *sys.argv[1:]]),
+    )
+    if dry_run:
+        from qectomy.surgery.plan import estimate, totals
+
+        needs = estimate(source, tokens=tokens, eval_tokens=eval_tokens, context=context)
+        plan = {
+            "plan": [str(spec) for spec in recipe],
+            **totals(source, recipe, settings.stored_dtype(source)),
+            "needs": needs,
+        }
+        if as_json:
+            _print_json(plan)
+        else:
+            from qectomy.eval.tables import show_plan
+
+            show_plan(plan)
+        return
+    from qectomy.calibrate.convert import convert as run
+
+    with _progress("converting") as progress:
+        report = run(source, out, recipe, settings, progress)
+    if as_json:
+        _print_json(report)
+    else:
+        from qectomy.eval.tables import show_conversion
+
+        show_conversion(report)
+
+
+@app.command("eval", epilog="Example: `qectomy eval ./original ./reduced --text heldout.txt --reference ./original`")
+def evaluate(
+    checkpoints: Annotated[list[str], typer.Argument(help="Folders or hub ids, original or reduced.")],
+    text: Annotated[str, typer.Option(help="Text to measure on: a UTF-8 file, a .jsonl file or a dataset's name.")],
+    context: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens between window starts; each scores its last STRIDE. Default: context."),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Read only the first tokens of the text.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Original checkpoint: also report mean KL to it and top-1 agreement.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Type to compute in: float32, bfloat16, float16. Default: the checkpoint's."),
+    ] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure token perplexity and bits per byte of checkpoints, all by one recorded protocol."""
+    from qectomy.calibrate.text import read_source
+    from qectomy.eval.perplexity import Protocol
+    from qectomy.eval.perplexity import evaluate as run
+
+    source = read_source(text)
+    protocol = Protocol(context=context, stride=stride, tokens=tokens)
+    results = []
+    for checkpoint in checkpoints:
+        with _progress(f"evaluating {checkpoint}") as progress:
+            results.append(
+                run(
+                    checkpoint,
+                    source,
+                    protocol,
+                    dtype=dtype,
+                    device=device,
+                    reference=reference,
+                    progress=lambda done, total: progress(done, total, ""),
+                )
+            )
+    if as_json:
+        _print_json(results)
+    else:
+        from qectomy.eval.tables import show_evaluations
+
+        show_evaluations(results)
+
+
+@app.command(epilog="Example: `qectomy materialize ./reduced --out ./stock`")
+def materialize(
+    reduced: Annotated[str, typer.Argument(help="Folder of a reduced checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    as_json: Json = False,
+) -> None:
+    """Write W_Q back: the stock model with the reduced one's logits, for engines that know nothing of Qectomy."""
+    from qectomy.surgery.checkpoint import open_checkpoint
+    from qectomy.surgery.materialize import materialize as run
+    from qectomy.surgery.output import check_absent
+
+    check_absent(out)
+    with _progress("materializing") as progress:
+        result = run(open_checkpoint(reduced, reduced=True), out, lambda done, total: progress(done, total, ""))
+    if as_json:
+        _print_json(result)
+    else:
+        typer.echo(f"wrote {result['out']}: {result['parameters']['after']:,} parameters; {result['note']}")
+
+
+def main() -> None:
+    """Run the command line: errors a user can mend become one line on stderr and exit code 1."""
+    try:
+        app()
+    except QectomyError as error:
+        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.secho("interrupted; nothing was left behind", err=True)
+        sys.exit(130)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Any]:
+    """Yield report(done, total, note) that draws a bar with an ETA on stderr; plain lines where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total, note="": console.print(
+            f"{what} {done}/{total} {note}", highlight=False, soft_wrap=True
+        )
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(what, total=None, note="")
+        yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+
+
+def _print_json(result: Any) -> None:
+    typer.echo(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

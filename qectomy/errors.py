@@ -1,0 +1,29 @@
+"""Errors a user can mend. The message says what is wrong, why it matters and what to do."""
+
+
+class QectomyError(Exception):
+    """Base of everything the command line prints without a traceback (exit code 1)."""
+
+
+class CheckpointError(QectomyError):
+    """A checkpoint folder is missing something, damaged, or holds values no model can use."""
+
+
+class UnsupportedArchitecture(QectomyError):
+    """The model's attention is not one whose W_Q this tool can take out."""
+
+
+class QueryMapError(QectomyError):
+    """A query-map specification that cannot be read or does not fit the model."""
+
+
+class TextError(QectomyError):
+    """Calibration or evaluation text that cannot be used."""
+
+
+class NonFiniteError(QectomyError):
+    """NaN or Inf in weights, hidden states or logits."""
+
+
+class OutputError(QectomyError):
+    """The output folder exists, cannot be written, or the disk is full."""

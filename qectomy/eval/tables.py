@@ -1,0 +1,106 @@
+"""What the commands print for people: compact tables on stdout, plain where it is no terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console(highlight=False, soft_wrap=False)
+
+
+def show_inspection(result: dict[str, Any]) -> None:
+    """Print what `qectomy inspect` found."""
+    d = result["dimensions"]
+    console.print(
+        f"{result['checkpoint']}: {result['family']}, {result['parameters']:,} parameters, "
+        f"{size(result['bytes'])} in {result['dtype']}, {d['n_layers']} layers, d_model {d['d_model']}, "
+        f"{d['n_heads']} query heads on {d['n_kv_heads']} KV heads of {d['d_head']}, "
+        f"head {'tied' if d['tied'] else 'untied'}",
+        markup=False,
+    )
+    table = Table("query map", "W_Q removed", "parameters removed", "bytes removed", "of the model")
+    for row in result["query_maps"]:
+        if row["possible"]:
+            table.add_row(
+                row["map"],
+                f"{row['share_of_W_Q']:.1%}",
+                f"{row['removed_parameters']:,}",
+                size(row["removed_bytes"]),
+                f"{row['share_of_model']:.2%}",
+            )
+        else:
+            table.add_row(row["map"], "not possible", row["why_not"], "", "")
+    console.print(table)
+    hows: dict[str, list[int]] = {}
+    for layer in result["layers"]:
+        hows.setdefault(layer["how"], []).append(layer["index"])
+    for how, layers in hows.items():
+        console.print(f"layers {layers[0]}-{layers[-1]}: {how}", markup=False)
+    _show_needs(result["needs"])
+
+
+def show_plan(plan: dict[str, Any]) -> None:
+    """Print the plan of a dry run."""
+    console.print(", ".join(f"{i}={name}" for i, name in enumerate(plan["plan"])), markup=False)
+    _show_sizes(plan)
+    _show_needs(plan["needs"])
+    console.print("dry run: nothing was written")
+
+
+def show_conversion(report: dict[str, Any]) -> None:
+    """Print the outcome of a conversion."""
+    perplexity = report["perplexity"]
+    _show_sizes(report)
+    console.print(
+        f"perplexity {perplexity['before']:.3f} -> {perplexity['after']:.3f} (x {perplexity['ratio']:.4f}), "
+        f"bits per byte {report['bits_per_byte']['before']:.4f} -> {report['bits_per_byte']['after']:.4f}, "
+        f"KL {report['kl']:.4f}, top-1 agreement {report['top1_agreement']:.1%}"
+    )
+    seconds, forward = report["seconds"]["total"], report["forward_pass_seconds"]
+    console.print(
+        f"{seconds:.0f} s, {seconds / forward:.1f} forward passes; peak memory {size(report['peak_memory_bytes'])}"
+    )
+
+
+def show_evaluations(results: list[dict[str, Any]]) -> None:
+    """Print one row a checkpoint, and the protocol they share."""
+    columns = ["checkpoint", "perplexity", "bits/byte"]
+    compared = "kl" in results[0]
+    table = Table(*columns, *(["KL", "top-1"] if compared else []))
+    for row in results:
+        cells = [row["checkpoint"], f"{row['perplexity']:.4f}", f"{row['bits_per_byte']:.5f}"]
+        if compared:
+            cells += [f"{row['kl']:.5f}", f"{row['top1_agreement']:.2%}"]
+        table.add_row(*cells)
+    console.print(table)
+    p = results[0]["protocol"]
+    console.print(
+        f"{p['text']} (sha256 {p['text_sha256'][:16]}), {p['scored_tokens']:,} scored tokens, context {p['context']}, "
+        f"stride {p['stride']}, BOS: {p['bos']}, {p['dtype']}",
+        markup=False,
+    )
+
+
+def size(n_bytes: float) -> str:
+    """Write a number of bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n_bytes) < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.2f} TB"
+
+
+def _show_sizes(report: dict[str, Any]) -> None:
+    parameters, n_bytes = report["parameters"], report["bytes"]
+    console.print(
+        f"parameters {parameters['before']:,} -> {parameters['after']:,} "
+        f"({1 - parameters['after'] / parameters['before']:.2%} fewer), "
+        f"bytes {size(n_bytes['before'])} -> {size(n_bytes['after'])}"
+    )
+
+
+def _show_needs(needs: dict[str, Any]) -> None:
+    console.print(
+        f"a conversion here needs about {size(needs['peak_memory_bytes'])} of memory, {size(needs['disk_bytes'])} of "
+        f"disk and {needs['seconds'] / 60:.0f} minutes"
+    )

@@ -1,0 +1,297 @@
+"""Read a checkpoint folder: config, safetensors headers, and one tensor at a time.
+
+Only safetensors are read, never a pickle, and no code in the folder is run. Torch is loaded by the methods
+that return tensors; opening a checkpoint and reading its headers need none.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from qectomy.errors import CheckpointError, NonFiniteError, UnsupportedArchitecture
+from qectomy.surgery.architectures import Dimensions, Family, Shapes, find_family, find_reduced_family
+from qectomy.surgery.query_maps import QueryMapSpec, parse_query_map
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+INDEX_BYTES = {"I64": 8, "I32": 4, "I16": 2}
+MAX_JSON_BYTES = 100_000_000
+MAX_LAYERS = 10_000
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is, from the file's header."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name, as in BF16
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * {**FLOAT_BYTES, **INDEX_BYTES}[self.dtype]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its config, family and sizes, and the headers of its weights.
+
+    `recipe` is one query map a layer; all `dense` for an original checkpoint.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+    dims: Dimensions
+    recipe: tuple[QueryMapSpec, ...]
+    tensors: dict[str, TensorInfo] = field(repr=False)
+
+    @property
+    def reduced(self) -> bool:
+        return self.config["model_type"] == self.family.reduced_model_type
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the checkpoint's model stores, indices included."""
+        return sum(info.numel for info in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def files(self) -> list[str]:
+        return sorted({info.file for info in self.tensors.values()})
+
+    @cached_property
+    def dtype(self) -> str:
+        """The dtype that holds most of the weights, as safetensors names it."""
+        bytes_of: dict[str, int] = {}
+        for info in self.tensors.values():
+            bytes_of[info.dtype] = bytes_of.get(info.dtype, 0) + info.nbytes
+        return max(bytes_of, key=lambda dtype: bytes_of[dtype])
+
+    def layer_tensors(self, layer: int) -> Iterator[tuple[str, TensorInfo]]:
+        """Yield (name inside the layer, info) of one layer."""
+        prefix = self.family.prefix(layer)
+        for name in expected_layer(self.family, self.dims, self.recipe[layer]):
+            yield name, self.tensors[prefix + name]
+
+    def read(self, name: str, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
+        """Return one whole tensor on the CPU. Raises NonFiniteError naming it if it holds NaN or Inf."""
+        return self._get(name, lambda file: file.get_tensor(name), dtype)
+
+    def read_rows(self, name: str, start: int, stop: int, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
+        """Return rows [start, stop) of a matrix on the CPU, checked like `read`."""
+        return self._get(name, lambda file: file.get_slice(name)[start:stop], dtype)
+
+    def read_layer(self, layer: int, dtype: "torch.dtype | None" = None) -> "dict[str, torch.Tensor]":
+        """Return {name inside the layer: tensor} of one layer."""
+        prefix = self.family.prefix(layer)
+        return {name: self.read(prefix + name, dtype) for name, _ in self.layer_tensors(layer)}
+
+    def _get(self, name: str, get: Callable[[Any], "torch.Tensor"], dtype: "torch.dtype | None") -> "torch.Tensor":
+        import torch
+
+        info = self.tensors[name]
+        try:
+            with safe_open(self.folder / info.file, "pt", backend="pread") as file:
+                tensor = get(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{info.file}: cannot read tensor {name}: {error}") from error
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NonFiniteError(
+                f"{info.file}: tensor {name} holds NaN or Inf; no output of this model would be usable"
+            )
+        if not tensor.is_floating_point() and ((tensor < 0) | (tensor >= self.dims.d_model)).any():
+            raise CheckpointError(f"{info.file}: tensor {name} names channels beyond the model's {self.dims.d_model}")
+        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+    def hashes(self) -> dict[str, str]:
+        """Return {file name: sha256} of the config and every weights file."""
+        return {name: sha256(self.folder / name) for name in ["config.json", *self.files]}
+
+
+def locate(name: str | os.PathLike[str]) -> Path:
+    """Return the folder of a checkpoint given as a local folder or a hub id.
+
+    A hub id is fetched into the hub's cache (weights as safetensors and text files only).
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the safetensors files")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or str(name).startswith("."):
+        raise CheckpointError(f"no folder {path}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=HUB_PATTERNS))
+    except Exception as error:  # the hub raises a dozen kinds; each means: not there, or not reachable
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"no folder {path}, and the hub did not give {name!r}: {reason}") from error
+
+
+def open_checkpoint(name: str | os.PathLike[str], *, reduced: bool = False) -> Checkpoint:
+    """Open an original checkpoint (or, with `reduced`, one that qectomy wrote) and check every tensor's header.
+
+    Raises CheckpointError for missing or damaged files, tensors missing, misshapen or of an integer type where
+    weights are due, and UnsupportedArchitecture for a model whose W_Q cannot be taken out.
+    """
+    folder = locate(name)
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / 'config.json'}: not a JSON object")
+    family = find_reduced_family(config) if reduced else find_family(config)
+    dims = family.dimensions(config)
+    if dims.n_layers > MAX_LAYERS:
+        raise CheckpointError(f"config.json: num_hidden_layers {dims.n_layers} is beyond any model ({MAX_LAYERS})")
+    recipe = _read_recipe(config, dims) if reduced else (QueryMapSpec("dense"),) * dims.n_layers
+    found = _read_headers(folder)
+    return Checkpoint(folder, config, family, dims, recipe, _check_tensors(found, family, dims, recipe))
+
+
+def expected_layer(family: Family, dims: Dimensions, spec: QueryMapSpec) -> Shapes:
+    """Return {name inside the layer: shape} of a layer whose query map is `spec`."""
+    shapes = family.layer_shapes(dims)
+    if spec.name != "dense":
+        for name in family.query_tensors(dims):
+            del shapes[name]
+        for name, (_, shape) in spec.stored(dims).items():
+            shapes[f"{family.roles.query_map}.{name}"] = shape
+    return shapes
+
+
+def expected_tensors(family: Family, dims: Dimensions, recipe: tuple[QueryMapSpec, ...]) -> Shapes:
+    """Return {tensor name: shape} of a whole checkpoint, in the order in which a pass writes it."""
+    outer = family.outer_shapes(dims)
+    shapes = {family.embedding: outer.pop(family.embedding)}
+    for layer, spec in enumerate(recipe):
+        prefix = family.prefix(layer)
+        shapes.update((prefix + name, shape) for name, shape in expected_layer(family, dims, spec).items())
+    return {**shapes, **outer}
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of bounded size. Raises CheckpointError naming the file."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes; not a file of a checkpoint")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} holds no {path.name}; it is not a checkpoint folder") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_recipe(config: dict[str, Any], dims: Dimensions) -> tuple[QueryMapSpec, ...]:
+    names = config.get("query_maps")
+    if not isinstance(names, list) or len(names) != dims.n_layers or not all(isinstance(n, str) for n in names):
+        raise CheckpointError(f"config.json: query_maps must name one query map for each of {dims.n_layers} layers")
+    return tuple(parse_query_map(name) for name in names)
+
+
+def _read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Return every tensor that the safetensors files of a folder hold, by name."""
+    if (folder / INDEX).is_file():
+        names = _read_index(folder / INDEX)
+    elif (folder / SINGLE).is_file():
+        names = [SINGLE]
+    else:
+        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        also = f" {', '.join(sorted(pickles)[:3])} would be loaded by pickle, which can run code." if pickles else ""
+        raise CheckpointError(
+            f"{folder} holds no {SINGLE} and no {INDEX}.{also} Save it with transformers' save_pretrained "
+            "(safetensors is the default) and give that folder."
+        )
+    found: dict[str, TensorInfo] = {}
+    for file_name in names:
+        try:
+            with safe_open(folder / file_name, "np", backend="pread") as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                    if name in found:
+                        raise CheckpointError(f"tensor {name} stands in both {found[name].file} and {file_name}")
+                    view = file.get_slice(name)
+                    found[name] = TensorInfo(file_name, tuple(view.get_shape()), view.get_dtype())
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{INDEX} names {file_name}, which is not in {folder}") from error
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{folder / file_name}: not a whole safetensors file ({error}); it may be truncated, or a pointer "
+                "that was never downloaded"
+            ) from error
+    return found
+
+
+def _read_index(path: Path) -> list[str]:
+    index = read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{path}: no weight_map from tensor names to file names")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: {name!r} is not the plain name of a safetensors file beside it")
+    return names
+
+
+def _check_tensors(
+    found: dict[str, TensorInfo], family: Family, dims: Dimensions, recipe: tuple[QueryMapSpec, ...]
+) -> dict[str, TensorInfo]:
+    """Return the tensors the model needs, all present, of the right shape and a known type."""
+    if normed := [name for name in found if ".q_norm." in name or ".q_layernorm." in name]:
+        raise UnsupportedArchitecture(
+            f"{normed[0]}: queries are normalised after W_Q (QK-norm), so no linear query map can stand in for it"
+        )
+    expected = expected_tensors(family, dims, recipe)
+    if missing := [name for name in expected if name not in found]:
+        held = f"It holds {len(found)} tensors, such as {next(iter(found))!r}." if found else "It holds no tensors."
+        raise CheckpointError(
+            f"{len(missing)} tensor(s) that config.json calls for are missing, first {missing[0]}. {held}"
+        )
+    for name, shape in expected.items():
+        info = found[name]
+        if info.shape != shape:
+            raise CheckpointError(f"{info.file}: tensor {name} has shape {info.shape}, config.json calls for {shape}")
+        is_index = name.endswith(f"{family.roles.query_map}.index")
+        if info.dtype not in (INDEX_BYTES if is_index else FLOAT_BYTES):
+            why = "channel numbers must be whole numbers" if is_index else "a quantized checkpoint cannot be converted"
+            raise CheckpointError(f"{info.file}: tensor {name} is stored as {info.dtype}; {why}")
+    skippable = {family.head} if dims.tied else set()
+    extra = [n for n in found if n not in expected and n not in skippable and not n.endswith(family.ignored_suffixes)]
+    if extra:
+        raise CheckpointError(
+            f"{len(extra)} tensor(s) have no place in a {family.model_type} model and would be lost, first {extra[0]}"
+        )
+    return {name: found[name] for name in expected}

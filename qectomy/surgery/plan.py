@@ -1,0 +1,110 @@
+"""What a conversion would remove, layer by layer, and what it needs: from headers alone, torch not loaded."""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+
+from qectomy.surgery.architectures import Dimensions
+from qectomy.surgery.checkpoint import FLOAT_BYTES, Checkpoint
+from qectomy.surgery.query_maps import QueryMapSpec, parse_query_map, refusal
+
+SHOWN_MAPS = ("identity", "select", "key-shared", "low-rank:16", "low-rank:64")
+LIBRARY_BYTES = 450_000_000  # torch, transformers and a tokenizer, loaded (measured, docs/LOG.md)
+CONVERT_PASSES = 5.0  # a conversion's time over one float32 forward pass of the same tokens (measured, docs/LOG.md)
+
+
+def stored_bytes(spec: QueryMapSpec, dims: Dimensions, dtype: str) -> int:
+    """Bytes of what stands in W_Q's place in one layer (the projection itself for `dense`)."""
+    item = FLOAT_BYTES[dtype]
+    if spec.name == "dense":
+        return spec.parameters(dims) * item
+    return sum(math.prod(shape) * (4 if kind == "index" else item) for kind, shape in spec.stored(dims).values())
+
+
+def totals(checkpoint: Checkpoint, recipe: tuple[QueryMapSpec, ...], dtype: str | None = None) -> dict[str, Any]:
+    """Return parameters and bytes before and after, net: everything added is counted."""
+    dims, dense = checkpoint.dims, QueryMapSpec("dense")
+    dtype = dtype or checkpoint.dtype
+    gone = sum(dense.parameters(dims) for spec in recipe if spec.name != "dense")
+    added = sum(spec.parameters(dims) for spec in recipe if spec.name != "dense")
+    before = checkpoint.parameters
+    bytes_after = (before - dims.n_layers * dense.parameters(dims)) * FLOAT_BYTES[dtype]
+    bytes_after += sum(stored_bytes(spec, dims, dtype) for spec in recipe)
+    return {
+        "parameters": {"before": before, "after": before - gone + added},
+        "bytes": {"before": checkpoint.nbytes, "after": bytes_after},
+        "query_parameters": {"before": gone, "after": added},
+    }
+
+
+def estimate(checkpoint: Checkpoint, *, tokens: int, eval_tokens: int, context: int) -> dict[str, int]:
+    """Return rough peak memory, disk and time of a conversion on this machine's processor."""
+    dims = checkpoint.dims
+    layer = sum(info.numel for _, info in checkpoint.layer_tensors(0))
+    states = (tokens + eval_tokens) * dims.d_model * 4
+    window = context * (6 * dims.d_model + 3 * dims.d_mlp) * 4 + 6 * dims.n_heads * context**2 * 4
+    fit = tokens * (dims.d_model + 2 * (dims.n_heads + dims.n_kv_heads) * dims.d_head) * 2
+    flops = 2 * (tokens + eval_tokens) * (checkpoint.parameters + dims.n_layers * 2 * context * dims.d_model)
+    return {
+        "peak_memory_bytes": LIBRARY_BYTES + 4 * layer * 4 + 4 * window + fit,
+        "disk_bytes": 2 * states + checkpoint.nbytes,
+        "seconds": round(CONVERT_PASSES * flops / _flops_per_second()),
+    }
+
+
+def inspect(checkpoint: Checkpoint, *, tokens: int, eval_tokens: int, context: int) -> dict[str, Any]:
+    """Return what `qectomy inspect` shows: sizes, what each map would remove, needs, and each layer's verdict."""
+    dims = checkpoint.dims
+    dense = QueryMapSpec("dense").parameters(dims)
+    maps = []
+    for name in SHOWN_MAPS:
+        spec = parse_query_map(name)
+        why = refusal(spec, dims)
+        row: dict[str, Any] = {"map": name, "possible": why is None, "why_not": why}
+        if why is None:
+            sizes = totals(checkpoint, (spec,) * dims.n_layers)
+            removed = sizes["parameters"]["before"] - sizes["parameters"]["after"]
+            row |= {
+                "removed_parameters": removed,
+                "removed_bytes": sizes["bytes"]["before"] - sizes["bytes"]["after"],
+                "share_of_model": removed / sizes["parameters"]["before"],
+                "share_of_W_Q": removed / (dense * dims.n_layers),
+            }
+        maps.append(row)
+    reason = (
+        f"RMSNorm before W_Q and a skip around it: fitted by least squares, not exact ({checkpoint.family.model_type})"
+    )
+    layers = [{"index": i, "W_Q_parameters": dense, "convertible": True, "how": reason} for i in range(dims.n_layers)]
+    return {
+        "checkpoint": str(checkpoint.folder),
+        "family": checkpoint.family.model_type,
+        "dtype": checkpoint.dtype,
+        "files": checkpoint.files,
+        "dimensions": {name: getattr(dims, name) for name in dims.__dataclass_fields__},
+        "parameters": checkpoint.parameters,
+        "bytes": checkpoint.nbytes,
+        "query_maps": maps,
+        "needs": {
+            "tokens": tokens,
+            "eval_tokens": eval_tokens,
+            "context": context,
+            **estimate(checkpoint, tokens=tokens, eval_tokens=eval_tokens, context=context),
+        },
+        "layers": layers,
+    }
+
+
+def _flops_per_second() -> float:
+    """Time a float32 matrix product: a lower bound of what a forward pass reaches here."""
+    a = np.ones((768, 768), dtype=np.float32)
+    a @ a
+    best = min(_time_product(a) for _ in range(5))
+    return 2 * 768**3 / best
+
+
+def _time_product(a: np.ndarray) -> float:
+    start = time.perf_counter()
+    a @ a
+    return time.perf_counter() - start

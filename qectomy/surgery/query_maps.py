@@ -1,0 +1,144 @@
+"""The query maps: their names, the per-layer recipe, and what each one stores.
+
+Torch is not imported here, so that `qectomy inspect` answers at once. The maps themselves, as modules, are
+in `modeling_qectomy_llama.py`; a test holds the shapes given here against theirs.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from qectomy.errors import QueryMapError
+from qectomy.surgery.architectures import Dimensions
+
+NAMES = ("identity", "select", "key-shared", "low-rank", "dense")
+KNOWN = "identity, select, key-shared, low-rank:R, dense"
+
+
+@dataclass(frozen=True)
+class QueryMapSpec:
+    """One layer's query map: a name and, for low-rank, its rank R."""
+
+    name: str
+    rank: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.rank is None else f"{self.name}:{self.rank}"
+
+    def stored(self, dims: Dimensions) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return {tensor name: (kind, shape)} of what stands in W_Q's place; kind is 'weight' or 'index'.
+
+        `dense` stores the original projection and so returns nothing here.
+        """
+        n_query = dims.n_heads * dims.d_head
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        if self.name == "select":
+            tensors = {"index": ("index", (n_query,)), "gain": ("weight", (n_query,))}
+        elif self.name == "key-shared":
+            tensors = {"mix": ("weight", (dims.n_heads, dims.d_head, dims.d_head))}
+        elif self.name == "low-rank":
+            assert self.rank is not None
+            tensors = {
+                "gain": ("weight", (n_query,)),
+                "down": ("weight", (self.rank, dims.d_model)),
+                "up": ("weight", (n_query, self.rank)),
+            }
+        if dims.attention_bias and self.name != "dense":
+            tensors["bias"] = ("weight", (n_query,))
+        return tensors
+
+    def parameters(self, dims: Dimensions) -> int:
+        """Return how many numbers (gains, biases and indices included) the map stores for one layer."""
+        n_query = dims.n_heads * dims.d_head
+        if self.name == "dense":
+            return n_query * dims.d_model + (n_query if dims.attention_bias else 0)
+        return sum(math.prod(shape) for _, shape in self.stored(dims).values())
+
+
+def parse_query_map(text: str) -> QueryMapSpec:
+    """Read one map's name, `low-rank:R` with its rank. Raises QueryMapError that lists the known maps."""
+    name, colon, rank = text.strip().partition(":")
+    if name not in NAMES:
+        close = get_close_matches(name, NAMES, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise QueryMapError(f"unknown query map {text.strip()!r}; known: {KNOWN}.{hint}")
+    if name != "low-rank":
+        if colon:
+            raise QueryMapError(f"query map {name!r} takes no rank; write it without {':' + rank!r}")
+        return QueryMapSpec(name)
+    if not re.fullmatch(r"[1-9][0-9]{0,6}", rank):
+        raise QueryMapError(f"{text.strip()!r}: low-rank needs a positive whole rank, as in low-rank:32")
+    return QueryMapSpec(name, int(rank))
+
+
+def parse_recipe(text: str, dims: Dimensions) -> list[QueryMapSpec]:
+    """Read `MAP` or a per-layer list like `0-2=dense,3-=key-shared` into one spec a layer.
+
+    Layers count from 0; `3-` runs to the last, `-3` from the first. Every layer must be named exactly once.
+    Raises QueryMapError for an unknown map, a range outside the model, a layer named twice or not at all,
+    and a map that would not be smaller than W_Q.
+    """
+    n_layers = dims.n_layers
+    if "=" not in text:
+        recipe = [parse_query_map(text)] * n_layers
+    else:
+        chosen: dict[int, QueryMapSpec] = {}
+        for part in text.split(","):
+            layers, equals, name = part.partition("=")
+            if not equals:
+                raise QueryMapError(f"{part.strip()!r} in --query names no layers; write as in 0-2=dense,3-=key-shared")
+            spec = parse_query_map(name)
+            for layer in _parse_layers(layers.strip(), n_layers):
+                if layer in chosen:
+                    raise QueryMapError(f"layer {layer} is named twice in --query {text!r}")
+                chosen[layer] = spec
+        missing = [layer for layer in range(n_layers) if layer not in chosen]
+        if missing:
+            raise QueryMapError(f"--query {text!r} says nothing of layer(s) {_ranges(missing)} of {n_layers}")
+        recipe = [chosen[layer] for layer in range(n_layers)]
+    for spec in set(recipe):
+        why = refusal(spec, dims)
+        if why:
+            raise QueryMapError(why)
+    return recipe
+
+
+def refusal(spec: QueryMapSpec, dims: Dimensions) -> str | None:
+    """Return why this map makes no sense for a model of these dimensions, or None."""
+    if spec.name == "dense":
+        return None
+    dense = QueryMapSpec("dense").parameters(dims)
+    if spec.parameters(dims) >= dense:
+        return (
+            f"query map {spec} stores {spec.parameters(dims):,} numbers a layer, not fewer than W_Q itself "
+            f"({dense:,}); choose a smaller rank, or key-shared, select or identity"
+        )
+    if spec.name == "low-rank" and spec.rank is not None and spec.rank >= min(dims.d_model, dims.n_heads * dims.d_head):
+        return f"query map {spec}: the rank must be below {min(dims.d_model, dims.n_heads * dims.d_head)}"
+    return None
+
+
+def _parse_layers(text: str, n_layers: int) -> range:
+    match = re.fullmatch(r"(?P<start>[0-9]{0,6})(?P<dash>-?)(?P<stop>[0-9]{0,6})", text)
+    if match is None or not (match["start"] or match["stop"]):
+        raise QueryMapError(f"cannot read the layers {text!r}; write 4, 0-2, 3- or -5")
+    start = int(match["start"] or 0)
+    if not match["dash"]:
+        stop = start
+    else:
+        stop = int(match["stop"]) if match["stop"] else n_layers - 1
+    if start > stop or stop >= n_layers:
+        raise QueryMapError(f"layers {text!r} are outside this model, whose layers are 0-{n_layers - 1}")
+    return range(start, stop + 1)
+
+
+def _ranges(layers: list[int]) -> str:
+    """Write [0, 1, 2, 5] as '0-2, 5'."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

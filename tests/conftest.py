@@ -1,0 +1,74 @@
+"""Shared fixtures: tiny checkpoints, made once a session. No test writes into a folder it is given."""
+
+import os
+
+# A tiny model gains nothing from threads, and no test reaches the network.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from tiny_models import RAVEN, save_reduced, save_tiny
+
+torch.set_num_threads(1)
+settings.register_profile("qectomy", deadline=None, max_examples=50)
+settings.load_profile("qectomy")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function (name="llama", **config overrides) -> folder of a scrambled stock checkpoint.
+
+    Names are the keys of tiny_models.SHAPES. The same arguments give the same folder: copy it to change it.
+    """
+    made: dict[str, Path] = {}
+
+    def make(name: str = "llama", **overrides: object) -> Path:
+        key = repr((name, sorted(overrides.items())))
+        if key not in made:
+            made[key] = save_tiny(tmp_path_factory.mktemp(name), name, **overrides)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_reduced(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function (recipe, name="llama", **overrides) -> folder of a reduced checkpoint.
+
+    Its query maps are random, and it has as many layers as the recipe names.
+    """
+    made: dict[str, Path] = {}
+
+    def make(recipe: tuple[str, ...], name: str = "llama", **overrides: object) -> Path:
+        key = repr((recipe, name, sorted(overrides.items())))
+        if key not in made:
+            source = tiny_checkpoint(name, num_hidden_layers=len(recipe), **overrides)
+            made[key] = save_reduced(tmp_path_factory.mktemp("reduced") / name, source, recipe)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def tiny_copy(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Return a function like tiny_checkpoint whose folder is the test's own, to damage at will."""
+
+    def make(name: str = "llama", **overrides: object) -> Path:
+        return Path(shutil.copytree(tiny_checkpoint(name, **overrides), tmp_path / f"copy-of-{name}"))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def raven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of about 800 words: a short poem, over and over."""
+    path = tmp_path_factory.mktemp("text") / "raven.txt"
+    path.write_text("\n".join([RAVEN] * 6), encoding="utf-8")
+    return path

@@ -1,0 +1,31 @@
+"""Damage done to a checkpoint folder, and the check that it is refused with the right message."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from qectomy.errors import CheckpointError, QectomyError
+from qectomy.surgery.checkpoint import SINGLE, open_checkpoint
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    tensors = load_file(folder / SINGLE)
+    change(tensors)
+    save_file(tensors, folder / SINGLE)
+
+
+def edit_json(path: Path, change: Callable[[Any], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def refused(folder: Path, message: str, error: type[QectomyError] = CheckpointError, **options: Any) -> None:
+    with pytest.raises(error) as caught:
+        open_checkpoint(folder, **options)
+    assert re.search(message, str(caught.value)), str(caught.value)

@@ -1,0 +1,179 @@
+"""The shapes a family promises are those of the classes that run it, stock and reduced."""
+
+import pytest
+import torch
+from tiny_models import EVERY_MAP, SHAPES, resolve, tiny_model
+
+from qectomy.errors import CheckpointError, UnsupportedArchitecture
+from qectomy.surgery.architectures import FAMILIES, QK_NORM_TYPES, find_family, find_reduced_family
+from qectomy.surgery.checkpoint import expected_layer, expected_tensors
+from qectomy.surgery.config_files import load_config
+from qectomy.surgery.query_maps import QueryMapSpec, parse_query_map
+
+
+def family_and_config(name, **overrides):
+    model_type, _, _, options = resolve(name, **overrides)
+    raw = {"model_type": model_type, **options}
+    return find_family(raw), raw
+
+
+def state_shapes(model):
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def without_tied_head(shapes, family, dims):
+    return {name: shape for name, shape in shapes.items() if not (dims.tied and name == family.head)}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_stock_shapes(name):
+    family, raw = family_and_config(name)
+    dims = family.dimensions(raw)
+    with torch.device("meta"):
+        model = family.causal_class()(load_config(family, raw))
+    promised = dict(family.outer_shapes(dims))
+    for layer in range(dims.n_layers):
+        promised |= {family.prefix(layer) + key: shape for key, shape in family.layer_shapes(dims).items()}
+    assert promised == without_tied_head(state_shapes(model), family, dims)
+    assert promised == expected_tensors(family, dims, (QueryMapSpec("dense"),) * dims.n_layers)
+
+
+@pytest.mark.parametrize("query_map", EVERY_MAP)
+@pytest.mark.parametrize("name", SHAPES)
+def test_reduced_shapes(name, query_map):
+    family, raw = family_and_config(name)
+    dims = family.dimensions(raw)
+    recipe = (parse_query_map(query_map), QueryMapSpec("dense"))
+    with torch.device("meta"):
+        config = load_config(family, {**raw, "query_maps": [str(spec) for spec in recipe]}, reduced=True)
+        model = family.causal_class(reduced=True)(config)
+    assert expected_tensors(family, dims, recipe) == without_tied_head(state_shapes(model), family, dims)
+    if query_map != "dense":
+        gone = set(family.layer_shapes(dims)) - set(expected_layer(family, dims, recipe[0]))
+        assert gone == {f"self_attn.q_proj.{kind}" for kind in ("weight", "bias")[: 1 + dims.attention_bias]}
+
+
+def test_parameters_of_query_modules():
+    """parameters() counts every number the module holds, indices included."""
+    for name in ("llama", "mqa", "biases", "wide-heads", "narrow-heads", "mistral"):
+        family, raw = family_and_config(name, num_hidden_layers=len(EVERY_MAP))
+        dims = family.dimensions(raw)
+        config = load_config(family, {**raw, "query_maps": list(EVERY_MAP)}, reduced=True)
+        for layer, query_map in enumerate(EVERY_MAP):
+            attention = family.reduced_layer(config, layer).self_attn
+            module = attention.q_proj if query_map == "dense" else attention.query
+            held = sum(tensor.numel() for tensor in module.state_dict().values())
+            assert parse_query_map(query_map).parameters(dims) == held, (name, query_map)
+
+
+@pytest.mark.parametrize("name", ["llama", "wide-heads", "mistral"])
+def test_one_layer_runs_as_in_the_whole_model(name):
+    """stock_layer, rotary and norm, put together by hand, give the stock model's own hidden states."""
+    family, raw = family_and_config(name)
+    model = tiny_model(name)
+    config = model.config
+    layer, norm = family.stock_layer(config, 0), family.norm(config)
+    layer.load_state_dict(model.model.layers[0].state_dict())
+    norm.load_state_dict(model.model.norm.state_dict())
+    positions = torch.arange(4)[None]  # shorter than the sliding window
+    hidden = model.model.embed_tokens(torch.tensor([[5, 6, 7, 8]]))
+    mask = torch.full((4, 4), -torch.inf).triu(1)[None, None]
+    layer.self_attn.config._attn_implementation = "eager"
+    out = layer(hidden, attention_mask=mask, position_embeddings=family.rotary(config)(hidden, positions))
+    out = out[0] if isinstance(out, tuple) else out
+    whole = model.model(torch.tensor([[5, 6, 7, 8]]), output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm(whole), model.model.norm(whole))
+    assert family.sliding_window(config) == raw.get("sliding_window")
+
+
+def test_apply_rotary_turns_pairs_of_channels():
+    """Channel i and i + K/2 of head h at position t are turned by the angle t θ_i."""
+    family, raw = family_and_config("llama")
+    config = load_config(family, raw)
+    heads = torch.randn(2, 4, 7, 8, generator=torch.Generator().manual_seed(0))  # (B, H, T, K)
+    cos, sin = family.rotary(config)(heads, torch.arange(7)[None])
+    turned = family.apply_rotary(heads, cos, sin)
+    for t in range(7):
+        for i in range(4):
+            angle = torch.tensor(t * 10000.0 ** (-2 * i / 8))
+            x, y = heads[:, :, t, i], heads[:, :, t, i + 4]
+            torch.testing.assert_close(turned[:, :, t, i], x * angle.cos() - y * angle.sin(), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(turned[:, :, t, i + 4], x * angle.sin() + y * angle.cos(), rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_type_lists_the_known():
+    for model_type in ("gpt_neox", None, 7, ["llama"]):
+        with pytest.raises(UnsupportedArchitecture, match="is not supported; supported types: llama, mistral"):
+            find_family({"model_type": model_type})
+    with pytest.raises(UnsupportedArchitecture, match="model_type None"):
+        find_family({})
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt_neox"])
+def test_quantized_is_refused(model_type):
+    with pytest.raises(UnsupportedArchitecture, match=r"quantized.*cannot be refitted.*original float32"):
+        find_family({"model_type": model_type, "quantization_config": {"bits": 4}})
+
+
+@pytest.mark.parametrize("model_type", QK_NORM_TYPES)
+def test_qk_norm_is_refused(model_type):
+    with pytest.raises(UnsupportedArchitecture, match=f"{model_type}.*QK-norm.*Supported types: llama, mistral"):
+        find_family({"model_type": model_type})
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_already_reduced_is_refused(model_type):
+    with pytest.raises(UnsupportedArchitecture, match=r"already reduced.*qectomy materialize"):
+        find_family({"model_type": f"qectomy_{model_type}"})
+    assert find_reduced_family({"model_type": f"qectomy_{model_type}"}) is FAMILIES[model_type]
+    with pytest.raises(UnsupportedArchitecture, match=r"not a checkpoint that qectomy reduced.*qectomy_llama"):
+        find_reduced_family({"model_type": model_type})
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *[(field, value) for field in ("hidden_size", "vocab_size") for value in (0, -1, 2**31, 1e3, "32", None, [])],
+        ("num_attention_heads", 0),
+        ("num_attention_heads", True),
+        ("num_key_value_heads", 3),
+        ("num_hidden_layers", 10**30),
+        ("head_dim", 7),
+        ("head_dim", 0),
+        ("num_attention_heads", 64),  # d_model // n_heads is 0
+        ("intermediate_size", float("nan")),
+        ("tie_word_embeddings", "yes"),
+        ("attention_bias", 1),
+    ],
+)
+def test_absurd_sizes_are_named(field, value):
+    family, raw = family_and_config("llama")
+    with pytest.raises(CheckpointError, match=r"config.json: ") as error:
+        family.dimensions({**raw, field: value})
+    named = {"num_attention_heads": ("num_attention_heads", "head_dim")}.get(field, (field,))
+    assert any(name in str(error.value) for name in named)
+
+
+def test_defaults_are_those_of_the_family():
+    """A config.json that leaves out the KV heads means other things to Llama and to Mistral."""
+    for name, n_kv_heads in (("llama", 16), ("mistral", 8)):
+        family, raw = family_and_config(name, num_attention_heads=16)
+        del raw["num_key_value_heads"]
+        assert family.dimensions(raw).n_kv_heads == n_kv_heads
+        assert load_config(family, raw).num_key_value_heads == n_kv_heads
+    family, raw = family_and_config("llama", num_attention_heads=16, num_key_value_heads=None)
+    assert family.dimensions(raw).n_kv_heads == load_config(family, raw).num_key_value_heads == 16
+
+
+def test_mistral_ignores_a_stray_bias_flag():
+    """Stock Mistral has no attention bias whatever config.json says; the reduced class must agree."""
+    family, raw = family_and_config("mistral", attention_bias=True, mlp_bias=True)
+    dims = family.dimensions(raw)
+    config = load_config(family, {**raw, "query_maps": ["select", "dense"]}, reduced=True)
+    with torch.device("meta"):
+        model = family.causal_class(reduced=True)(config)
+        stock = family.causal_class()(load_config(family, raw))
+    recipe = tuple(parse_query_map(name) for name in ("select", "dense"))
+    assert expected_tensors(family, dims, recipe) == state_shapes(model)
+    assert expected_tensors(family, dims, (QueryMapSpec("dense"),) * 2) == state_shapes(stock)

@@ -1,0 +1,173 @@
+"""config.json of the reduced and of the materialised model, and the files that come along."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+from tiny_models import EVERY_MAP, ROPES, SHAPES
+from transformers import AutoConfig, AutoTokenizer
+
+from qectomy.errors import CheckpointError
+from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.surgery.config_files import (
+    copy_companions,
+    load_config,
+    reduced_config,
+    stock_config,
+    write_config,
+)
+from qectomy.surgery.plan import totals
+from qectomy.surgery.query_maps import parse_query_map
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith(("rope-", "mistral"))])
+def test_reduced_config_keeps_every_field(tiny_checkpoint, tmp_path, name):
+    checkpoint = open_checkpoint(tiny_checkpoint(name))
+    recipe = (parse_query_map("select"), parse_query_map("low-rank:3"))
+    write_config(tmp_path, reduced_config(checkpoint, recipe, "BF16"))
+    reduced = AutoConfig.from_pretrained(tmp_path)
+    original = AutoConfig.from_pretrained(checkpoint.folder)
+    changed = {
+        "model_type",
+        "architectures",
+        "auto_map",
+        "query_maps",
+        "dtype",
+        "_name_or_path",
+        "transformers_version",
+    }
+    ours, theirs = reduced.to_dict(), original.to_dict()
+    assert {k: ours[k] for k in theirs if k not in changed} == {k: v for k, v in theirs.items() if k not in changed}
+    assert reduced.query_maps == ["select", "low-rank:3"]
+    assert ours["dtype"] in ("bfloat16", "torch.bfloat16")
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rope_is_spelt_for_old_and_new_transformers(tiny_checkpoint, rope):
+    """Before version 5 only rope_theta and rope_scaling were read; from 5 on rope_parameters."""
+    checkpoint = open_checkpoint(tiny_checkpoint(f"rope-{rope}"))
+    config = reduced_config(checkpoint, checkpoint.recipe, "F32")
+    assert config["rope_theta"] == 500.0
+    assert {k: config["rope_parameters"][k] for k in ROPES[rope]} == ROPES[rope]
+    if rope == "default":
+        assert config.get("rope_scaling") is None
+    else:
+        assert {k: config["rope_scaling"][k] for k in ROPES[rope] if k != "rope_theta"} == {
+            k: v for k, v in ROPES[rope].items() if k != "rope_theta"
+        }
+
+
+@pytest.mark.parametrize("rope", ["linear", "llama3"])
+def test_rope_spelt_the_old_way_is_read(tiny_copy, rope):
+    folder = tiny_copy(f"rope-{rope}")
+    raw = json.loads((folder / "config.json").read_text())
+    expected = AutoConfig.from_pretrained(folder).rope_parameters
+    scaling = {k: v for k, v in raw.pop("rope_parameters").items() if k not in ("rope_theta", "rope_type")}
+    (folder / "config.json").write_text(
+        json.dumps({**raw, "rope_theta": 500.0, "rope_scaling": {"type": rope, **scaling}})
+    )
+    checkpoint = open_checkpoint(folder)
+    written = reduced_config(checkpoint, checkpoint.recipe, "F32")
+    config = load_config(checkpoint.family, written, reduced=True)
+    assert {k: config.rope_parameters[k] for k in expected} == expected
+
+
+def test_code_and_stale_fields_are_left_behind(tiny_copy):
+    folder = tiny_copy()
+    raw = json.loads((folder / "config.json").read_text())
+    stale = {
+        "auto_map": {"AutoConfig": "evil.Config"},
+        "torch_dtype": "float16",
+        "_name_or_path": "/home/someone",
+    }
+    (folder / "config.json").write_text(json.dumps({**raw, **stale, "transformers_version": "4.0"}))
+    checkpoint = open_checkpoint(folder)
+    for config in (reduced_config(checkpoint, checkpoint.recipe, "F32"), stock_config(checkpoint, "F32")):
+        assert "evil" not in json.dumps(config)
+        assert not {"torch_dtype", "_name_or_path", "transformers_version"} & set(config)
+        assert config["dtype"] == "float32"
+    assert "auto_map" not in stock_config(checkpoint, "F32")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("rms_norm_eps", "tiny"),
+        ("hidden_act", 3),
+        ("hidden_act", "swish-swosh"),
+        ("rope_parameters", "yarn"),
+        ("rope_parameters", {"rope_type": "spiral", "rope_theta": 1e4}),
+        ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4}),
+        ("initializer_range", -3.0),
+        ("num_attention_heads", 5),
+    ],
+)
+def test_a_config_that_no_model_can_use(tiny_checkpoint, field, value):
+    checkpoint = open_checkpoint(tiny_checkpoint())
+    with pytest.raises(CheckpointError, match=r"config.json is not a valid llama config: "):
+        load_config(checkpoint.family, {**checkpoint.config, field: value})
+
+
+def test_unknown_names_are_explained(tiny_checkpoint):
+    checkpoint = open_checkpoint(tiny_checkpoint())
+    with pytest.raises(CheckpointError, match="rope_type 'spiral' is unknown; known: default, linear, "):
+        load_config(
+            checkpoint.family,
+            {**checkpoint.config, "rope_parameters": {"rope_type": "spiral", "rope_theta": 1.0}},
+        )
+    with pytest.raises(CheckpointError, match="hidden_act 'swish-swosh' is not an activation"):
+        load_config(checkpoint.family, {**checkpoint.config, "hidden_act": "swish-swosh"})
+
+
+def test_companions(tiny_copy, tmp_path):
+    folder, out = tiny_copy(), tmp_path / "out"
+    out.mkdir()
+    for name in (
+        "LICENSE",
+        "NOTICE.txt",
+        "merges.txt",
+        "chat_template.jinja",
+        "generation_config.json",
+        "spiece.model",
+    ):
+        (folder / name).write_text(name)
+    for name in (
+        "tokenizer.bin",
+        "tokenizer_code.py",
+        "vocab.pt",
+        "training_args.bin",
+        "README.md",
+        "notes.json",
+    ):
+        (folder / name).write_text(name)
+    (folder / "tokenizer_folder").mkdir()
+    copy_companions(folder, out)
+    carried = {path.name for path in out.iterdir()}
+    assert carried == {
+        *(
+            "LICENSE",
+            "NOTICE.txt",
+            "merges.txt",
+            "chat_template.jinja",
+            "generation_config.json",
+            "spiece.model",
+        ),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    for name in carried:
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    assert AutoTokenizer.from_pretrained(out)("door")["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["llama", "biases", "bf16", "mistral"])
+def test_planned_totals_are_what_is_written(tiny_checkpoint, tiny_reduced, name):
+    source = open_checkpoint(tiny_checkpoint(name, num_hidden_layers=len(EVERY_MAP)))
+    folder = tiny_reduced(EVERY_MAP, name)
+    reduced = open_checkpoint(folder, reduced=True)
+    sizes = totals(source, reduced.recipe)
+    tensors = load_file(folder / "model.safetensors").values()
+    assert sizes["parameters"] == {
+        "before": source.parameters,
+        "after": sum(tensor.numel() for tensor in tensors),
+    }
+    assert sizes["bytes"] == {"before": source.nbytes, "after": sum(tensor.nbytes for tensor in tensors)}

@@ -1,0 +1,170 @@
+"""A materialised checkpoint is a stock model with the reduced model's logits."""
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import EVERY_MAP, SHAPES, load_reduced, save_reduced, tokens
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
+
+from qectomy.errors import CheckpointError, NonFiniteError, OutputError
+from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.surgery.materialize import materialize
+
+HALF = ("bf16", "fp16")
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def load_stock(folder, dtype=torch.float64):
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert type(model) in (LlamaForCausalLM, MistralForCausalLM)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name not in HALF])
+def test_same_logits(tiny_reduced, tmp_path, name):
+    folder, ids = tiny_reduced(EVERY_MAP, name), tokens(2, 70)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    result = materialize(open_checkpoint(folder, reduced=True), tmp_path / "stock")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    reduced, stock = load_reduced(folder, torch.float64), load_stock(tmp_path / "stock")
+    with torch.no_grad():
+        expected = reduced(ids).logits
+        # W_Q is rounded to float32 once
+        assert relative(stock(ids).logits, expected) < 1e-5
+        assert relative(load_stock(tmp_path / "stock", torch.float32)(ids).logits.double(), expected) < 1e-4
+        stock.model.layers[2].self_attn.q_proj.weight[3] *= 1.05
+        assert relative(stock(ids).logits, expected) > 1e-4
+    held = open_checkpoint(tmp_path / "stock")
+    assert result["parameters"] == {
+        "before": open_checkpoint(folder, reduced=True).parameters,
+        "after": held.parameters,
+    }
+    assert result["bytes"]["after"] == held.nbytes
+    assert "saves nothing" in result["note"]
+
+
+@pytest.mark.parametrize("name", ["llama", "wide-heads", "narrow-heads"])
+def test_weights_that_are_not_queries_are_copied_bit_for_bit(tiny_reduced, tmp_path, name):
+    folder = tiny_reduced(EVERY_MAP, name)
+    materialize(open_checkpoint(folder, reduced=True), tmp_path / "stock")
+    reduced, stock = load_file(folder / "model.safetensors"), load_file(tmp_path / "stock/model.safetensors")
+    common = set(reduced) & set(stock)
+    assert len(common) > 30
+    assert all(torch.equal(reduced[key], stock[key]) for key in common)
+    assert {key.rpartition(".self_attn.")[2].partition(".")[0] for key in set(stock) - common} == {"q_proj"}
+
+
+def test_identity_and_select_are_exact(tiny_reduced, tmp_path):
+    """identity's W_Q is ones and zeros; select's has one gain in each row; both without rounding."""
+    for name, n_query in (("llama", 32), ("wide-heads", 48), ("narrow-heads", 24)):
+        folder, out = tiny_reduced(EVERY_MAP, name), tmp_path / name
+        materialize(open_checkpoint(folder, reduced=True), out)
+        reduced, stock = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
+        expected = torch.zeros(n_query, 32)
+        expected[torch.arange(n_query), torch.arange(n_query) % 32] = 1
+        assert torch.equal(stock["model.layers.0.self_attn.q_proj.weight"], expected)
+        query = "model.layers.1.self_attn.query."
+        expected = torch.zeros(n_query, 32)
+        expected[torch.arange(n_query), reduced[query + "index"].long()] = reduced[query + "gain"]
+        if query + "bias" in reduced:  # the map is probed with its bias, taken off again in float64
+            torch.testing.assert_close(stock["model.layers.1.self_attn.q_proj.weight"], expected, rtol=1e-7, atol=1e-15)
+            assert torch.equal(stock["model.layers.1.self_attn.q_proj.bias"], reduced[query + "bias"])
+        else:
+            assert torch.equal(stock["model.layers.1.self_attn.q_proj.weight"], expected)
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_half_precision_is_kept(tiny_reduced, tmp_path, name):
+    folder = tiny_reduced(EVERY_MAP, name)
+    materialize(open_checkpoint(folder, reduced=True), tmp_path / "stock")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    assert {tensor.dtype for tensor in load_file(tmp_path / "stock/model.safetensors").values()} == {dtype}
+    config = json.loads((tmp_path / "stock/config.json").read_text())
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "stock").dtype == dtype
+    with torch.no_grad():
+        exact = load_reduced(folder, torch.float64)(tokens()).logits
+        assert relative(load_stock(tmp_path / "stock")(tokens()).logits, exact) < 0.2
+
+
+def test_sharded(tiny_checkpoint, tmp_path):
+    source = tiny_checkpoint("sharded", num_hidden_layers=5)
+    folder = save_reduced(tmp_path / "reduced", source, EVERY_MAP, max_shard_bytes=9000)
+    assert len(list(folder.glob("model-*.safetensors"))) > 3
+    checkpoint = open_checkpoint(folder, reduced=True)
+    materialize(checkpoint, tmp_path / "one")
+    materialize(checkpoint, tmp_path / "many", max_shard_bytes=9000)
+    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 3
+    one, many = load_stock(tmp_path / "one"), load_stock(tmp_path / "many")
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), many.parameters(), strict=True))
+    assert relative(many(tokens()).logits, load_reduced(folder, torch.float64)(tokens()).logits) < 1e-5
+
+
+def test_what_comes_along(tiny_reduced, tmp_path):
+    folder = shutil.copytree(tiny_reduced(EVERY_MAP), tmp_path / "reduced")
+    (folder / "LICENSE.md").write_text("terms")
+    (folder / "tokenizer_evil.py").write_text("boom")
+    (folder / "secrets.env").write_text("no")
+    steps = []
+    materialize(open_checkpoint(folder, reduced=True), tmp_path / "stock", progress=lambda *step: steps.append(step))
+    assert steps == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
+    names = {path.name for path in (tmp_path / "stock").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "LICENSE.md"} <= names
+    assert not names & {"modeling_qectomy_llama.py", "tokenizer_evil.py", "secrets.env"}
+    config = json.loads((tmp_path / "stock/config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert not {"auto_map", "query_maps"} & set(config)
+    assert AutoTokenizer.from_pretrained(tmp_path / "stock")("nevermore")["input_ids"]
+
+
+def test_existing_output_is_refused(tiny_reduced, tmp_path):
+    with pytest.raises(OutputError, match=f"{tmp_path} exists; nothing is overwritten"):
+        materialize(open_checkpoint(tiny_reduced(EVERY_MAP), reduced=True), tmp_path)
+
+
+def test_a_disk_that_fills_up(tiny_reduced, tmp_path, monkeypatch):
+    whole, left = os.pwrite, [60_000]
+
+    def pwrite(descriptor, data, offset):
+        if left[0] < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left[0] -= len(data)
+        return whole(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(
+        OutputError, match=r"deep/stock could not be written: the disk is full. Nothing was left behind"
+    ):
+        materialize(open_checkpoint(tiny_reduced(EVERY_MAP), reduced=True), tmp_path / "deep/stock")
+    assert left[0] < 60_000
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_with_too_little_room(tiny_reduced, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OutputError, match=r"has 1,000 bytes free; .* are needed. Nothing was written"):
+        materialize(open_checkpoint(tiny_reduced(EVERY_MAP), reduced=True), tmp_path / "stock")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name, value, error", [("gain", float("nan"), NonFiniteError), ("index", 32, CheckpointError)])
+def test_damage_is_named_and_leaves_nothing(tiny_reduced, tmp_path, name, value, error):
+    folder = shutil.copytree(tiny_reduced(EVERY_MAP), tmp_path / "reduced")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"model.layers.1.self_attn.query.{name}"][5] = value
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(error, match=rf"model.layers.1.self_attn.query.{name}"):
+        materialize(open_checkpoint(folder, reduced=True), tmp_path / "stock")
+    assert [path.name for path in tmp_path.iterdir()] == ["reduced"]
