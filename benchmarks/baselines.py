@@ -106,9 +106,7 @@ def truncate(W: torch.Tensor, rank: int, second_moment: torch.Tensor | None = No
     return (U @ (U.T @ W64)).to(W.dtype)
 
 
-def truncate_queries_(
-    model: Any, family: Family, rank: int, statistics: list[LayerStatistics] | None = None
-) -> None:
+def truncate_queries_(model: Any, family: Family, rank: int, statistics: list[LayerStatistics] | None = None) -> None:
     """Cut W_Q of every layer to a rank, weighted by the calibration text where statistics are given."""
     for index, layer in enumerate(layer_modules(model, family)):
         projection = layer.get_submodule(family.roles.query.module)
@@ -150,9 +148,7 @@ def plan_methods(
         yield name, count * layer_parameters, lambda m, dropped=dropped: drop_layers_(m, family, dropped)
 
 
-def measure(
-    name: str, removed: int, model: Any, original: Any, windows: ScoringWindows, before: float | None
-) -> Row:
+def measure(name: str, removed: int, model: Any, original: Any, windows: ScoringWindows, before: float | None) -> Row:
     """Score a model on `windows`, with KL and top-1 agreement against the original's predictions."""
     print(f"measuring {name}", file=sys.stderr, flush=True)
     reference = None if model is original else original
@@ -211,13 +207,9 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_setting(parser)
-    parser.add_argument(
-        "--match", default="key-shared", metavar="MAP", help="whose size; default: key-shared"
-    )
+    parser.add_argument("--match", default="key-shared", metavar="MAP", help="whose size; default: key-shared")
     parser.add_argument("--reduced", nargs="*", default=[], metavar="DIR", help="measured beside")
     options = parser.parse_args()
     try:

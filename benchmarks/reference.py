@@ -81,9 +81,7 @@ def run_benchmark(name: str, options: argparse.Namespace, *more: str) -> Any:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "result.json"
         print(f"running {name}", file=sys.stderr, flush=True)
-        done = run_measured(
-            sys.executable, str(FOLDER / name), *setting_arguments(options), "--json", str(file), *more
-        )
+        done = run_measured(sys.executable, str(FOLDER / name), *setting_arguments(options), "--json", str(file), *more)
         print(done.output, flush=True)
         return json.loads(file.read_text(encoding="utf-8"))
 
@@ -103,9 +101,7 @@ def convert(query: str, out: Path, options: argparse.Namespace) -> Finished:
     )
 
 
-def measure_map(
-    query: str, out: Path, options: argparse.Namespace, forward: dict[str, Any]
-) -> dict[str, Any]:
+def measure_map(query: str, out: Path, options: argparse.Namespace, forward: dict[str, Any]) -> dict[str, Any]:
     """Convert with one query map; return its report and what was measured from outside."""
     done = convert(query, out, options)
     report = json.loads(done.output)
@@ -252,15 +248,11 @@ def show(result: dict[str, Any], options: argparse.Namespace) -> None:
     show_checks(result["maps"])
     median = result["help_seconds"]["median"]
     verdict = "met" if median < HELP_SECONDS else "MISSED"
-    print(
-        f"qectomy --help: {median:.3f} s, median of {HELP_RUNS} (must be under {HELP_SECONDS:g} s): {verdict}"
-    )
+    print(f"qectomy --help: {median:.3f} s, median of {HELP_RUNS} (must be under {HELP_SECONDS:g} s): {verdict}")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_setting(parser)
     parser.add_argument("--query", nargs="+", default=MAPS, metavar="MAP", help=f"default: {' '.join(MAPS)}")
     parser.add_argument("--out-root", type=Path, metavar="DIR", help="keep the reduced folders here")

@@ -26,7 +26,7 @@ Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (heads (B, *, R, 
 class RefineSettings:
     """Budget and step sizes; measured choices, see docs/LOG.md."""
 
-    steps: int = 400
+    steps: int | None = None  # None: 400 at 32,768 tokens, growing with the square root of their number
     rows_a_step: int = 1024  # query rows over all windows of a step
     row_share: float = 0.25  # of a window's rows used at a time
     temperatures: tuple[float, ...] = (1.0, 0.5)  # of a step's windows in turn; multiplies the logits
@@ -37,6 +37,10 @@ class RefineSettings:
     lr_key_fixed_channels: float = 4e-3  # identity and select: only gains move beside W_K
     lr_gain: float = 2e-2
     max_gain_change: float = 10.0
+
+    def steps_for(self, tokens: int) -> int:
+        """Return how many steps to take on so many tokens: more text is worth, and needs, a longer fit."""
+        return self.steps or round(min(1600.0, max(100.0, 400 * math.sqrt(tokens / 32_768))))
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,13 @@ def refine(
         values = {name: parameter.value() for name, parameter in parameters.items()}
         return _loss(values, fixed, query_module, data, rope, *batches.draw())
 
-    adam(list(parameters.values()), loss, steps=settings.steps, warmup=settings.warmup, betas=(0.9, 0.98))
+    adam(
+        list(parameters.values()),
+        loss,
+        steps=settings.steps_for(data.hidden[..., 0].numel()),
+        warmup=settings.warmup,
+        betas=(0.9, 0.98),
+    )
     with torch.no_grad():
         values = {name: parameter.value() for name, parameter in parameters.items()}
     query = {name: values.get(f"query.{name}", tensor) for name, tensor in start.query.items()}

@@ -26,8 +26,11 @@ class RefitSettings:
     """Ridge strengths, relative to the mean diagonal of the Gram matrix; measured choices, see docs/LOG.md."""
 
     output: float = 1.0
-    mlp_readers: float = 0.01
+    mlp_readers: float | None = None  # None: the MLP's readers stay; they must follow a stream that starts elsewhere
     mlp_out: float = 3.0
+
+
+TURNED = RefitSettings(mlp_readers=0.01)  # in a turned stream, whose embedding is scaled under a tied head
 
 
 class _Regression:
@@ -54,7 +57,8 @@ def refit_layer(
     """Refit the student layer's W_O, then its MLP, in place, on the fitted windows; the streams stay as they are."""
     roles = runner.family.roles
     _refit_writer(runner, teacher, student, streams, roles.output, settings.output)
-    _refit_readers(runner, teacher, student, streams, settings.mlp_readers)
+    if settings.mlp_readers is not None:
+        _refit_readers(runner, teacher, student, streams, settings.mlp_readers)
     _refit_writer(runner, teacher, student, streams, roles.mlp_out, settings.mlp_out)
 
 

@@ -9,7 +9,8 @@ channel carries some of everything.
 The final norm's gain γ_f does not commute with Θ. An untied head takes it in: H diag(γ_f) Θ. A tied head does too,
 E' = E diag(γ_f / c) Θ with one c for all channels as the new final gain, and keeps every logit. The price is that the
 embedding enters the stream scaled by s = γ_f / c, channel by channel. The first attention's readers divide by s; in
-later layers the embedding is a small part of the stream, and the fit takes up what is left. Channels whose s is far from 1 in size are not turned and keep their own gain.
+later layers the embedding is a small part of the stream, and the fit takes up what is left. Channels whose s is far
+from 1 in size are not turned and keep their own gain.
 Dimensions: D d_model, V vocabulary; weights (out, D) as nn.Linear stores them.
 """
 
