@@ -215,9 +215,10 @@ def main() -> None:
     except QectomyError as error:
         typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.secho("interrupted; nothing was left behind", err=True)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer makes this of Ctrl-C, without a word
+            typer.secho("interrupted; nothing was left behind", err=True)
+        raise
 
 
 @contextmanager

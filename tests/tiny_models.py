@@ -4,13 +4,14 @@ Hugging Face initialises gains to 1 and biases to 0, which hides a lost gain or 
 default. Weights are large enough for peaked attention, so that a wrong query shows in the logits.
 """
 
+import copy
 import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -157,6 +158,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=128
     )
+
+
+def bos_tokenizer() -> PreTrainedTokenizerFast:
+    """The same tokenizer, but one that starts every text with BOS, as Llama's does."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    return tokenizer
 
 
 def save_tiny(folder: Path, name: str = "llama", **overrides: Any) -> Path:

@@ -80,7 +80,7 @@ def check_device(name: str) -> str:
     """Return the device if this machine has it. Raises QectomyError otherwise."""
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise QectomyError(f"--device {name}: not usable here ({str(error).splitlines()[0][:120]})") from error
     return name

@@ -45,7 +45,7 @@ class FinalScores:
 
     before: TokenScores
     after: TokenScores
-    expected: tuple[torch.Tensor, torch.Tensor]  # tokens (1, n), logits (n, V)
+    expected: tuple[torch.Tensor, torch.Tensor]  # a whole window (1, T), the logits of its last positions (n, V)
     head_seconds: float
 
 
@@ -72,10 +72,9 @@ def final_scores(
         after.append(score_tokens(reduced.logits(ours), targets, reduced.vocab_size, original.logits(theirs)))
         if not (torch.isfinite(before[-1].nll).all() and torch.isfinite(after[-1].nll).all()):
             raise NonFiniteError(f"logits are NaN or Inf on evaluation windows {start} to {stop - 1}")
-    length = min(RELOAD_TOKENS, held.tokens.shape[1])
-    first = streams.student.read(streams.fitted, streams.fitted + 1)[0, :length]
-    logits = reduced.logits(first.to(reduced.device))
+    window = streams.student.read(streams.fitted, streams.fitted + 1)[0]
+    logits = reduced.logits(window[-RELOAD_TOKENS:].to(reduced.device))
     slices = range(0, reduced.vocab_size, VOCABULARY_SLICE)
     whole = [logits(a, min(a + VOCABULARY_SLICE, reduced.vocab_size)).cpu() for a in slices]
-    expected = (held.tokens[:1, :length].clone(), torch.cat(whole, dim=-1))
+    expected = (held.tokens[:1].clone(), torch.cat(whole, dim=-1))  # whole: some RoPE types depend on the length
     return FinalScores(join_scores(before), join_scores(after), expected, seconds)

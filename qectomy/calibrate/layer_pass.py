@@ -14,6 +14,7 @@ from qectomy.calibrate.attention_kl import attention_kl
 from qectomy.calibrate.final_scores import FinalScores, Head, final_scores
 from qectomy.calibrate.layer_fit import Streams, fast_math, fit_layer
 from qectomy.calibrate.layers import LayerRunner
+from qectomy.calibrate.memory import release_freed
 from qectomy.calibrate.refine import RefineSettings
 from qectomy.calibrate.refit import TURNED, RefitSettings, refit_layer
 from qectomy.calibrate.settings import ConvertSettings
@@ -85,10 +86,12 @@ class LayerPass:
             since = time.perf_counter()
             self._embed(streams)
             self._write_outer(writer)
+            release_freed()
             self.watch.add("embedding", since)
             for layer in range(dims.n_layers):
                 begun = time.perf_counter()
                 record = self._layer(layer, streams, writer)
+                release_freed()
                 record["seconds"] = round(time.perf_counter() - begun, 3)
                 layers.append(record)
                 if progress:
@@ -149,10 +152,8 @@ class LayerPass:
                 table[here] = rows[wanted[here] - start]
         theirs, ours = table, table
         if self.basis is not None:
-            theirs, ours = (
-                self.basis.states(table),
-                self._as_stored("embedding", self.basis.embedding_rows(table)),
-            )
+            theirs, ours = self.basis.states(table), self.basis.embedding_rows(table)
+        ours = self._as_stored("the embedding", ours)
         for start, stop in batches(0, self.tokens.shape[0], self.batch):
             places = torch.searchsorted(wanted, self.tokens[start:stop])
             streams.teacher.write(start, theirs[places])
@@ -168,7 +169,9 @@ class LayerPass:
                 continue
             start = 0
             for rows in self._rows(name):
-                writer.write_rows(name, start, change[name](rows.double()) if name in change else rows)
+                rows = change[name](rows.double()) if name in change else rows
+                self._as_stored(name, rows)  # also the rows of tokens that no text here holds
+                writer.write_rows(name, start, rows)
                 start += len(rows)
 
     def _layer(self, layer: int, streams: Streams, writer: ShardWriter) -> dict[str, Any]:
@@ -188,6 +191,7 @@ class LayerPass:
                 reduced = fit_layer(
                     runner, layer, spec, tensors, base, teacher, streams, RefineSettings(), self.generator
                 )
+            release_freed()
             since = self.watch.add("fitting", since)
         if self.drifted or spec.name != "dense":
             self.drifted = True
@@ -195,9 +199,10 @@ class LayerPass:
             refit_layer(runner, teacher, student, streams, TURNED if self.basis else RefitSettings())
             reduced = {name: tensor.detach() for name, tensor in student.state_dict().items()}
             since = self.watch.add("refitting", since)
-        stored = {name: self._as_stored(name, tensor) for name, tensor in reduced.items()}
+        prefix = runner.family.prefix(layer)
+        stored = {name: self._as_stored(prefix + name, tensor) for name, tensor in reduced.items()}
         for name, tensor in stored.items():
-            writer.write(runner.family.prefix(layer) + name, tensor)
+            writer.write(prefix + name, tensor)
         student = runner.build(layer, stored, reduced=True)
         since = self.watch.add("writing", since)
         kl = self._attention_kl(teacher, student, streams)
@@ -212,7 +217,7 @@ class LayerPass:
             return tensor
         stored = tensor.to("cpu", DTYPES[self.dtype]).float()
         if not torch.isfinite(stored).all():
-            raise NonFiniteError(f"{name} does not fit in {self.dtype} after the fit; use --dtype float32")
+            raise NonFiniteError(f"{name} does not fit in {self.dtype}; use --dtype float32")
         return stored
 
     def _attention_kl(self, teacher: nn.Module, student: nn.Module, streams: Streams) -> dict[str, float]:

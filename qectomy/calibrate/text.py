@@ -7,6 +7,7 @@ tokenizer itself starts a text with BOS, every window starts with BOS too (and h
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +48,9 @@ class Windows:
 def read_source(name: str) -> Source:
     """Read a UTF-8 text file, a JSONL file, or a dataset. Raises TextError if there is nothing to read."""
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(name):  # unlike Path's own, false for a name too long to be one
         raise TextError(f"{path} is a folder; give a text file, a .jsonl file or a dataset's name")
-    if not path.exists():
+    if not os.path.exists(name):
         return _read_dataset(name)
     try:
         data = path.read_bytes()
@@ -145,7 +146,7 @@ def make_windows(
 
 
 def _read_jsonl(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at a U+2028 inside a string
         if not line.strip():
             continue
         try:
@@ -155,6 +156,10 @@ def _read_jsonl(path: Path, text: str) -> Iterator[str]:
         field = next((f for f in TEXT_FIELDS if isinstance(record, dict) and isinstance(record.get(f), str)), None)
         if field is None:
             raise TextError(f"{path}, line {number}: no text in any of the fields {', '.join(TEXT_FIELDS)}")
+        try:
+            record[field].encode()
+        except UnicodeEncodeError as error:
+            raise TextError(f"{path}, line {number}: half of a surrogate pair, which is no character") from error
         yield record[field]
 
 

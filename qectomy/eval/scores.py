@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-SLICE = 4096
+SLICE = 2048
 
 Logits = Callable[[int, int], torch.Tensor]  # (start, stop) of the vocabulary -> (N, stop - start) logits
 

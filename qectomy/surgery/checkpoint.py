@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,11 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 INDEX_BYTES = {"I64": 8, "I32": 4, "I16": 2}
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"} | {
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+}
 MAX_JSON_BYTES = 100_000_000
 MAX_LAYERS = 10_000
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
@@ -97,26 +102,45 @@ class Checkpoint:
 
     def read(self, name: str, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return one whole tensor on the CPU. Raises NonFiniteError naming it if it holds NaN or Inf."""
-        return self._get(name, lambda file: file.get_tensor(name), dtype)
+        info = self.tensors[name]
+        try:
+            with safe_open(self.folder / info.file, "pt", backend="pread") as file:
+                tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{info.file}: cannot read tensor {name}: {error}") from error
+        return self._checked(name, tensor, dtype)
 
     def read_rows(self, name: str, start: int, stop: int, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
-        """Return rows [start, stop) of a matrix on the CPU, checked like `read`."""
-        return self._get(name, lambda file: file.get_slice(name)[start:stop], dtype)
+        """Return rows [start, stop) of a matrix on the CPU, checked like `read`; only their bytes are read.
+
+        (safe_open's slices read the whole tensor first where files are not mapped.)
+        """
+        import torch
+
+        info = self.tensors[name]
+        row_bytes = info.nbytes // info.shape[0]
+        data = bytearray((stop - start) * row_bytes)
+        with (self.folder / info.file).open("rb", buffering=0) as file:
+            got = os.preadv(file.fileno(), [data], self._offsets[info.file][name] + start * row_bytes)
+        if got != len(data):
+            raise CheckpointError(f"{info.file}: ended inside tensor {name}; the file has changed since it was opened")
+        rows = torch.frombuffer(data, dtype=getattr(torch, TORCH_NAMES[info.dtype]))
+        return self._checked(name, rows.view(stop - start, *info.shape[1:]), dtype)
+
+    @cached_property
+    def _offsets(self) -> dict[str, dict[str, int]]:
+        """Where each tensor's bytes begin, by file; the headers were found sound when the checkpoint was opened."""
+        return {name: _data_offsets(self.folder / name) for name in self.files}
 
     def read_layer(self, layer: int, dtype: "torch.dtype | None" = None) -> "dict[str, torch.Tensor]":
         """Return {name inside the layer: tensor} of one layer."""
         prefix = self.family.prefix(layer)
         return {name: self.read(prefix + name, dtype) for name, _ in self.layer_tensors(layer)}
 
-    def _get(self, name: str, get: Callable[[Any], "torch.Tensor"], dtype: "torch.dtype | None") -> "torch.Tensor":
+    def _checked(self, name: str, tensor: "torch.Tensor", dtype: "torch.dtype | None") -> "torch.Tensor":
         import torch
 
         info = self.tensors[name]
-        try:
-            with safe_open(self.folder / info.file, "pt", backend="pread") as file:
-                tensor = get(file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{info.file}: cannot read tensor {name}: {error}") from error
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteError(
                 f"{info.file}: tensor {name} holds NaN or Inf; no output of this model would be usable"
@@ -252,6 +276,14 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
                 "that was never downloaded"
             ) from error
     return found
+
+
+def _data_offsets(path: Path) -> dict[str, int]:
+    """Return {tensor name: offset of its first byte in the file}."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _read_index(path: Path) -> list[str]:

@@ -14,17 +14,9 @@ from typing import Any
 
 import torch
 
-from qectomy.surgery.checkpoint import INDEX, SINGLE
+from qectomy.surgery.checkpoint import INDEX, SINGLE, TORCH_NAMES
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-}
+DTYPES = {name: getattr(torch, torch_name) for name, torch_name in TORCH_NAMES.items()}
 MAX_SHARD_BYTES = 5_000_000_000
 
 

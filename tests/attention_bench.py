@@ -1,0 +1,158 @@
+"""One layer's attention on random x̂: a teacher's W_Q and W_K, and the KL of what stands in for them, in float64.
+
+The KL is written out head by head here; nothing of qectomy computes it. Dimensions: N windows, T positions,
+D d_model, H n_heads, G n_kv_heads, K d_head.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from qectomy.calibrate.moments import Moments, MomentSums
+from qectomy.calibrate.refine import FitData
+from qectomy.calibrate.rope_pairs import Rope
+from qectomy.calibrate.starts import Projections, Start, make_start
+from qectomy.surgery.architectures import Dimensions
+from qectomy.surgery.modeling_qectomy_llama import QUERY_MODULES, QectomyLlamaConfig
+from qectomy.surgery.query_maps import QueryMapSpec, parse_query_map
+
+
+def reference_kl(teacher: Any, student: Any, allowed: torch.Tensor) -> torch.Tensor:
+    """KL(softmax t || softmax s) of each row, (N, H, R), one head at a time; each argument is (query, key)."""
+    (n, heads, _, _), groups = teacher[0].shape, teacher[1].shape[1]
+    rows = []
+    for b in range(n):
+        for h in range(heads):
+            logs = []
+            for query, key in (teacher, student):
+                logits = query[b, h].double() @ key[b, h * groups // heads].double().T
+                logs.append(logits.masked_fill(~allowed, -torch.inf).log_softmax(-1))
+            terms = torch.where(allowed, logs[0].exp() * (logs[0] - logs[1]), 0.0)
+            rows.append(terms.sum(-1))
+    return torch.stack(rows).view(n, heads, -1)
+
+
+@dataclass(kw_only=True)
+class AttentionBench:
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    d_head: int = 8
+    d_model: int = 32
+    bias: bool = False
+    window: int | None = None  # sliding
+    theta: float = 500.0
+    context: int = 24
+    n_windows: int = 6
+    seed: int = 0
+    generator: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+        n_query, n_key = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
+        spread = self.normal(self.d_model, self.d_model) * self.d_model**-0.5 + torch.eye(self.d_model)
+        self.hidden = (
+            self.normal(self.n_windows, self.context, self.d_model) @ spread + 0.5 * self.normal(self.d_model)
+        ).float()
+        self.W_Q = self.normal(self.d_model, n_query) * self.d_model**-0.5
+        self.W_K = self.normal(self.d_model, n_key) * self.d_model**-0.5
+        self.b_Q = 0.5 * self.normal(n_query) if self.bias else None
+        self.b_K = 0.5 * self.normal(n_key) if self.bias else None
+        options = dict(
+            hidden_size=self.d_model,
+            num_attention_heads=self.n_heads,
+            num_key_value_heads=self.n_kv_heads,
+            head_dim=self.d_head,
+            attention_bias=self.bias,
+            num_hidden_layers=1,
+            rope_parameters=dict(rope_type="default", rope_theta=self.theta),
+        )
+        self.config = QectomyLlamaConfig(**options)
+        rotary = LlamaRotaryEmbedding(LlamaConfig(**options))
+        self.cos, self.sin = rotary(torch.zeros(1), torch.arange(self.context)[None])
+        self.rope = Rope(
+            self.cos[0].double(), self.sin[0].double(), self.n_kv_heads, self.n_heads // self.n_kv_heads
+        )
+        self.dims = Dimensions(
+            n_layers=1,
+            d_model=self.d_model,
+            d_mlp=8,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            d_head=self.d_head,
+            vocab_size=8,
+            tied=False,
+            attention_bias=self.bias,
+            mlp_bias=False,
+        )
+        distance = torch.arange(self.context)[:, None] - torch.arange(self.context)
+        self.allowed = (distance >= 0) & (distance < (self.window or self.context))
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def turn(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        cos, sin = self.cos[:, positions].to(heads.dtype), self.sin[:, positions].to(heads.dtype)
+        return apply_rotary_pos_emb(heads, heads, cos, sin)[0]
+
+    def heads(self, rows: torch.Tensor) -> torch.Tensor:
+        """Split (N, T, n * K) into turned heads (N, n, T, K)."""
+        return self.turn(rows.unflatten(-1, (-1, self.d_head)).transpose(1, 2), torch.arange(self.context))
+
+    @property
+    def scaling(self) -> float:
+        return self.d_head**-0.5
+
+    @property
+    def teacher(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scaled, turned queries and turned keys, float64."""
+        x = self.hidden.double()
+        query, key = x @ self.W_Q, x @ self.W_K
+        if self.bias:
+            query, key = query + self.b_Q, key + self.b_K
+        return self.heads(query) * self.scaling, self.heads(key)
+
+    @property
+    def projections(self) -> Projections:
+        return Projections(self.W_Q, self.b_Q, self.W_K, self.b_K)
+
+    @property
+    def moments(self) -> Moments:
+        sums = MomentSums(self.d_model, torch.device("cpu"))
+        sums.add(self.hidden, self.hidden)
+        return sums.moments()
+
+    @property
+    def data(self) -> FitData:
+        query, key = self.teacher
+        return FitData(self.hidden, query.float(), key.float(), self.allowed, self.scaling, self.turn)
+
+    def module(self, spec: QueryMapSpec) -> torch.nn.Module:
+        return QUERY_MODULES[spec.name](self.config, spec.rank or 0)
+
+    def start(self, name: str, seed: int = 0) -> Start:
+        moments = self.moments
+        spread = moments.student - torch.outer(moments.student_mean, moments.student_mean)
+        return make_start(
+            parse_query_map(name),
+            moments,
+            spread.expand(self.n_kv_heads, -1, -1) if name == "key-shared" else spread[None],
+            self.projections,
+            self.dims,
+            self.rope,
+            torch.Generator().manual_seed(seed),
+        )
+
+    def kl(self, name: str, start: Start, b_K: torch.Tensor | None = None) -> float:
+        """Mean KL of the attention that a fitted layer gives, its bias (if any) of the keys the teacher's own."""
+        key = self.hidden.double() @ start.W_K.double()
+        if self.bias:
+            key = key + (self.b_K if b_K is None else b_K.double())
+        seen = self.hidden.double() * (1.0 if start.norm_gain is None else start.norm_gain.double())
+        tensors = {n: t.double() if t.is_floating_point() else t for n, t in start.query.items()}
+        module = self.module(parse_query_map(name)).double()
+        query = torch.func.functional_call(module, tensors, (seen, key), strict=True)
+        student = self.heads(query) * self.scaling, self.heads(key)
+        return float(reference_kl(self.teacher, student, self.allowed).mean())

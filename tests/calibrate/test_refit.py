@@ -1,0 +1,114 @@
+"""Refitting W_O and the MLP takes the student's stream back towards the teacher's, and touches nothing else."""
+
+import pytest
+import torch
+from tiny_models import tokens
+
+from qectomy.calibrate.layer_fit import Streams
+from qectomy.calibrate.layers import LayerRunner
+from qectomy.calibrate.refit import RefitSettings, refit_layer
+from qectomy.calibrate.states import HiddenStates
+from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.surgery.query_maps import parse_query_map
+
+CONTEXT, FITTED, HELD = 16, 12, 3
+
+
+class Layer:
+    """Layer 0 of a tiny checkpoint on random tokens: teacher, student, and their streams in files."""
+
+    def __init__(self, folder, path, name, drift=0.0):
+        source = open_checkpoint(folder)
+        recipe = (parse_query_map(name),) * source.dims.n_layers
+        self.runner = LayerRunner(source, recipe, CONTEXT, "cpu")
+        self.tensors = source.read_layer(0, torch.float32)
+        self.teacher = self.runner.build(0, self.tensors)
+        generator = torch.Generator().manual_seed(0)
+        reduced = {n: t for n, t in self.tensors.items() if name == "dense" or not n.startswith("self_attn.q_proj.")}
+        for key, (_, shape) in recipe[0].stored(source.dims).items():
+            reduced[f"self_attn.query.{key}"] = torch.randn(shape, generator=generator) * 0.3
+        self.student = self.runner.build(0, reduced, reduced=True)
+        x = source.read("model.embed_tokens.weight", torch.float32)[tokens(FITTED + HELD, CONTEXT)]
+        files = [HiddenStates(path / side, *x.shape) for side in ("teacher", "student")]
+        files[0].write(0, x)
+        files[1].write(0, x + drift * torch.randn(x.shape, generator=generator))
+        self.streams = Streams(*files, FITTED, 4)
+
+    def refit(self, **settings):
+        with torch.no_grad():
+            refit_layer(self.runner, self.teacher, self.student, self.streams, RefitSettings(**settings))
+
+    def error(self, first=0, last=FITTED):
+        """Mean square of what the student's stream lacks after the layer."""
+        with torch.no_grad():
+            pair = [
+                self.runner.forward(module, states.read(first, last))
+                for module, states in ((self.teacher, self.streams.teacher), (self.student, self.streams.student))
+            ]
+        return float((pair[0] - pair[1]).square().mean())
+
+
+@pytest.fixture
+def layer(tiny_checkpoint, tmp_path):
+    return lambda shape, name, **options: Layer(tiny_checkpoint(shape), tmp_path, name, **options)
+
+
+@pytest.mark.parametrize("shape", ["llama", "mqa", "biases", "wide-heads", "mistral"])
+@pytest.mark.parametrize("drift", [0.0, 0.3])
+def test_the_error_goes_down_on_the_fitted_windows(layer, shape, drift):
+    made = layer(shape, "key-shared", drift=drift)
+    before = made.error()
+    made.refit()
+    assert 0 < made.error() < before
+
+
+def test_each_part_alone_lowers_the_error(layer, tmp_path):
+    off = dict(output=1e9, mlp_readers=1e9, mlp_out=1e9)
+    for part in off:
+        (tmp_path / part).mkdir()
+    errors = {}
+    for part in [None, *off]:
+        made = layer("llama", "key-shared", drift=0.3)
+        before = made.error()
+        made.refit(**{key: 0.01 if key == part else value for key, value in off.items()})
+        errors[part] = made.error() / before
+    assert errors[None] == pytest.approx(1.0, abs=1e-3)
+    assert errors["output"] < 0.99
+    assert errors["mlp_out"] < 0.99
+    assert errors["mlp_readers"] < 0.99
+
+
+@pytest.mark.parametrize("readers", [None, 0.01])
+def test_only_the_refitted_matrices_change_and_none_of_the_teachers(layer, readers):
+    """The student's tensors are the teacher's own where the fit left them: an in-place edit would spoil both."""
+    made = layer("biases", "key-shared", drift=0.3)
+    student = dict(made.student.named_parameters())
+    teacher = dict(made.teacher.named_parameters())
+    shared = [name for name in student if name in teacher and student[name].data_ptr() == teacher[name].data_ptr()]
+    assert "self_attn.o_proj.weight" in shared
+    assert "mlp.down_proj.weight" in shared
+    before = {name: tensor.clone() for name, tensor in teacher.items()}
+    raw = {name: tensor.clone() for name, tensor in made.tensors.items()}
+    ours = {name: tensor.clone() for name, tensor in student.items()}
+    made.refit(mlp_readers=readers)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.teacher.named_parameters())
+    assert all(torch.equal(tensor, raw[name]) for name, tensor in made.tensors.items())
+    changed = {name for name, tensor in made.student.named_parameters() if not torch.equal(tensor, ours[name])}
+    also = () if readers is None else ("mlp.gate_proj", "mlp.up_proj")
+    assert changed == {f"{module}.weight" for module in ("self_attn.o_proj", "mlp.down_proj", *also)}
+
+
+@pytest.mark.parametrize("shape", ["llama", "biases", "mistral"])
+def test_nothing_to_do_where_the_student_is_the_teacher(layer, shape):
+    made = layer(shape, "dense")
+    before = {name: tensor.clone() for name, tensor in made.student.named_parameters()}
+    made.refit(mlp_readers=0.01)
+    for name, tensor in made.student.named_parameters():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-5, atol=1e-6)
+
+
+def test_held_out_windows_are_not_looked_at(layer):
+    made = layer("llama", "key-shared", drift=0.3)
+    made.streams.student.write(FITTED, torch.full((HELD, CONTEXT, 32), torch.nan))
+    made.refit(mlp_readers=0.01)
+    assert all(torch.isfinite(tensor).all() for tensor in made.student.parameters())

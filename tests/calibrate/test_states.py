@@ -1,0 +1,76 @@
+"""Hidden states in a file read back as they were written, whole or a few windows at a time."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from qectomy.calibrate.states import HiddenStates, batches
+from qectomy.errors import OutputError
+
+
+@pytest.fixture
+def states(tmp_path):
+    made = HiddenStates(tmp_path / "states", 7, 5, 3)
+    yield made
+    made.close()
+
+
+def numbers(n=7):
+    return torch.randn(n, 5, 3, generator=torch.Generator().manual_seed(n))
+
+
+def test_round_trip_in_any_pieces(states):
+    whole = numbers()
+    for start, stop in [(5, 7), (0, 1), (1, 5)]:
+        states.write(start, whole[start:stop])
+    assert torch.equal(states.read(0, 7), whole)
+    for start in range(7):
+        for stop in range(start + 1, 8):
+            assert torch.equal(states.read(start, stop), whole[start:stop])
+
+
+def test_what_is_read_is_a_copy(states):
+    states.write(0, numbers())
+    states.read(2, 4).zero_()
+    assert torch.equal(states.read(0, 7), numbers())
+
+
+def test_other_types_and_layouts_are_stored_as_float32(states):
+    whole = numbers().double()
+    states.write(0, whole.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_())
+    assert torch.equal(states.read(0, 7), whole.float())
+    states.write(3, whole[3:4].bfloat16())
+    assert torch.equal(states.read(3, 4), whole[3:4].bfloat16().float())
+    assert torch.equal(states.read(4, 7), whole[4:].float())
+
+
+def test_short_reads_and_writes_are_continued(states, monkeypatch):
+    pread, pwrite = os.preadv, os.pwrite
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: pread(fd, [views[0][:7]], at))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:11], at))
+    states.write(0, numbers())
+    assert torch.equal(states.read(0, 7), numbers())
+
+
+def test_no_room_is_said_before_the_work_starts(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutputError, match=r"no room for 60 bytes"):
+        HiddenStates(tmp_path / "states", 1, 5, 3)
+
+
+@pytest.mark.parametrize(
+    "first, last, size, runs",
+    [
+        (0, 5, 2, [(0, 2), (2, 4), (4, 5)]),
+        (3, 5, 4, [(3, 5)]),
+        (0, 4, 4, [(0, 4)]),
+        (2, 2, 3, []),
+    ],
+)
+def test_batches_cover_the_range_once(first, last, size, runs):
+    assert list(batches(first, last, size)) == runs

@@ -1,0 +1,69 @@
+"""Conversions of tiny checkpoints, quick enough to make dozens: few steps, and the reload check in this process."""
+
+import gc
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qectomy.calibrate import key_shared_start, refine, units
+from qectomy.calibrate.convert import convert
+from qectomy.calibrate.settings import ConvertSettings
+from qectomy.eval import reload
+from qectomy.surgery.checkpoint import open_checkpoint, sha256
+from qectomy.surgery.query_maps import parse_recipe
+
+gc.freeze()  # a conversion collects garbage after every layer: what the imports made need not be walked each time
+QUICK: dict[str, Any] = dict(tokens=320, context=32, eval_tokens=160)
+
+
+def few_steps(patch: pytest.MonkeyPatch, steps: int = 8) -> None:
+    """Let every Adam of a conversion take only a few steps."""
+
+    def adam(*arguments: Any, **options: Any) -> None:
+        units.adam(*arguments, **{**options, "steps": min(steps, options["steps"])})
+
+    patch.setattr(refine, "adam", adam)
+    patch.setattr(key_shared_start, "adam", adam)
+
+
+def reload_here(patch: pytest.MonkeyPatch) -> None:
+    """Let the reload check load the folder in this process: a fresh one takes seconds to import torch."""
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[1:3] == ["-m", "qectomy.eval.reload"]
+        try:
+            return subprocess.CompletedProcess(command, 0, f"{reload._reload(Path(command[3]))}\n", "")
+        except Exception as error:
+            return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
+
+    patch.setattr(reload.subprocess, "run", run)
+
+
+def convert_tiny(
+    source: Path, out: Path, query: str, text: Path, fresh_process: bool = False, **settings: Any
+) -> dict[str, Any]:
+    """Convert with QUICK settings; return the report."""
+    checkpoint = open_checkpoint(source)
+    recipe = tuple(parse_recipe(query, checkpoint.dims))
+    with pytest.MonkeyPatch.context() as patch:
+        few_steps(patch)
+        if not fresh_process:
+            reload_here(patch)
+        return convert(checkpoint, out, recipe, ConvertSettings(**{"texts": (str(text),), **QUICK, **settings}))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(folder.iterdir())}
+
+
+def window_nll(model: Any, windows: torch.Tensor) -> torch.Tensor:
+    """Loss of every token of the windows (n, T) but the first, float64, one window at a time."""
+    losses = []
+    for window in windows:
+        with torch.no_grad():
+            logits = model(input_ids=window[None]).logits[0].double()
+        losses.append(torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="none"))
+    return torch.cat(losses)
