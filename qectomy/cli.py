@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -85,7 +85,7 @@ def convert(
         typer.Option(help="Type of the written weights: float32, bfloat16, float16. Default: the source's."),
     ] = None,
     device: Device = "cpu",
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and what it needs; write nothing.")
     ] = False,
@@ -160,10 +160,12 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure token perplexity and bits per byte of checkpoints, all by one recorded protocol."""
+    from qectomy.calibrate.convert import check_device
     from qectomy.calibrate.text import read_source
     from qectomy.eval.perplexity import Protocol
     from qectomy.eval.perplexity import evaluate as run
 
+    check_device(device)
     source = read_source(text)
     protocol = Protocol(context=context, stride=stride, tokens=tokens)
     results = []
@@ -217,7 +219,8 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == 130:  # typer makes this of Ctrl-C, without a word
-            typer.secho("interrupted; nothing was left behind", err=True)
+            typer.secho("error: interrupted; nothing was left behind", err=True, fg=typer.colors.RED)
+            sys.exit(1)
         raise
 
 
@@ -234,14 +237,14 @@ def _progress(what: str) -> Iterator[Any]:
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     if not console.is_terminal:
         yield lambda done, total, note="": console.print(
-            f"{what} {done}/{total} {note}", highlight=False, soft_wrap=True
+            f"{what} {done}/{total} {note}", highlight=False, soft_wrap=True, markup=False
         )
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -72,9 +72,7 @@ class AttentionBench:
         self.config = QectomyLlamaConfig(**options)
         rotary = LlamaRotaryEmbedding(LlamaConfig(**options))
         self.cos, self.sin = rotary(torch.zeros(1), torch.arange(self.context)[None])
-        self.rope = Rope(
-            self.cos[0].double(), self.sin[0].double(), self.n_kv_heads, self.n_heads // self.n_kv_heads
-        )
+        self.rope = Rope(self.cos[0].double(), self.sin[0].double(), self.n_kv_heads, self.n_heads // self.n_kv_heads)
         self.dims = Dimensions(
             n_layers=1,
             d_model=self.d_model,

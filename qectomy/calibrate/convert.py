@@ -42,6 +42,7 @@ def convert(
     """
     watch = Stopwatch()
     device = check_device(settings.device)
+    settings.stored_dtype(source)  # an unknown one is refused before any work
     needs = estimate(source, tokens=settings.tokens, eval_tokens=settings.eval_tokens, context=settings.context)
     check_room(out, needs["disk_bytes"])
     fitted, held = _windows(source, settings)

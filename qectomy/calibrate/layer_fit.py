@@ -107,10 +107,10 @@ def _collect(runner: LayerRunner, teacher: nn.Module, streams: Streams) -> tuple
 
 
 def attended_moments(data: FitData, n_kv_heads: int, windows: int = 12, stride: int = 8) -> torch.Tensor:
-    """Return E_i Var_p_i(x̂_j), x̂'s covariance under the teacher's attention, for each KV head: (G, D, D) float64."""
+    """Return E_i Var_p_i(x̂_j), x̂'s covariance under the teacher's attention, for each KV head: (G, D, D) float32."""
     n, context, d_model = data.hidden.shape
     rows = torch.arange(stride - 1, context, stride, device=data.hidden.device)
-    total = torch.zeros(n_kv_heads, d_model, d_model, dtype=torch.float64, device=data.hidden.device)
+    total = torch.zeros(n_kv_heads, d_model, d_model, device=data.hidden.device)
     chosen = range(0, n, max(1, n // windows))
     for i in chosen:
         logits = attention_logits(
@@ -122,10 +122,11 @@ def attended_moments(data: FitData, n_kv_heads: int, windows: int = 12, stride: 
         for g in range(n_kv_heads):
             mean = p[g] @ hidden
             spread = (hidden * p[g].sum(0)[:, None]).T @ hidden - mean.T @ mean
-            total[g] += spread.double() / len(p[g])
-    values, vectors = torch.linalg.eigh(total / len(chosen))
-    values = values.clamp_min(1e-3 * values.mean(-1, keepdim=True))
-    return (vectors * values[:, None]) @ vectors.mT
+            total[g] += spread / len(p[g])
+    for g in range(n_kv_heads):  # one at a time: a float64 copy of all of them would outweigh the layer
+        values, vectors = torch.linalg.eigh(total[g].double() / len(chosen))
+        total[g] = ((vectors * values.clamp_min(1e-3 * values.mean())) @ vectors.T).float()
+    return total
 
 
 def _projections(runner: LayerRunner, tensors: dict[str, torch.Tensor]) -> Projections:

@@ -90,7 +90,12 @@ class LayerPass:
             self.watch.add("embedding", since)
             for layer in range(dims.n_layers):
                 begun = time.perf_counter()
-                record = self._layer(layer, streams, writer)
+                try:
+                    record = self._layer(layer, streams, writer)
+                except torch.linalg.LinAlgError as error:
+                    raise NonFiniteError(
+                        f"layer {layer} cannot be fitted: its weights or hidden states overflow float32"
+                    ) from error
                 release_freed()
                 record["seconds"] = round(time.perf_counter() - begun, 3)
                 layers.append(record)
@@ -217,6 +222,8 @@ class LayerPass:
             return tensor
         stored = tensor.to("cpu", DTYPES[self.dtype]).float()
         if not torch.isfinite(stored).all():
+            if not torch.isfinite(tensor).all():
+                raise NonFiniteError(f"{name} came out as NaN or Inf: the model's hidden states overflow there")
             raise NonFiniteError(f"{name} does not fit in {self.dtype}; use --dtype float32")
         return stored
 

@@ -21,7 +21,11 @@ class HiddenStates:
         self._window_bytes = context * d_model * 4
         self._file = path.open("w+b", buffering=0)
         try:
-            os.posix_fallocate(self._file.fileno(), 0, max(1, n_windows * self._window_bytes))
+            size = max(1, n_windows * self._window_bytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file.fileno(), 0, size)
+            else:  # macOS: the room was checked before, and a full disk shows when it is written
+                os.ftruncate(self._file.fileno(), size)
         except OSError as error:
             raise OutputError(f"{path.parent}: no room for {n_windows * self._window_bytes:,} bytes") from error
 

@@ -124,9 +124,11 @@ def make_windows(
         ids = first_tokens(tokenizer, source, None if share is None else left_out + share * width)[left_out:]
         count = len(ids) // width
         if count == 0:
+            evaluated = f" after the first {left_out}, which are kept for evaluation" if left_out else ""
+            mend = "an --eval-text, fewer --eval-tokens" if left_out else "more text"
             raise TextError(
-                f"{source.name} has {len(ids)} tokens{f' after the first {left_out}' if left_out else ''}, fewer than "
-                f"one window of {width}; give more text or a smaller --context"
+                f"{source.name} has {len(ids)} tokens{evaluated}, fewer than one window of {width}; give {mend} or a "
+                "smaller --context"
             )
         block = torch.tensor(ids[: count * width], dtype=torch.int64).view(count, width)
         if int(block.max()) >= vocab_size:
@@ -177,5 +179,5 @@ def _read_dataset(name: str) -> Source:
         raise TextError(f"no file {name!r}, and no dataset of that name could be read: {reason}") from error
     if field is None:
         raise TextError(f"dataset {name!r} has no column {', '.join(TEXT_FIELDS)}; it has {rows.column_names}")
-    text = JOIN.join(rows[field])
+    text = JOIN.join(entry for entry in rows[field] if isinstance(entry, str))
     return Source(name, hashlib.sha256(text.encode()).hexdigest(), text)

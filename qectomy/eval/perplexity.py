@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from qectomy.calibrate.text import Source, adds_bos, first_tokens, load_tokenizer
-from qectomy.errors import CheckpointError, NonFiniteError, TextError
+from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, TextError
 from qectomy.eval.scores import Logits, TokenScores, join_scores, score_tokens
 from qectomy.surgery.checkpoint import locate, read_json
 
 Progress = Callable[[int, int], None]  # (windows done, windows in all)
 TOKENS_A_BATCH = 4096
+PIECE = 24  # tokens decoded together when their bytes are counted
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -56,6 +57,10 @@ def scoring_windows(tokenizer: Any, source: Source, protocol: Protocol, vocab_si
     width = context - bos
     step = min(stride, width)
     ids = torch.tensor(first_tokens(tokenizer, source, protocol.tokens), dtype=torch.int64)
+    if protocol.tokens is not None and protocol.tokens < width:
+        raise TextError(
+            f"{protocol.tokens} evaluation tokens are fewer than one window of {width}; ask for more of them"
+        )
     if len(ids) < width or width < 2:
         raise TextError(
             f"{source.name} has {len(ids)} tokens, fewer than one window of {width}; give more text or a smaller "
@@ -72,22 +77,43 @@ def scoring_windows(tokenizer: Any, source: Source, protocol: Protocol, vocab_si
         windows = torch.cat([torch.full((windows.shape[0], 1), tokenizer.bos_token_id), windows], dim=1)
         first += 1
     first.clamp_(min=1)  # the first position of a window has nothing before it
-    scored = [row[int(start) :].tolist() for row, start in zip(windows, first, strict=True)]
-    n_bytes = sum(len(tokenizer.decode(row, clean_up_tokenization_spaces=False).encode()) for row in scored)
+    starts = [index * step for index in range(windows.shape[0])]
+    scored = [(start + int(skip) - bos, start + width) for start, skip in zip(starts, first, strict=True)]
+    n_bytes = _scored_bytes(tokenizer, ids.tolist(), scored)
     report = {
         "text": source.name,
         "text_sha256": source.sha256,
         "tokenizer": type(tokenizer).__name__,
         "context": context,
-        "stride": stride,
+        "stride": step,
         "bos": "every window starts with BOS" if bos else "none",
         "windows": windows.shape[0],
-        "tokens": windows.shape[0] * context,
-        "scored_tokens": sum(map(len, scored)),
+        "tokens": (windows.shape[0] - 1) * step + width,
+        "scored_tokens": sum(stop - start for start, stop in scored),
         "scored_bytes": n_bytes,
         "tail": "tokens after the last whole window are left out",
     }
     return ScoringWindows(windows, first, n_bytes, report)
+
+
+def _scored_bytes(tokenizer: Any, ids: list[int], spans: list[tuple[int, int]]) -> int:
+    """Return the UTF-8 bytes of the text that the tokens in `spans` stand for.
+
+    Each token counts what it adds to the decoded text before it, so that a character of several tokens, or one cut
+    by a window's edge, is counted once. Long texts are decoded in pieces that begin at a whole character.
+    """
+    ends = [0]
+    piece: list[int] = []
+    done = 0
+    for token in ids:
+        piece.append(token)
+        text = tokenizer.decode(piece, clean_up_tokenization_spaces=False)
+        whole = not text.endswith("\ufffd")
+        ends.append(done + len(text.encode()) if whole else ends[-1])
+        if whole and len(piece) >= PIECE:
+            piece = [token]  # kept, as some tokenizers drop the space before a text's first token
+            done = ends[-1] - len(tokenizer.decode(piece, clean_up_tokenization_spaces=False).encode())
+    return sum(ends[stop] - ends[start] for start, stop in spans)
 
 
 def summarize(scores: TokenScores, n_bytes: int) -> dict[str, float]:
@@ -113,8 +139,12 @@ def load_model(name: str, dtype: str | None, device: str) -> tuple[Any, Path, st
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    if dtype is not None and dtype not in DTYPES:
+        raise QectomyError(f"unknown --dtype {dtype!r}; known: {', '.join(DTYPES)}")
     folder = locate(name)
     config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / 'config.json'}: not a JSON object")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -157,7 +187,8 @@ def score_model(
         keep = mask[start : start + size].to(device)
         theirs = None if reference_of is None else reference_of(tokens, keep)
         parts.append(score_tokens(logits_of(tokens, keep), tokens[:, 1:][keep], vocab, theirs))
-        if not torch.isfinite(parts[-1].nll).all():
+        kl = parts[-1].kl
+        if not torch.isfinite(parts[-1].nll).all() or (kl is not None and not torch.isfinite(kl).all()):
             raise NonFiniteError(f"{label} gives NaN or Inf in windows {start} to {start + len(tokens) - 1}")
         if progress:
             progress(min(start + size, len(windows.tokens)), len(windows.tokens))

@@ -4,13 +4,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qectomy.errors import CheckpointError, OutputError
+from qectomy.surgery.checkpoint import open_checkpoint
 
 TOLERANCE = 1e-3  # of the largest logit; float32 rounding between two orders of summation stays below 1e-5
+
+
+# The child must find qectomy and must not find modules in the folder that it happens to run in.
+CHILD = "import sys; sys.path[0] = sys.argv[1]; from qectomy.eval.reload import _main; _main(sys.argv[2])"
 
 
 def check_reload(folder: Path, tokens: torch.Tensor, logits: torch.Tensor) -> float:
@@ -22,13 +28,18 @@ def check_reload(folder: Path, tokens: torch.Tensor, logits: torch.Tensor) -> fl
     expected = folder / ".expected.safetensors"
     try:
         save_file({"tokens": tokens, "logits": logits}, expected)
-    except SafetensorError as error:
-        raise OutputError(f"the reload check could not be written: {error}") from error
+    except SafetensorError as full:
+        raise OutputError(f"the reload check could not be written: {full}") from full
     try:
-        command = [sys.executable, "-m", "qectomy.eval.reload", str(folder)]
+        command = [sys.executable, "-c", CHILD, str(Path(__file__).parents[2]), str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     finally:
         expected.unlink()
+    if done.returncode < 0:
+        raise CheckpointError(
+            f"the process that reloads the written checkpoint was killed (signal {-done.returncode}): most likely out "
+            "of memory"
+        )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise CheckpointError(f"the written checkpoint does not load in a fresh process: {last}")
@@ -45,12 +56,35 @@ def _reload(folder: Path) -> float:
     from qectomy.eval.perplexity import load_model
 
     expected = load_file(folder / ".expected.safetensors")
-    model, _, _ = load_model(str(folder), "float32", "cpu")
     wanted = expected["logits"]
     with torch.no_grad():
-        logits = model(input_ids=expected["tokens"], use_cache=False, logits_to_keep=len(wanted)).logits[0]
+        if _fits_in_memory(folder):
+            model, _, _ = load_model(str(folder), "float32", "cpu")
+            logits = model(input_ids=expected["tokens"], use_cache=False, logits_to_keep=len(wanted)).logits[0]
+        else:
+            logits = _streamed_logits(folder, expected["tokens"])[-len(wanted) :]
     return float((logits - wanted).abs().max() / wanted.abs().max())
 
 
-if __name__ == "__main__":
-    print(_reload(Path(sys.argv[1])))
+def _fits_in_memory(folder: Path) -> bool:
+    """Whether the whole model, in float32, takes less than half of the memory that is free."""
+    return 2 * open_checkpoint(folder, reduced=True).parameters * 4 < psutil.virtual_memory().available
+
+
+def _streamed_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the logits (T, V) of a written checkpoint, holding one of its layers at a time."""
+    from qectomy.calibrate.final_scores import Head
+    from qectomy.calibrate.layers import LayerRunner
+
+    checkpoint = open_checkpoint(folder, reduced=True)
+    runner = LayerRunner(checkpoint, checkpoint.recipe, tokens.shape[1], "cpu")
+    rows = [checkpoint.read_rows(checkpoint.family.embedding, i, i + 1, torch.float32) for i in tokens[0].tolist()]
+    x = torch.cat(rows)[None]
+    for layer in range(checkpoint.dims.n_layers):
+        x = runner.forward(runner.build(layer, checkpoint.read_layer(layer, torch.float32), reduced=True), x)
+    head = Head(checkpoint, runner.config, runner.device)
+    return head.logits(x[0])(0, head.vocab_size)
+
+
+def _main(folder: str) -> None:
+    print(_reload(Path(folder)))

@@ -82,7 +82,8 @@ def peak_memory_bytes() -> int:
 def write_report(folder: Path, report: dict[str, Any], source: Checkpoint) -> None:
     """Write qectomy.json and README.md beside the weights."""
     (folder / "qectomy.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(report, source), encoding="utf-8")
+    card = model_card(report, source)  # file names need not be UTF-8
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
 
 def model_card(report: dict[str, Any], source: Checkpoint) -> str:
@@ -97,7 +98,7 @@ def model_card(report: dict[str, Any], source: Checkpoint) -> str:
     base = str(source.config.get("_name_or_path") or source.folder.name)
     return f"""---
 library_name: transformers
-base_model: {json.dumps(base)}
+base_model: {json.dumps(base, ensure_ascii=False)}
 tags: [qectomy, query-free-attention]
 ---
 
@@ -133,9 +134,7 @@ With `import qectomy` first, `trust_remote_code` is not needed. For engines that
 
 ## Made by
 
-```
-{report["command"]}
-```
+{_indented(report["command"])}
 
 Theory: Karbevski & Mijoski, "Key and Value Weights Are Probably All You Need", arXiv 2510.23912. The licence is that of
 the original checkpoint.
@@ -147,6 +146,11 @@ def _counts(layers: list[dict[str, Any]]) -> dict[str, int]:
     for layer in layers:
         counts[layer["map"]] = counts.get(layer["map"], 0) + 1
     return counts
+
+
+def _indented(text: str) -> str:
+    """A code block that no backtick in the text can end."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def _one_line(text: str) -> str:

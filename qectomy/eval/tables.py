@@ -3,9 +3,10 @@
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-console = Console(highlight=False, soft_wrap=False)
+console = Console(highlight=False, soft_wrap=False, emoji=False)
 
 
 def show_inspection(result: dict[str, Any]) -> None:
@@ -68,7 +69,7 @@ def show_evaluations(results: list[dict[str, Any]]) -> None:
     compared = "kl" in results[0]
     table = Table(*columns, *(["KL", "top-1"] if compared else []))
     for row in results:
-        cells = [row["checkpoint"], f"{row['perplexity']:.4f}", f"{row['bits_per_byte']:.5f}"]
+        cells = [escape(row["checkpoint"]), f"{row['perplexity']:.4f}", f"{row['bits_per_byte']:.5f}"]
         if compared:
             cells += [f"{row['kl']:.5f}", f"{row['top1_agreement']:.2%}"]
         table.add_row(*cells)
@@ -81,7 +82,7 @@ def show_evaluations(results: list[dict[str, Any]]) -> None:
     )
 
 
-def size(n_bytes: float) -> str:
+def size(n_bytes: int | float) -> str:
     """Write a number of bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(n_bytes) < 1000:

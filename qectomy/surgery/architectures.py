@@ -78,6 +78,7 @@ class Family:
     layer_prefix: str = "model.layers.{}."
     ignored_suffixes: tuple[str, ...] = (".rotary_emb.inv_freq",)  # buffers that old checkpoints stored
     has_attention_bias: bool = True
+    has_sliding_window: bool = False  # Llama's config keeps such a field, and its attention ignores it
     defaults: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -178,7 +179,7 @@ class Family:
 
     def sliding_window(self, config: Any) -> int | None:
         """How many positions back a query may look, itself included; None: all."""
-        return getattr(config, "sliding_window", None)
+        return getattr(config, "sliding_window", None) if self.has_sliding_window else None
 
     def _stock_module(self) -> Any:
         return importlib.import_module(f"transformers.models.{self.model_type}.modeling_{self.model_type}")
@@ -215,6 +216,7 @@ FAMILIES: dict[str, Family] = {
         modeling="modeling_qectomy_llama",
         roles=LLAMA_ROLES,
         has_attention_bias=False,
+        has_sliding_window=True,
         defaults=(("num_key_value_heads", 8),),
     ),
 }

@@ -35,7 +35,8 @@ TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bf
 }
 MAX_JSON_BYTES = 100_000_000
 MAX_LAYERS = 10_000
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.model*", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+HUB_IGNORED = ["consolidated*", "*/*"]  # a second copy of the weights in another layout; other formats and sizes
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,12 @@ class Checkpoint:
         info = self.tensors[name]
         row_bytes = info.nbytes // info.shape[0]
         data = bytearray((stop - start) * row_bytes)
-        with (self.folder / info.file).open("rb", buffering=0) as file:
-            got = os.preadv(file.fileno(), [data], self._offsets[info.file][name] + start * row_bytes)
+        try:
+            with (self.folder / info.file).open("rb") as file:
+                file.seek(self._offsets[info.file][name] + start * row_bytes)
+                got = file.readinto(data)
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot read tensor {name}: {error}") from error
         if got != len(data):
             raise CheckpointError(f"{info.file}: ended inside tensor {name}; the file has changed since it was opened")
         rows = torch.frombuffer(data, dtype=getattr(torch, TORCH_NAMES[info.dtype]))
@@ -160,16 +165,20 @@ def locate(name: str | os.PathLike[str]) -> Path:
     A hub id is fetched into the hub's cache (weights as safetensors and text files only).
     """
     path = Path(name)
-    if path.is_dir():
-        return path
-    if path.is_file():
+    try:
+        if path.is_dir():
+            return path
+        is_file = path.is_file()
+    except OSError as error:
+        raise CheckpointError(f"{str(name)[:100]!r} is not a path: {error.strerror}") from error
+    if is_file:
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the safetensors files")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or str(name).startswith("."):
         raise CheckpointError(f"no folder {path}")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(str(name), allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED))
     except Exception as error:  # the hub raises a dozen kinds; each means: not there, or not reachable
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"no folder {path}, and the hub did not give {name!r}: {reason}") from error

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from qectomy.errors import NonFiniteError
 from qectomy.surgery.checkpoint import Checkpoint, expected_tensors
 from qectomy.surgery.config_files import copy_companions, load_config, stock_config, write_config
 from qectomy.surgery.output import check_room, new_folder
 from qectomy.surgery.query_maps import QueryMapSpec
-from qectomy.surgery.writer import MAX_SHARD_BYTES, ShardWriter, TensorSpec
+from qectomy.surgery.writer import DTYPES, MAX_SHARD_BYTES, ShardWriter, TensorSpec
 
 Progress = Callable[[int, int], None]
 
@@ -46,6 +47,12 @@ def dense_query(
     return dense
 
 
+def _check_fits(tensors: dict[str, torch.Tensor], names: list[str], dtype: str, layer: int) -> None:
+    for name in names:
+        if not torch.isfinite(tensors[name].to(DTYPES[dtype])).all():
+            raise NonFiniteError(f"layer {layer}: {name} does not fit in {dtype} once it is written out")
+
+
 def materialize(
     checkpoint: Checkpoint,
     out: Path,
@@ -73,6 +80,7 @@ def materialize(
                 tensors = checkpoint.read_layer(layer)
                 if checkpoint.recipe[layer].name != "dense":
                     tensors |= dense_query(checkpoint, config, layer, tensors)
+                    _check_fits(tensors, family.query_tensors(dims), dtype, layer)
                 for name in family.layer_shapes(dims):
                     writer.write(family.prefix(layer) + name, tensors[name])
                 if progress:

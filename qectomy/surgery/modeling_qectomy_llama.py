@@ -197,7 +197,7 @@ class ReducedAttention(LlamaAttention):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if getattr(self.config, "sliding_window", None) is not None:
+        if isinstance(self.config, MistralConfig):
             kwargs["sliding_window"] = self.config.sliding_window
         attn_output, attn_weights = attend(
             self,

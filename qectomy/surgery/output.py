@@ -15,7 +15,11 @@ from qectomy.errors import OutputError
 
 def check_absent(out: Path) -> None:
     """Raise OutputError unless `out` can be made: it must not exist and its parent must be a writable folder."""
-    if out.exists() or out.is_symlink():
+    try:
+        exists = out.exists() or out.is_symlink()
+    except OSError as error:
+        raise OutputError(f"{str(out)[:100]!r} is not a path that can be made: {error.strerror}") from error
+    if exists:
         raise OutputError(f"{out} exists; nothing is overwritten. Give another --out or remove it first.")
     parent = out.absolute().parent
     while not parent.exists():

@@ -49,7 +49,7 @@ def estimate(checkpoint: Checkpoint, *, tokens: int, eval_tokens: int, context: 
     flops = 2 * (tokens + eval_tokens) * (checkpoint.parameters + dims.n_layers * 2 * context * dims.d_model)
     return {
         "peak_memory_bytes": LIBRARY_BYTES + 4 * layer * 4 + 4 * window + fit,
-        "disk_bytes": 2 * states + checkpoint.nbytes,
+        "disk_bytes": 2 * states + checkpoint.parameters * 4,
         "seconds": round(CONVERT_PASSES * flops / _flops_per_second()),
     }
 

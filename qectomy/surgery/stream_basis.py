@@ -37,21 +37,26 @@ class StreamBasis:
         """The final norm's gain in the new basis, (D,)."""
         return self.theta.square().T @ self.common_gain
 
+    @property
+    def embedding_scale(self) -> torch.Tensor:
+        """s = γ_f / c (D,); 1 where the final gain is 0, a channel that the head never sees."""
+        return torch.where(self.final_gain == 0, 1.0, self.final_gain / self.common_gain)
+
     def embedding_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the stored rows of the embedding for the original's rows (n, D)."""
         return self.head_rows(rows) if self.tied else self.states(rows)
 
     def head_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the stored rows of the head, with which every logit stays as it was."""
-        return (rows.double() * (self.final_gain / self.common_gain) @ self.theta).to(rows.dtype)
+        return (rows.double() * self.embedding_scale @ self.theta).to(rows.dtype)
 
     def states(self, x: torch.Tensor) -> torch.Tensor:
         """Return hidden states (..., D) in the new basis."""
-        return (x.double() @ self.theta).to(x.dtype)
+        return (x.double() @ self.theta.to(x.device)).to(x.dtype)
 
     def original_states(self, x: torch.Tensor) -> torch.Tensor:
         """Return hidden states (..., D) back in the basis of training."""
-        return (x.double() @ self.theta.T).to(x.dtype)
+        return (x.double() @ self.theta.T.to(x.device)).to(x.dtype)
 
     def layer(
         self, family: Family, tensors: dict[str, torch.Tensor], scaled_embedding: bool = False
@@ -68,7 +73,7 @@ class StreamBasis:
         for norm, views in readers:
             gain = tensors[f"{norm}.weight"].double()
             if scaled_embedding and self.tied and norm == roles.attention_norm:
-                gain = gain * self.common_gain / self.final_gain
+                gain = gain / self.embedding_scale
             for view in views:
                 self._replace(out, view, gain[:, None] * self.theta)
             out[f"{norm}.weight"] = torch.ones_like(tensors[f"{norm}.weight"])

@@ -2,18 +2,22 @@
 
 import json
 import math
+import subprocess
 
 import pytest
 import torch
-from conversions import QUICK, convert_tiny, hashes, window_nll
+from conversions import QUICK, convert_tiny, few_steps, hashes, reload_here, window_nll
 from safetensors import safe_open
-from tiny_models import ROPES, tiny_tokenizer
+from tiny_models import ROPES, bos_tokenizer, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from qectomy import __version__
+from qectomy.calibrate.convert import convert
+from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.text import read_source
 from qectomy.eval.perplexity import Protocol, evaluate
 from qectomy.surgery.checkpoint import open_checkpoint, sha256
+from qectomy.surgery.query_maps import parse_recipe
 
 MAPS = ["identity", "select", "key-shared", "low-rank:3", "dense"]
 MIXED = "0=identity,1=key-shared,2=select,3=dense,4=low-rank:3"
@@ -211,9 +215,20 @@ def test_rope_that_depends_on_the_length(kind, tiny_checkpoint, raven, tmp_path)
     assert report["perplexity"]["before"] == pytest.approx(measured(source, raven, 128, 128), rel=1e-4)
 
 
-def test_the_reload_check_ran_in_a_fresh_process(tiny_checkpoint, raven, tmp_path, monkeypatch):
-    import subprocess
+def test_a_tokenizer_that_adds_bos(tiny_copy, raven, tmp_path):
+    source = tiny_copy()
+    bos_tokenizer().save_pretrained(source)
+    report = convert_tiny(source, tmp_path / "out", "key-shared", raven)
+    protocol = report["perplexity"]["protocol"]
+    assert protocol["bos"] == "every window starts with BOS"
+    assert protocol["scored_tokens"] == 5 * 31  # BOS is given, and every token of the text after it is scored
+    for key, folder in (("before", source), ("after", tmp_path / "out")):
+        again = evaluate(str(folder), read_source(str(raven)), Protocol(context=32, tokens=160))
+        assert again["protocol"] == protocol
+        assert again["perplexity"] == pytest.approx(report["perplexity"][key], rel=1e-4)
 
+
+def test_the_reload_check_ran_in_a_fresh_process(tiny_checkpoint, raven, tmp_path, monkeypatch):
     commands, run = [], subprocess.run
 
     def watch(command, **options):
@@ -221,19 +236,15 @@ def test_the_reload_check_ran_in_a_fresh_process(tiny_checkpoint, raven, tmp_pat
         return run(command, **options)
 
     monkeypatch.setattr(subprocess, "run", watch)
-    report = convert_tiny(tiny_checkpoint("tied"), tmp_path / "out", MIXED[:MIXED.index(",2")], raven, fresh_process=True)
+    report = convert_tiny(
+        tiny_checkpoint("tied"), tmp_path / "out", MIXED[: MIXED.index(",2")], raven, fresh_process=True
+    )
     assert any("qectomy.eval.reload" in command for command in commands)
     assert report["seconds"]["reload"] > 0
     assert report["reload_check"]["largest_relative_logit_error"] < 1e-4
 
 
 def test_progress_counts_the_layers(tiny_checkpoint, raven, tmp_path):
-    from conversions import few_steps, reload_here
-
-    from qectomy.calibrate.convert import convert
-    from qectomy.calibrate.settings import ConvertSettings
-    from qectomy.surgery.query_maps import parse_recipe
-
     source, calls = open_checkpoint(tiny_checkpoint()), []
     settings = ConvertSettings(texts=(str(raven),), **QUICK)
     with pytest.MonkeyPatch.context() as patch:

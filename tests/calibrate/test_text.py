@@ -53,7 +53,12 @@ def test_utf8_with_and_without_a_byte_order_mark(write):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson"])
 def test_jsonl_takes_the_first_known_field(write, name):
-    records = [{"text": "one", "page": "not this"}, {"page": "two"}, {"id": 3, "content": "three"}, {"document": "four"}]
+    records = [
+        {"text": "one", "page": "not this"},
+        {"page": "two"},
+        {"id": 3, "content": "three"},
+        {"document": "four"},
+    ]
     assert read_source(write(lines(*records[:2]) + "\n\n" + lines(*records[2:]) + "\n", name)).text == JOIN.join(
         ["one", "two", "three", "four"]
     )
@@ -112,6 +117,38 @@ def test_a_missing_file_without_network(name, monkeypatch, tmp_path):
     assert len(str(caught.value).splitlines()) == 1
 
 
+class Rows(dict):
+    """As much of a dataset as is looked at."""
+
+    column_names = property(list)
+
+
+def test_datasets_by_name_config_and_split(monkeypatch):
+    calls = []
+
+    def load_dataset(*arguments, **options):
+        calls.append((*arguments, options))
+        return Rows(id=[1, 2], page=["one", "two"])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    names = ["some/data", "some/data:config", "some/data:config:test", "some/data::test"]
+    sources = [read_source(name) for name in names]
+    assert [source.text for source in sources] == ["one" + JOIN + "two"] * 4
+    assert [source.name for source in sources] == names
+    assert calls == [
+        ("some/data", None, {"split": "train"}),
+        ("some/data", "config", {"split": "train"}),
+        ("some/data", "config", {"split": "test"}),
+        ("some/data", None, {"split": "test"}),
+    ]
+
+
+def test_a_dataset_without_text(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Rows(id=[1], label=["a"]))
+    with pytest.raises(TextError, match=r"has no column text, page, content, document; it has \['id', 'label'\]"):
+        read_source("some/data")
+
+
 def test_no_tokenizer(tmp_path):
     with pytest.raises(CheckpointError, match="holds no tokenizer that can be loaded"):
         load_tokenizer(tmp_path)
@@ -120,7 +157,9 @@ def test_no_tokenizer(tmp_path):
 # Windows
 
 
-@given(text=st.text(alphabet="abc é烏.\n", min_size=1, max_size=400), repeat=st.integers(1, 60), count=st.integers(1, 700))
+@given(
+    text=st.text(alphabet="abc é烏.\n", min_size=1, max_size=400), repeat=st.integers(1, 60), count=st.integers(1, 700)
+)
 def test_first_tokens_are_those_of_the_whole_text(text, repeat, count):
     text = text * repeat
     source = Source("text", "hash", text)
@@ -180,7 +219,9 @@ def test_skipped_tokens_are_left_out():
 def test_text_shorter_than_a_window():
     with pytest.raises(TextError, match=r"text1 has \d+ tokens, fewer than one window of 64; .*smaller --context"):
         windows(RAVEN, "Nevermore.", context=64)
-    with pytest.raises(TextError, match=r"has 5 tokens after the first \d+, fewer than one window"):
+    with pytest.raises(
+        TextError, match=r"has 5 tokens after the first \d+, which are kept for evaluation, fewer than one window"
+    ):
         windows(RAVEN, context=16, skip={"hash0": len(ids_of(RAVEN)) - 5})
     with pytest.raises(TextError, match=r"a context of 2 tokens leaves nothing to predict"):
         windows(RAVEN, tokenizer=bos_tokenizer(), context=2)

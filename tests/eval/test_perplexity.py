@@ -1,0 +1,227 @@
+"""Perplexity of whole checkpoints, against a loop of our own over the stock classes of transformers."""
+
+import math
+
+import pytest
+import torch
+from conversions import window_nll
+from damage import edit_json, edit_weights
+from tiny_models import RAVEN, VOCAB_SIZE, bos_tokenizer, scramble, tiny_tokenizer
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, PhiConfig
+
+from qectomy.calibrate.text import Source
+from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, TextError
+from qectomy.eval.perplexity import Protocol, evaluate, load_model, logits_reader, scoring_windows
+
+SOURCE = Source("raven", "hash", RAVEN * 2)
+CONTEXTS = [(16, 16), (16, 5), (16, 1), (33, 20)]
+SMALL = dict(vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
+SPECIAL = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
+
+
+def token_ids(text):
+    return tiny_tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+def by_hand(model, ids, context, stride, bos=None):
+    """(nats, scored token ids) of one window after the other; each token but the first few is scored once."""
+    width = context - (bos is not None)
+    nats, scored, done = [], [], 0
+    for begin in range(0, len(ids) - width + 1, min(stride, width)):
+        window = ids[begin : begin + width]
+        new = begin + width - done
+        given = torch.tensor(([] if bos is None else [bos]) + window)
+        losses = window_nll(model, given[None])[-new:] if begin or bos is not None else window_nll(model, given[None])
+        nats.append(losses)
+        scored += window[-len(losses) :]
+        done = begin + width
+    return torch.cat(nats), scored
+
+
+def n_bytes(ids):
+    """Bytes behind byte-level tokens: every character of a token stands for one."""
+    return sum(map(len, tiny_tokenizer().convert_ids_to_tokens(ids)))
+
+
+@pytest.mark.parametrize("context, stride", CONTEXTS)
+@pytest.mark.parametrize("bos", [False, True])
+def test_windows_with_a_stride(tiny_copy, context, stride, bos):
+    folder = tiny_copy()
+    if bos:
+        bos_tokenizer().save_pretrained(folder)
+    ids = token_ids(RAVEN)[:70] if stride == 1 else token_ids(RAVEN * 2)
+    result = evaluate(str(folder), SOURCE, Protocol(context=context, stride=stride, tokens=70 if stride == 1 else None))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    nats, scored = by_hand(model, ids, context, stride, 0 if bos else None)
+    protocol = result["protocol"]
+    assert protocol["scored_tokens"] == len(nats) == len(scored)
+    assert protocol["scored_bytes"] == n_bytes(scored)
+    assert protocol["bos"] == ("every window starts with BOS" if bos else "none")
+    assert (protocol["context"], protocol["stride"]) == (context, stride)
+    assert result["perplexity"] == pytest.approx(math.exp(nats.mean()), rel=1e-5)
+    assert result["nll"] == pytest.approx(float(nats.mean()), rel=1e-6)
+    assert result["bits_per_byte"] == pytest.approx(float(nats.sum()) / math.log(2) / n_bytes(scored), rel=1e-6)
+
+
+def test_every_token_is_scored_once_where_windows_overlap():
+    ids = token_ids(RAVEN * 2)
+    for context, stride in CONTEXTS[1:]:
+        windows = scoring_windows(tiny_tokenizer(), SOURCE, Protocol(context=context, stride=stride), VOCAB_SIZE)
+        mask = windows.scored_mask()
+        scored = windows.tokens[:, 1:][mask].tolist()
+        assert scored == ids[1 : 1 + len(scored)]
+        assert len(ids) - len(scored) - 1 < stride
+
+
+def test_bytes_of_characters_that_windows_cut():
+    """Such a character counts as up to three bytes on each side; that is little, and never less than there are."""
+    source = Source("cjk", "hash", "烏鴉說：永不再。" * 40)
+    windows = scoring_windows(tiny_tokenizer(), source, Protocol(context=32), VOCAB_SIZE)
+    true = n_bytes(windows.tokens[:, 1:].flatten().tolist())
+    assert true <= windows.n_bytes <= true + 6 * len(windows.tokens)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GraniteConfig(num_key_value_heads=2, logits_scaling=4.0, embedding_multiplier=2.0, **SMALL, **SPECIAL),
+        PhiConfig(**SMALL, **SPECIAL),  # its head has a bias
+        Gemma2Config(
+            num_key_value_heads=2, head_dim=8, final_logit_softcapping=3.0, query_pre_attn_scalar=8, **SMALL, **SPECIAL
+        ),
+        GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=64, **SPECIAL),
+    ],
+    ids=["logit-scaling", "head-bias", "soft-cap", "tied-gpt2"],
+)
+def test_heads_that_are_more_than_a_matrix(config, tmp_path):
+    model = AutoModelForCausalLM.from_config(config).eval()
+    scramble(model, config.model_type)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    found = evaluate(str(tmp_path), SOURCE, Protocol(context=32), reference=str(tmp_path))
+    nats, _ = by_hand(model, token_ids(SOURCE.text), 32, 32)
+    assert found["perplexity"] == pytest.approx(math.exp(nats.mean()), rel=1e-5)
+    assert found["kl"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_plain_head_is_read_in_slices(tiny_checkpoint):
+    model, *_ = load_model(str(tiny_checkpoint()), None, "cpu")
+    tokens, calls = torch.arange(3, 35)[None], []
+    read = logits_reader(model, tokens)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        logits = read(tokens, torch.ones(1, 31, dtype=torch.bool))
+        sliced = torch.cat([logits(0, 100), logits(100, VOCAB_SIZE)], dim=1)
+        assert calls == []  # only the model under the head has run
+        torch.testing.assert_close(sliced, model(tokens).logits[0, :-1])
+
+
+class TestReference:
+    def test_against_itself(self, tiny_checkpoint):
+        name = str(tiny_checkpoint())
+        result = evaluate(name, SOURCE, Protocol(context=32), reference=name)
+        assert result["kl"] == pytest.approx(0.0, abs=1e-9)
+        assert result["top1_agreement"] == 1.0
+        assert result["reference"] == name
+
+    def test_against_another_model(self, tiny_checkpoint):
+        name, other = str(tiny_checkpoint()), str(tiny_checkpoint("mqa"))
+        result = evaluate(name, SOURCE, Protocol(context=32), reference=other)
+        windows = torch.tensor(token_ids(SOURCE.text))
+        windows = windows[: len(windows) // 32 * 32].view(-1, 32)
+        with torch.no_grad():
+            s, t = (
+                AutoModelForCausalLM.from_pretrained(n)(windows).logits[:, :-1].double().log_softmax(-1)
+                for n in (name, other)
+            )
+        assert result["kl"] == pytest.approx(float((t.exp() * (t - s)).sum(-1).mean()), rel=1e-4)
+        agree = (s.argmax(-1) == t.argmax(-1)).double().mean()
+        assert result["top1_agreement"] == pytest.approx(float(agree), abs=1e-3)
+        assert "kl" not in evaluate(name, SOURCE, Protocol(context=32))
+
+    def test_of_another_tokenizer_is_refused(self, tiny_checkpoint, tiny_copy):
+        other = tiny_copy()
+        bos_tokenizer().save_pretrained(other)
+        with pytest.raises(CheckpointError, match=r"different tokenizers.*without --reference.*bits per byte"):
+            evaluate(str(tiny_checkpoint()), SOURCE, Protocol(context=32), reference=str(other))
+
+    def test_of_another_vocabulary_is_refused(self, tiny_checkpoint):
+        other = tiny_checkpoint(vocab_size=VOCAB_SIZE + 8)
+        with pytest.raises(CheckpointError, match=r"different tokenizers"):
+            evaluate(str(tiny_checkpoint()), SOURCE, Protocol(context=32), reference=str(other))
+
+
+def test_a_reduced_checkpoint_is_evaluated_by_the_code_that_is_installed(tiny_reduced, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(tiny_reduced(("select", "key-shared")), tmp_path / "reduced")
+    code, marker = folder / "modeling_qectomy_llama.py", tmp_path / "ran"
+    code.write_text(f"open({str(marker)!r}, 'w')\n" + code.read_text())
+    assert evaluate(str(folder), SOURCE, Protocol(context=32))["perplexity"] > 1
+    assert not marker.exists()
+
+
+def test_the_dtype_is_that_of_the_checkpoint_or_the_one_given(tiny_checkpoint):
+    name = str(tiny_checkpoint("bf16"))
+    half, full = (evaluate(name, SOURCE, Protocol(context=32), dtype=dtype) for dtype in (None, "float32"))
+    assert half["protocol"]["dtype"] == "bfloat16"
+    assert full["protocol"]["dtype"] == "float32"
+    assert half["perplexity"] != full["perplexity"]
+    with pytest.raises(QectomyError, match=r"unknown --dtype 'int3'; known: float32, bfloat16, float16"):
+        evaluate(name, SOURCE, Protocol(context=32), dtype="int3")
+
+
+@pytest.mark.parametrize(
+    "protocol, message",
+    [
+        (Protocol(context=32, stride=33), r"--stride 33 must lie between 1 and the context, 32"),
+        (Protocol(context=32, tokens=31), r"raven has 31 tokens, fewer than one window of 32"),
+        (Protocol(context=9999), r"fewer than one window of 9999; give more text or a smaller --context"),
+    ],
+)
+def test_protocols_that_cannot_be(tiny_checkpoint, protocol, message):
+    with pytest.raises(TextError, match=message):
+        evaluate(str(tiny_checkpoint()), SOURCE, protocol)
+
+
+class TestDamage:
+    def refused(self, folder, message, error=CheckpointError):
+        with pytest.raises(error, match=message) as caught:
+            evaluate(str(folder), SOURCE, Protocol(context=32))
+        assert len(str(caught.value).splitlines()) == 1
+
+    def test_nan_weights(self, tiny_copy):
+        folder = tiny_copy()
+        edit_weights(folder, lambda tensors: tensors["lm_head.weight"][7].fill_(torch.nan))
+        self.refused(folder, r"copy-of-llama gives NaN or Inf in windows 0 to \d+", NonFiniteError)
+
+    def test_a_missing_tensor(self, tiny_copy):
+        folder = tiny_copy()
+        edit_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+        self.refused(folder, r"missing keys: .*layers.1.mlp.up_proj")
+
+    def test_a_tensor_too_many(self, tiny_copy):
+        folder = tiny_copy()
+        edit_weights(folder, lambda tensors: tensors.update({"model.other.weight": torch.zeros(1)}))
+        self.refused(folder, r"unexpected keys: .*model.other.weight")
+
+    def test_token_ids_beyond_the_vocabulary(self, tiny_checkpoint):
+        self.refused(tiny_checkpoint(vocab_size=280), r"token id \d+, but the model's embedding has 280 rows")
+
+    def test_pickles_are_not_loaded(self, tiny_copy):
+        folder = tiny_copy()
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+        self.refused(folder, "cannot be loaded")
+
+    def test_code_in_the_folder_is_not_run(self, tiny_copy, tmp_path):
+        folder = tiny_copy()
+        (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        edit_json(
+            folder / "config.json",
+            lambda c: c.update(model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}),
+        )
+        self.refused(folder, "model_type 'evil'.*cannot be loaded")
+        assert not (tmp_path / "ran").exists()
+
+    def test_no_such_folder(self):
+        self.refused("no/such/folder", "no folder no/such/folder")

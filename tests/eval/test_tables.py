@@ -1,0 +1,75 @@
+"""What people see: every table prints, and names are shown as they are."""
+
+import pytest
+from conversions import convert_tiny
+
+from qectomy.eval import tables
+from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.surgery.plan import estimate, inspect, totals
+from qectomy.surgery.query_maps import parse_recipe
+
+NEEDS = dict(tokens=320, eval_tokens=160, context=32)
+PROTOCOL = dict(
+    text="[red]text[/]", text_sha256="0" * 64, scored_tokens=1234, context=32, stride=32, bos="none", dtype="float32"
+)
+
+
+@pytest.fixture(params=[80, 200])
+def printed(request, monkeypatch, capsys):
+    """A function that returns what was printed since it was last called, on a narrow or a wide console."""
+    monkeypatch.setenv("COLUMNS", str(request.param))
+    return lambda: " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("shape", ["llama", "biases", "bf16", "mistral"])
+def test_an_inspection(shape, tiny_checkpoint, printed):
+    checkpoint = open_checkpoint(tiny_checkpoint(shape))
+    tables.show_inspection(inspect(checkpoint, **NEEDS))
+    text = printed()
+    assert f"{checkpoint.parameters:,} parameters" in text
+    assert "4 query heads on 2 KV heads of 8" in text
+    assert "key-shared" in text
+    assert "possible" in text  # not low-rank:64 in a model 32 wide
+    assert "layers 0-1: RMSNorm before W_Q" in text
+
+
+def test_a_plan(tiny_checkpoint, printed):
+    checkpoint = open_checkpoint(tiny_checkpoint())
+    recipe = tuple(parse_recipe("0=dense,1=select", checkpoint.dims))
+    plan = {"plan": [str(s) for s in recipe], **totals(checkpoint, recipe), "needs": estimate(checkpoint, **NEEDS)}
+    tables.show_plan(plan)
+    text = printed()
+    assert "0=dense, 1=select" in text
+    assert "dry run: nothing was written" in text
+
+
+def test_a_conversion(tiny_checkpoint, raven, tmp_path, printed):
+    report = convert_tiny(tiny_checkpoint(), tmp_path / "out", "select", raven)
+    tables.show_conversion(report)
+    text, perplexity = printed(), report["perplexity"]
+    assert f"perplexity {perplexity['before']:.3f} -> {perplexity['after']:.3f} (x {perplexity['ratio']:.4f})" in text
+    assert "forward passes" in text
+
+
+@pytest.mark.parametrize("compared", [False, True])
+def test_evaluations_show_names_as_they_are(compared, printed):
+    """rich reads square brackets as markup; [/nope] alone would be an error."""
+    names = ["plain", "[red]x[/]", "[/nope]", "[bold]", ":bird:", "\\[x]"]
+    numbers = dict(perplexity=12.34567, bits_per_byte=0.98765, protocol=PROTOCOL)
+    if compared:
+        numbers |= dict(kl=0.0123, top1_agreement=0.875)
+    tables.show_evaluations([dict(checkpoint=name, **numbers) for name in names])
+    text = printed()
+    for name in names:
+        assert name in text
+    assert "12.3457" in text
+    assert ("87.50%" in text) == compared
+    assert "[red]text[/] (sha256 0000000000000000), 1,234 scored tokens" in text
+
+
+@pytest.mark.parametrize(
+    "n_bytes, text",
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (98_362_432, "98.4 MB"), (5e12, "5.00 TB"), (-2e6, "-2.0 MB")],
+)
+def test_sizes(n_bytes, text):
+    assert tables.size(n_bytes) == text

@@ -1,0 +1,273 @@
+"""The command line as people use it: exit codes, streams, JSON, and that its own examples work."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import typer
+from conversions import few_steps, hashes, reload_here
+from transformers import AutoModelForCausalLM
+
+from qectomy import __version__
+from qectomy.cli import app, main
+
+QUICK = ["--tokens", "320", "--context", "32", "--eval-tokens", "160"]
+COMMANDS = typer.main.get_command(app).commands
+
+
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+
+    def json(self):
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Return a function (arguments…) -> Done that runs the command line in this process."""
+    few_steps(monkeypatch)
+    reload_here(monkeypatch)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["qectomy", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return Done(stop.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def example(name):
+    found = re.fullmatch(r"Example: `(qectomy .*)`", COMMANDS[name].epilog)
+    return shlex.split(found[1])[1:]
+
+
+# Help
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_an_example_that_parses(cli, name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    done = cli(name, "--help")
+    assert done.code == 0
+    arguments = example(name)
+    assert arguments[0] == name
+    assert shlex.join(["qectomy", *arguments]) in done.out
+    assert COMMANDS[name].make_context(name, arguments[1:]).params
+    for option in ("--json", "--help"):
+        assert option in done.out
+
+
+def test_the_examples_work_one_after_the_other(cli, tiny_checkpoint, raven, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("smollm2-135m-instruct", "original"):
+        shutil.copytree(tiny_checkpoint(), tmp_path / name)
+    (tmp_path / "calibration.txt").write_text(raven.read_text())
+    (tmp_path / "heldout.txt").write_text(raven.read_text().upper())
+    for name in ("inspect", "convert", "eval", "materialize"):
+        done = cli(*example(name))
+        assert done.code == 0, done.err
+        assert done.out.strip()
+    assert (tmp_path / "reduced/qectomy.json").is_file()
+    assert (tmp_path / "stock/config.json").is_file()
+
+
+def test_version_and_bare_command(cli):
+    assert cli("--version").out == f"qectomy {__version__}\n"
+    bare = cli()
+    assert bare.code == 2
+    assert all(name in bare.out + bare.err for name in COMMANDS)
+
+
+def test_nothing_heavy_is_imported_where_it_is_not_needed(tiny_checkpoint):
+    script = """
+import sys
+CHECKPOINT = sys.argv[1]
+def light(what, *heavy):
+    loaded = [name for name in heavy if name in sys.modules]
+    assert not loaded, f"{what} loads {loaded}"
+import qectomy
+light("import qectomy", "torch", "transformers", "numpy", "rich")
+from qectomy.cli import main
+for arguments in (
+    ["--help"],
+    ["convert", "--help"],
+    ["inspect", CHECKPOINT],
+    ["convert", CHECKPOINT, "--out", "no-such-folder", "--dry-run"],
+):
+    sys.argv[1:] = arguments
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code
+    light(arguments, "torch", "transformers", *(["numpy", "safetensors"] if "--help" in arguments else []))
+print("all light", file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_checkpoint())], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "all light" in done.stderr
+
+
+# Exit codes
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nosuchcommand"],
+        ["inspect"],
+        ["inspect", "folder", "--nosuchoption"],
+        ["inspect", "folder", "--tokens", "0"],
+        ["convert", "folder"],
+        ["convert", "folder", "--out", "out", "--context", "3"],
+        ["convert", "folder", "--out", "out", "--tokens", "many"],
+        ["eval", "folder"],
+        ["eval", "folder", "--text", "text", "--stride", "0"],
+        ["materialize", "folder"],
+    ],
+    ids=shlex.join,
+)
+def test_usage_errors_exit_with_2(cli, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = cli(*arguments)
+    assert done.code == 2
+    assert done.out == ""
+    assert "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("inspect no/such/folder", r"no folder no/such/folder"),
+        ("inspect nosuchfolder", r"no folder nosuchfolder, and the hub did not give 'nosuchfolder'"),
+        ("inspect raven.txt", r"raven.txt is a file; give the folder"),
+        ("inspect reduced", r"already reduced"),
+        ("convert model --out there --text raven.txt", r"there exists; nothing is overwritten"),
+        ("convert model --out new --query selekt", r"unknown query map 'selekt'; known: .* Did you mean 'select'\?"),
+        ("convert model --out new --query 0=select", r"says nothing of layer\(s\) 1 of 2"),
+        ("convert model --out new --query low-rank:99", r"query map low-rank:99 stores"),
+        ("convert model --out new --text raven.txt --dtype int8", r"unknown --dtype 'int8'; known: float32"),
+        ("convert model --out new --text raven.txt --device abacus", r"--device abacus: not usable here"),
+        ("convert model --out new --dry-run --dtype int8", r"unknown --dtype 'int8'"),
+        ("convert model --out new", r"no calibration text"),
+        ("convert model --out new --text nosuch.txt", r"no file 'nosuch.txt', and no dataset of that name"),
+        ("convert model --out new --text there", r"there is a folder"),
+        ("convert reduced --out new --text raven.txt", r"already reduced"),
+        ("eval model --text raven.txt --device abacus", r"--device abacus: not usable here"),
+        ("eval model --text raven.txt --device cuda:7", r"--device cuda:7: not usable here"),
+        ("eval model --text raven.txt --dtype int8", r"unknown --dtype 'int8'; known: float32"),
+        ("eval model nosuchfolder --text raven.txt --context 32", r"no folder nosuchfolder"),
+        ("eval model --text raven.txt --reference nosuchfolder", r"no folder nosuchfolder"),
+        ("eval model --text raven.txt --context 32 --stride 33", r"--stride 33 must lie between"),
+        ("eval model --text raven.txt --context 99999", r"fewer than one window of 99999"),
+        ("materialize model --out new", r"model_type 'llama' is not a checkpoint that qectomy reduced"),
+        ("materialize reduced --out there", r"there exists"),
+        ("materialize nosuchfolder --out new", r"no folder nosuchfolder"),
+    ],
+)
+def test_what_a_user_can_mend_exits_with_1(
+    cli, arguments, message, tiny_checkpoint, tiny_reduced, raven, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(tiny_checkpoint())
+    (tmp_path / "reduced").symlink_to(tiny_reduced(("select", "key-shared")))
+    (tmp_path / "raven.txt").write_text(raven.read_text())
+    (tmp_path / "there").mkdir()
+    before = sorted(tmp_path.iterdir())
+    done = cli(*shlex.split(arguments))
+    assert done.code == 1
+    assert done.out == ""
+    *progress, error = done.err.strip().splitlines()
+    assert re.search(message, error), error
+    assert error.startswith("error: ")
+    assert all(line.startswith("evaluating model ") for line in progress)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+# Results
+
+
+def test_json_is_the_report_and_the_command_repeats_it(cli, tiny_checkpoint, raven, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["convert", tiny_checkpoint(), "--query", "0=select,1=key-shared", "--text", raven, *QUICK, "--json"]
+    done = cli(*command, "--out", "out it is", "--seed", 7)
+    report = done.json()
+    assert report == json.loads((tmp_path / "out it is/qectomy.json").read_text())
+    assert report["calibration"]["seed"] == 7
+    assert re.findall(r"^converting (\d)/2 attention KL", done.err, re.MULTILINE) == ["1", "2"]
+    again = shlex.split(report["command"])
+    assert again[0] == "qectomy"
+    again[again.index("--out") + 1] = "again"
+    assert cli(*again[1:]).json()["perplexity"] == report["perplexity"]
+    first, second = (hashes(tmp_path / name) for name in ("out it is", "again"))
+    assert first["model.safetensors"] == second["model.safetensors"]
+
+
+def test_a_dry_run_writes_nothing_and_foretells_the_sizes(cli, tiny_checkpoint, raven, tmp_path):
+    command = ["convert", tiny_checkpoint("bf16"), "--query", "0=dense,1=select", "--text", raven, *QUICK]
+    command += ["--out", tmp_path / "out", "--dtype", "float32"]
+    plan = cli(*command, "--dry-run", "--json").json()
+    assert "dry run: nothing was written" in cli(*command, "--dry-run").out
+    assert list(tmp_path.iterdir()) == []
+    assert plan["plan"] == ["dense", "select"]
+    assert plan["needs"].keys() == {"peak_memory_bytes", "disk_bytes", "seconds"}
+    report = cli(*command, "--json").json()
+    assert plan["parameters"] == report["parameters"]
+    assert plan["bytes"] == report["bytes"]
+
+
+def test_inspect_says_what_each_map_removes(cli, tiny_checkpoint):
+    result = cli("inspect", tiny_checkpoint("sharded"), "--json").json()
+    assert result["family"] == "llama"
+    assert len(result["files"]) > 1
+    rows = {row["map"]: row for row in result["query_maps"]}
+    assert rows["identity"]["removed_parameters"] == 2 * 32 * 32
+    assert rows["select"]["removed_parameters"] == 2 * (32 * 32 - 2 * 32)
+    assert rows["key-shared"]["removed_parameters"] == 2 * (32 * 32 - 4 * 8 * 8)
+    assert not rows["low-rank:64"]["possible"]
+    assert [layer["convertible"] for layer in result["layers"]] == [True, True]
+
+
+def test_several_checkpoints_and_the_materialised_one(cli, tiny_checkpoint, raven, tmp_path):
+    original, reduced, stock = tiny_checkpoint("tied"), tmp_path / "[/reduced]", tmp_path / "stock"
+    command = ["convert", original, "--out", reduced, "--query", "identity", "--text", raven, *QUICK, "--json"]
+    report = cli(*command).json()
+    written = cli("materialize", reduced, "--out", stock, "--json").json()
+    assert written["model_type"] == "llama"
+    assert written["parameters"] == {
+        key: report["parameters"][other] for key, other in (("before", "after"), ("after", "before"))
+    }
+    assert AutoModelForCausalLM.from_pretrained(stock).config.model_type == "llama"
+    command = ["eval", original, reduced, stock, "--text", raven, "--context", 32, "--tokens", 160]
+    results = cli(*command, "--reference", original, "--json").json()
+    assert [result["checkpoint"] for result in results] == [str(name) for name in (original, reduced, stock)]
+    assert results[0]["perplexity"] == pytest.approx(report["perplexity"]["before"], rel=1e-4)
+    assert results[1]["perplexity"] == pytest.approx(report["perplexity"]["after"], rel=1e-4)
+    assert results[2]["perplexity"] == pytest.approx(results[1]["perplexity"], rel=1e-5)
+    assert results[0]["kl"] == pytest.approx(0.0, abs=1e-9)
+    assert results[2]["kl"] == pytest.approx(results[1]["kl"], rel=1e-3)
+    assert len({json.dumps(result["protocol"]) for result in results}) == 1
+    shown = cli(*command)
+    assert shown.code == 0
+    assert "[/reduced]" in shown.err  # progress: no part of a name is taken as markup
+
+
+def test_text_output_of_a_conversion(cli, tiny_checkpoint, raven, tmp_path):
+    done = cli("convert", tiny_checkpoint(), "--out", tmp_path / "out", "--query", "select", "--text", raven, *QUICK)
+    assert done.code == 0
+    report = json.loads((tmp_path / "out/qectomy.json").read_text())
+    assert f"perplexity {report['perplexity']['before']:.3f} -> " in done.out
+    assert "perplexity" not in done.err
