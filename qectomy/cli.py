@@ -117,7 +117,7 @@ def convert(
         needs = estimate(source, tokens=tokens, eval_tokens=eval_tokens, context=context)
         plan = {
             "plan": [str(spec) for spec in recipe],
-            **totals(source, recipe, settings.stored_dtype(source)),
+            **totals(source, recipe, settings.stored_dtype),
             "needs": needs,
         }
         if as_json:

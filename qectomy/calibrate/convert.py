@@ -24,7 +24,7 @@ from qectomy.eval.report import conversion_report, write_report
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.config_files import copy_companions, copy_model_code
 from qectomy.surgery.output import check_room, new_folder
-from qectomy.surgery.plan import estimate
+from qectomy.surgery.plan import states_bytes, totals
 from qectomy.surgery.query_maps import QueryMapSpec
 
 
@@ -42,9 +42,8 @@ def convert(
     """
     watch = Stopwatch()
     device = check_device(settings.device)
-    settings.stored_dtype(source)  # an unknown one is refused before any work
-    needs = estimate(source, tokens=settings.tokens, eval_tokens=settings.eval_tokens, context=settings.context)
-    check_room(out, needs["disk_bytes"])
+    written = totals(source, recipe, settings.stored_dtype)["bytes"]["after"]
+    check_room(out, written + states_bytes(source, settings.tokens + settings.eval_tokens))
     fitted, held = _windows(source, settings)
     since = watch.add("text", watch.begun)
     runner = LayerRunner(source, recipe, settings.context, device)

@@ -22,8 +22,9 @@ from qectomy.calibrate.states import HiddenStates, batches
 from qectomy.calibrate.text import Windows
 from qectomy.errors import NonFiniteError
 from qectomy.eval.perplexity import ScoringWindows
-from qectomy.surgery.checkpoint import Checkpoint, expected_tensors, open_checkpoint
+from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.config_files import reduced_config, write_config
+from qectomy.surgery.plan import planned_tensors
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.stream_basis import StreamBasis, random_basis
 from qectomy.surgery.writer import DTYPES, ShardWriter, TensorSpec
@@ -66,7 +67,8 @@ class LayerPass:
         self.tokens = torch.cat([fitted.tokens, held.tokens])
         self.n_fitted = fitted.tokens.shape[0]
         self.batch = max(1, TOKENS_A_BATCH // settings.context)
-        self.dtype = settings.stored_dtype(source)
+        planned = planned_tensors(source, recipe, settings.stored_dtype)
+        self.specs = {name: TensorSpec(info.shape, info.dtype) for name, info in planned.items()}
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.teacher_seconds = 0.0  # float32 teacher layers on the evaluation windows
         self.basis = self._choose_basis()
@@ -82,7 +84,7 @@ class LayerPass:
             for state in states:
                 stack.callback(state.close)
             streams = Streams(states[0], states[1], self.n_fitted, self.batch)
-            writer = stack.enter_context(ShardWriter(self.work, self._specs()))
+            writer = stack.enter_context(ShardWriter(self.work, self.specs))
             since = time.perf_counter()
             self._embed(streams)
             self._write_outer(writer)
@@ -108,7 +110,8 @@ class LayerPass:
                     )
             writer.finish()
             since = time.perf_counter()
-            write_config(self.work, reduced_config(self.source, self.recipe, self.dtype))
+            dtype = self.settings.stored_dtype or self.source.dtype
+            write_config(self.work, reduced_config(self.source, self.recipe, dtype))
             original = Head(self.source, self.runner.config, self.runner.device)
             reduced = Head(open_checkpoint(self.work, reduced=True), self.runner.config, self.runner.device)
             scores = final_scores(original, reduced, streams, self.held, self.basis)
@@ -121,12 +124,6 @@ class LayerPass:
         """Estimate of one plain float32 pass over all tokens, from the teacher's share of this run."""
         share = self.tokens.shape[0] / (self.tokens.shape[0] - self.n_fitted)
         return (self.teacher_seconds + head_seconds) * share
-
-    def _specs(self) -> dict[str, TensorSpec]:
-        family, dims = self.source.family, self.source.dims
-        shapes = expected_tensors(family, dims, self.recipe)
-        index = f"{family.roles.query_map}.index"
-        return {n: TensorSpec(shape, "I32" if n.endswith(index) else self.dtype) for n, shape in shapes.items()}
 
     def _choose_basis(self) -> StreamBasis | None:
         """Turn the stream where a layer reads its queries straight from it."""
@@ -158,7 +155,7 @@ class LayerPass:
         theirs, ours = table, table
         if self.basis is not None:
             theirs, ours = self.basis.states(table), self.basis.embedding_rows(table)
-        ours = self._as_stored("the embedding", ours)
+        ours = self._as_stored(self.source.family.embedding, ours)
         for start, stop in batches(0, self.tokens.shape[0], self.batch):
             places = torch.searchsorted(wanted, self.tokens[start:stop])
             streams.teacher.write(start, theirs[places])
@@ -220,11 +217,11 @@ class LayerPass:
         """Return the float32 values that the written tensor will have. Raises NonFiniteError if it overflows."""
         if not tensor.is_floating_point():
             return tensor
-        stored = tensor.to("cpu", DTYPES[self.dtype]).float()
+        stored = tensor.to("cpu", DTYPES[self.specs[name].dtype]).float()
         if not torch.isfinite(stored).all():
             if not torch.isfinite(tensor).all():
                 raise NonFiniteError(f"{name} came out as NaN or Inf: the model's hidden states overflow there")
-            raise NonFiniteError(f"{name} does not fit in {self.dtype}; use --dtype float32")
+            raise NonFiniteError(f"{name} does not fit in {self.specs[name].dtype}; use --dtype float32")
         return stored
 
     def _attention_kl(self, teacher: nn.Module, student: nn.Module, streams: Streams) -> dict[str, float]:

@@ -99,9 +99,8 @@ class _Batches:
         self.device, self.generator = data.hidden.device, generator
         self.stride = max(1, round(1 / settings.row_share))
         self.size = max(1, min(self.n, settings.rows_a_step * self.stride // self.context))
-        cycle = torch.arange(self.size) % len(settings.temperatures)
-        self.temperature = torch.tensor(settings.temperatures)[cycle].view(-1, 1, 1, 1)
-        self.weight = torch.tensor(settings.weights)[cycle].view(-1, 1, 1, 1)
+        self.kinds = list(zip(settings.temperatures, settings.weights, strict=True))
+        self.drawn = 0
         self.order: list[int] = []
 
     def draw(self) -> tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -110,7 +109,10 @@ class _Batches:
         chosen, self.order = self.order[: self.size], self.order[self.size :]
         first = int(torch.randint(self.stride, (1,), generator=self.generator))
         rows = torch.arange(first, self.context, self.stride, device=self.device)
-        return chosen, rows, self.temperature.to(self.device), self.weight.to(self.device)
+        kinds = [self.kinds[(self.drawn + i) % len(self.kinds)] for i in range(len(chosen))]
+        self.drawn += len(chosen)
+        temperature, weight = torch.tensor(kinds, device=self.device).T.reshape(2, -1, 1, 1, 1)
+        return chosen, rows, temperature, weight
 
 
 def _loss(

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from qectomy.errors import QectomyError
-from qectomy.surgery.checkpoint import Checkpoint
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -22,10 +21,11 @@ class ConvertSettings:
     seed: int = 0
     command: str = ""
 
-    def stored_dtype(self, source: Checkpoint) -> str:
-        """Return safetensors' name of the type to write. Raises QectomyError for an unknown one."""
+    @property
+    def stored_dtype(self) -> str | None:
+        """Safetensors' name of the type to write; None: each tensor's own. Raises QectomyError for an unknown one."""
         if self.dtype is None:
-            return source.dtype
+            return None
         if self.dtype not in DTYPES:
             raise QectomyError(f"unknown --dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         return DTYPES[self.dtype]

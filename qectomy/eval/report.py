@@ -35,7 +35,7 @@ def conversion_report(
     reload_error: float,
 ) -> dict[str, Any]:
     """Return the record of one conversion: everything needed to believe it and to repeat it."""
-    sizes = totals(source, recipe, settings.stored_dtype(source))
+    sizes = totals(source, recipe, settings.stored_dtype)
     return {
         "qectomy": __version__,
         "versions": {
@@ -45,7 +45,7 @@ def conversion_report(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": settings.command,
         "source": {
-            "name": source.folder.name,
+            "name": source.name,
             "model_type": source.family.model_type,
             "dtype": source.dtype,
             "sha256": hashes,
@@ -95,7 +95,7 @@ def model_card(report: dict[str, Any], source: Checkpoint) -> str:
     )
     removed = 1 - parameters["after"] / parameters["before"]
     recipe = ", ".join(f"{name} ({count} layers)" for name, count in _counts(report["layers"]).items())
-    base = str(source.config.get("_name_or_path") or source.folder.name)
+    base = source.name
     return f"""---
 library_name: transformers
 base_model: {json.dumps(base, ensure_ascii=False)}

@@ -63,6 +63,7 @@ class Checkpoint:
     `recipe` is one query map a layer; all `dense` for an original checkpoint.
     """
 
+    name: str  # the hub id, or the folder's own name
     folder: Path
     config: dict[str, Any]
     family: Family
@@ -200,7 +201,8 @@ def open_checkpoint(name: str | os.PathLike[str], *, reduced: bool = False) -> C
         raise CheckpointError(f"config.json: num_hidden_layers {dims.n_layers} is beyond any model ({MAX_LAYERS})")
     recipe = _read_recipe(config, dims) if reduced else (QueryMapSpec("dense"),) * dims.n_layers
     found = _read_headers(folder)
-    return Checkpoint(folder, config, family, dims, recipe, _check_tensors(found, family, dims, recipe))
+    own = folder.resolve().name if Path(name).is_dir() else str(name)
+    return Checkpoint(own, folder, config, family, dims, recipe, _check_tensors(found, family, dims, recipe))
 
 
 def expected_layer(family: Family, dims: Dimensions, spec: QueryMapSpec) -> Shapes:

@@ -1,13 +1,11 @@
 """What a conversion would remove, layer by layer, and what it needs: from headers alone, torch not loaded."""
 
-import math
 import time
 from typing import Any
 
 import numpy as np
 
-from qectomy.surgery.architectures import Dimensions
-from qectomy.surgery.checkpoint import FLOAT_BYTES, Checkpoint
+from qectomy.surgery.checkpoint import Checkpoint, TensorInfo, expected_tensors
 from qectomy.surgery.query_maps import QueryMapSpec, parse_query_map, refusal
 
 SHOWN_MAPS = ("identity", "select", "key-shared", "low-rank:16", "low-rank:64")
@@ -15,41 +13,52 @@ LIBRARY_BYTES = 450_000_000  # torch, transformers and a tokenizer, loaded (meas
 CONVERT_PASSES = 5.0  # a conversion's time over one float32 forward pass of the same tokens (measured, docs/LOG.md)
 
 
-def stored_bytes(spec: QueryMapSpec, dims: Dimensions, dtype: str) -> int:
-    """Bytes of what stands in W_Q's place in one layer (the projection itself for `dense`)."""
-    item = FLOAT_BYTES[dtype]
-    if spec.name == "dense":
-        return spec.parameters(dims) * item
-    return sum(math.prod(shape) * (4 if kind == "index" else item) for kind, shape in spec.stored(dims).values())
+def planned_tensors(
+    checkpoint: Checkpoint, recipe: tuple[QueryMapSpec, ...], dtype: str | None = None
+) -> dict[str, TensorInfo]:
+    """Return what a conversion writes, by tensor name; `dtype` None keeps each tensor's own type."""
+    family = checkpoint.family
+    index = f"{family.roles.query_map}.index"
+
+    def kind(name: str) -> str:
+        if name.endswith(index):
+            return "I32"
+        return dtype or (checkpoint.tensors[name].dtype if name in checkpoint.tensors else checkpoint.dtype)
+
+    shapes = expected_tensors(family, checkpoint.dims, recipe)
+    return {name: TensorInfo("", shape, kind(name)) for name, shape in shapes.items()}
 
 
 def totals(checkpoint: Checkpoint, recipe: tuple[QueryMapSpec, ...], dtype: str | None = None) -> dict[str, Any]:
     """Return parameters and bytes before and after, net: everything added is counted."""
     dims, dense = checkpoint.dims, QueryMapSpec("dense")
-    dtype = dtype or checkpoint.dtype
-    gone = sum(dense.parameters(dims) for spec in recipe if spec.name != "dense")
-    added = sum(spec.parameters(dims) for spec in recipe if spec.name != "dense")
-    before = checkpoint.parameters
-    bytes_after = (before - dims.n_layers * dense.parameters(dims)) * FLOAT_BYTES[dtype]
-    bytes_after += sum(stored_bytes(spec, dims, dtype) for spec in recipe)
+    planned = planned_tensors(checkpoint, recipe, dtype).values()
+    reduced = [spec for spec in recipe if spec.name != "dense"]
     return {
-        "parameters": {"before": before, "after": before - gone + added},
-        "bytes": {"before": checkpoint.nbytes, "after": bytes_after},
-        "query_parameters": {"before": gone, "after": added},
+        "parameters": {"before": checkpoint.parameters, "after": sum(info.numel for info in planned)},
+        "bytes": {"before": checkpoint.nbytes, "after": sum(info.nbytes for info in planned)},
+        "query_parameters": {
+            "before": len(reduced) * dense.parameters(dims),
+            "after": sum(spec.parameters(dims) for spec in reduced),
+        },
     }
+
+
+def states_bytes(checkpoint: Checkpoint, tokens: int) -> int:
+    """Bytes on disk of both models' hidden states while a conversion runs."""
+    return 2 * tokens * checkpoint.dims.d_model * 4
 
 
 def estimate(checkpoint: Checkpoint, *, tokens: int, eval_tokens: int, context: int) -> dict[str, int]:
     """Return rough peak memory, disk and time of a conversion on this machine's processor."""
     dims = checkpoint.dims
     layer = sum(info.numel for _, info in checkpoint.layer_tensors(0))
-    states = (tokens + eval_tokens) * dims.d_model * 4
     window = context * (6 * dims.d_model + 3 * dims.d_mlp) * 4 + 6 * dims.n_heads * context**2 * 4
     fit = tokens * (dims.d_model + 2 * (dims.n_heads + dims.n_kv_heads) * dims.d_head) * 2
     flops = 2 * (tokens + eval_tokens) * (checkpoint.parameters + dims.n_layers * 2 * context * dims.d_model)
     return {
         "peak_memory_bytes": LIBRARY_BYTES + 4 * layer * 4 + 4 * window + fit,
-        "disk_bytes": 2 * states + checkpoint.parameters * 4,
+        "disk_bytes": states_bytes(checkpoint, tokens + eval_tokens) + checkpoint.nbytes,
         "seconds": round(CONVERT_PASSES * flops / _flops_per_second()),
     }
 

@@ -109,6 +109,15 @@ def test_identity_expresses_a_gain(shape, bias):
     torch.testing.assert_close(start.norm_gain[: bench.W_Q.shape[1]], gain[: bench.W_Q.shape[1]], rtol=1e-3, atol=1e-3)
 
 
+def test_no_gain_of_identity_is_near_zero():
+    """Some channel may match its query channel not at all; W_K and W_V are divided by its gain all the same."""
+    bench = AttentionBench()
+    bench.W_Q = torch.diag(torch.linspace(1, 2, 32, dtype=torch.float64))
+    bench.W_Q[5, 5] = bench.W_Q[20, 20] = 0.0
+    gain = bench.start("identity").norm_gain.abs()
+    assert gain.min() > 0.03 * gain.mean()
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_low_rank_at_full_rank_is_W_Q(shape):
     bench = AttentionBench(**shape)
