@@ -88,22 +88,30 @@ def fold(
 
 def _collect(runner: LayerRunner, teacher: nn.Module, streams: Streams) -> tuple[Moments, FitData]:
     """Read the fitted windows once: moments, the student's x̂, and the teacher's turned queries and keys."""
-    dtype = fast_dtype(runner.device)
-    sums = MomentSums(runner.dims.d_model, runner.device)
-    hidden, queries, keys = [], [], []
+    dims, device = runner.dims, runner.device
+    sums = MomentSums(dims.d_model, device)
+
+    def room(*shape: int) -> torch.Tensor:
+        return torch.empty(streams.fitted, *shape, dtype=fast_dtype(device), device=device)
+
+    data = FitData(
+        room(runner.context, dims.d_model),
+        room(dims.n_heads, runner.context, dims.d_head),
+        room(dims.n_kv_heads, runner.context, dims.d_head),
+        runner.causal(),
+        runner.scaling(teacher),
+        runner.turn,
+    )
     for start, stop in batches(0, streams.fitted, streams.batch):
         theirs = runner.read(teacher, streams.teacher.read(start, stop).to(runner.device))
         ours = runner.read(teacher, streams.student.read(start, stop).to(runner.device))
         sums.add(ours, theirs)
         with fast_math(runner.device):
             query, key = runner.queries_keys(teacher, theirs)
-        hidden.append(ours.to(dtype))
-        queries.append(query.to(dtype))
-        keys.append(key.to(dtype))
-    fit_data = FitData(
-        torch.cat(hidden), torch.cat(queries), torch.cat(keys), runner.causal(), runner.scaling(teacher), runner.turn
-    )
-    return sums.moments(), fit_data
+        data.hidden[start:stop] = ours
+        data.teacher_query[start:stop] = query
+        data.teacher_key[start:stop] = key
+    return sums.moments(), data
 
 
 def attended_moments(data: FitData, n_kv_heads: int, windows: int = 12, stride: int = 8) -> torch.Tensor:

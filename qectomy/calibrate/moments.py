@@ -51,5 +51,6 @@ class MomentSums:
 
 def ridge(gram: torch.Tensor, target: torch.Tensor, strength: float) -> torch.Tensor:
     """Return argmin_X tr(Xᵀ gram X) - 2 tr(Xᵀ target) + strength * mean(diag gram) |X|²; gram is (n, n) PSD."""
-    load = strength * gram.diagonal().mean().clamp_min(1e-30)
-    return torch.linalg.solve(gram + load * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), target)
+    loaded = gram.clone()
+    loaded.diagonal().add_(strength * gram.diagonal().mean().clamp_min(1e-30))
+    return torch.linalg.solve(loaded, target)

@@ -105,7 +105,8 @@ tags: [qectomy, query-free-attention]
 # {_one_line(base)} without W_Q
 
 The query projections of this {source.family.model_type} checkpoint were taken out by Qectomy {report["qectomy"]}:
-{recipe}. No training: the query maps and W_K were fitted on calibration text, layer by layer.
+{recipe}. No training from end to end: query maps and W_K were fitted on calibration text layer by layer, W_O and W_down
+refitted to them in closed form.
 
 | | original | reduced |
 |---|---|---|

@@ -142,7 +142,6 @@ def test_dense_layers_after_it_are_refitted_to_a_stream_that_drifts(tiny_checkpo
 def test_the_first_layer_reads_a_scaled_embedding_as_before(tiny_checkpoint, raven, tmp_path):
     """A tied head's gain goes into the embedding when the stream is turned: the first attention undoes it."""
     report = convert_tiny(tiny_checkpoint("tied"), tmp_path / "out", "0=dense,1=identity", raven)
-    print("KL", report["layers"][0]["attention_kl"]["fitted"])
     assert report["layers"][0]["attention_kl"]["fitted"] < 1e-2
 
 
