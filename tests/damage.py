@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,3 +30,8 @@ def refused(folder: Path, message: str, error: type[QectomyError] = CheckpointEr
     with pytest.raises(error) as caught:
         open_checkpoint(folder, **options)
     assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def allow_interrupts() -> None:
+    """For a child process: obey SIGINT, which shells make background jobs ignore, and their children too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

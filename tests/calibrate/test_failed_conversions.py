@@ -9,7 +9,7 @@ import time
 
 import pytest
 from conversions import convert_tiny, hashes
-from damage import edit_json, edit_weights
+from damage import allow_interrupts, edit_json, edit_weights
 from safetensors import SafetensorError
 
 from qectomy.calibrate import convert as convert_module
@@ -200,7 +200,11 @@ def test_a_signal_in_the_middle_of_the_command(tiny_checkpoint, raven, tmp_path,
     command = ["convert", source, "--out", place / "deep/out", "--text", raven, "--context", 32]
     command += ["--tokens", 1024, "--eval-tokens", 160]
     process = subprocess.Popen(
-        [sys.executable, "-m", "qectomy", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "qectomy", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=allow_interrupts,
     )
     try:
         deadline = time.monotonic() + 60

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from damage import allow_interrupts
 
 from qectomy.errors import OutputError
 from qectomy.surgery.output import check_absent, check_room, new_folder
@@ -98,6 +99,7 @@ def test_nothing_is_left_after_a_signal(tmp_path, number):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=allow_interrupts,
     )
     assert process.stdout.readline() == "ready\n"
     assert any((tmp_path / "a").iterdir())
