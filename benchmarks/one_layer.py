@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from qectomy.calibrate.attention_kl import attention_kl
-from qectomy.calibrate.layer_fit import Streams, fit_layer
+from qectomy.calibrate.layer_fit import fit_layer
 from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.refine import RefineSettings
-from qectomy.calibrate.states import HiddenStates, batches
+from qectomy.calibrate.states import Streams, WindowFile, batches
 from qectomy.calibrate.text import load_tokenizer, make_windows, read_source
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.query_maps import parse_recipe
@@ -46,8 +46,10 @@ def main() -> None:
     runner = LayerRunner(source, recipe, args.context, "cpu")
     tokens = torch.cat(windows)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        states = HiddenStates(Path(folder) / "states", len(tokens), args.context, source.dims.d_model)
-        states.write(0, source.read(source.family.embedding, torch.float32)[tokens])
+        shape = (len(tokens), args.context, source.dims.d_model)
+        streams = Streams(Path(folder), shape, fitted=len(windows[0]), batch=BATCH)
+        states = streams.student = streams.teacher
+        states[:] = source.read(source.family.embedding, torch.float32)[tokens]
         basis = turn(source, states) if "identity" in args.query else None
         print("layer", *spans, "seconds", sep="\t")
         for layer in range(max(args.layers) + 1):
@@ -55,7 +57,6 @@ def main() -> None:
             tensors = tensors if basis is None else basis.layer(source.family, tensors)
             teacher = runner.build(layer, tensors)
             if layer in args.layers:
-                streams = Streams(states, states, len(windows[0]), BATCH)
                 begun = time.perf_counter()
                 with torch.enable_grad():
                     fitted = fit_layer(
@@ -67,23 +68,23 @@ def main() -> None:
                 kls = [f"{mean_kl(runner, teacher, student, states, span):.4f}" for span in spans.values()]
                 print(layer, *kls, f"{seconds:.1f}", sep="\t", flush=True)
             for start, stop in batches(0, len(tokens), BATCH):
-                states.write(start, runner.forward(teacher, states.read(start, stop)))
+                states[start:stop] = runner.forward(teacher, states[start:stop])
 
 
-def turn(source: Checkpoint, states: HiddenStates) -> StreamBasis:
+def turn(source: Checkpoint, states: WindowFile) -> StreamBasis:
     """Turn the embedded states to a random basis, as a conversion to `identity` does."""
     gain = source.read(source.family.final_norm, torch.float64)
     basis = random_basis(gain, torch.ones_like(gain), source.dims.tied, torch.Generator().manual_seed(0))
     for start, stop in batches(0, states.shape[0], BATCH):
-        states.write(start, basis.states(states.read(start, stop)))
+        states[start:stop] = basis.states(states[start:stop])
     return basis
 
 
-def mean_kl(runner: LayerRunner, teacher, student, states: HiddenStates, span: tuple[int, int]) -> float:
+def mean_kl(runner: LayerRunner, teacher, student, states: WindowFile, span: tuple[int, int]) -> float:
     """Mean attention KL over the windows of a span."""
     values = []
     for window in range(*span):
-        x = states.read(window, window + 1)
+        x = states[window : window + 1]
         pair = [runner.queries_keys(module, runner.read(module, x)) for module in (teacher, student)]
         values.append(attention_kl(pair[0], pair[1], runner.causal()).mean())
     return float(torch.stack(values).mean())

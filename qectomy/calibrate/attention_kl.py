@@ -4,9 +4,12 @@ Dimensions: B windows, H n_heads, G n_kv_heads, R query rows, T key positions, K
 turned by RoPE, keys turned; head h reads the keys of group h // (H / G).
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+KEYS_ROUNDED = 64
 
 
 def attention_logits(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
@@ -23,16 +26,21 @@ def attention_kl(
     allowed: torch.Tensor,
 ) -> torch.Tensor:
     """Return KL(softmax t || softmax s) of each row, (B, H, R), in nats; each argument is (query, key)."""
-    t = attention_logits(*teacher, allowed).float().log_softmax(-1)
-    s = attention_logits(*student, allowed).float().log_softmax(-1)
-    return (t.exp() * (t - s)).sum(-1)
+    groups = teacher[1].shape[1]
+    parts = []
+    for g in range(groups):  # one KV head at a time: a whole layer's logits are many times larger than the layer
+        sides = [(query.chunk(groups, 1)[g], key[:, g : g + 1]) for query, key in (teacher, student)]
+        t, s = (attention_logits(*side, allowed).float().log_softmax(-1) for side in sides)
+        parts.append((t.exp() * (t - s)).sum(-1))
+    return torch.cat(parts, 1)
 
 
 class MeanAttentionKL(torch.autograd.Function):
-    """Mean over windows, heads and rows of weight * KL(p || softmax(q kᵀ)), as a gradient only.
+    """Mean over windows, heads and rows of weight * KL(softmax(teacher) || softmax(q kᵀ)), as a gradient only.
 
-    `weight` is (B, 1, 1, 1). d KL / d logits = softmax(s) - p, so one softmax and two products give the gradient
-    of queries and keys; the value itself is not computed and 0 is returned in its place.
+    `teacher` is (query, key); `weight` is (B, 1, 1, 1). d KL / d logits = softmax(s) - softmax(t), so the gradient of
+    queries and keys takes four products and two softmaxes, made here a block of rows at a time over the keys that the
+    block may look at. The value itself is not computed and 0 is returned in its place.
     """
 
     @staticmethod
@@ -40,22 +48,40 @@ class MeanAttentionKL(torch.autograd.Function):
         ctx: Any,
         query: torch.Tensor,
         key: torch.Tensor,
-        p: torch.Tensor,
+        teacher: tuple[torch.Tensor, torch.Tensor],
         allowed: torch.Tensor,
         weight: torch.Tensor,
     ) -> torch.Tensor:
-        difference = attention_logits(query, key, allowed).softmax(-1).sub_(p).mul_(weight)  # (B, H, R, T)
-        ctx.save_for_backward(query, key, difference)
+        (b, h, r, k), groups = query.shape, key.shape[1]
+        to_query, to_key = torch.zeros_like(query), torch.zeros_like(key, dtype=accumulator(key.dtype))
+        for rows, keys in row_blocks(allowed):
+            here, seen, look = query[:, :, rows], key[:, :, keys], allowed[rows, keys]
+            p = attention_logits(teacher[0][:, :, rows], teacher[1][:, :, keys], look).softmax(-1)
+            difference = attention_logits(here, seen, look).softmax(-1).sub_(p).mul_(weight)  # (B, H, rows, keys)
+            difference = difference.view(b * groups, -1, seen.shape[2])
+            to_query[:, :, rows] = torch.bmm(difference, seen.reshape(b * groups, -1, k)).view_as(here)
+            to_key[:, :, keys] += torch.bmm(difference.mT, here.reshape(b * groups, -1, k)).view_as(seen)
+        ctx.save_for_backward(to_query.div_(b * h * r), to_key.div_(b * h * r).to(key.dtype))
         return query.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
-        query, key, difference = ctx.saved_tensors
-        b, h, r, k = query.shape
-        groups = key.shape[1]
-        rows = b * h * r
-        difference = difference.view(b * groups, -1, key.shape[2])
-        keys, queries = key.reshape(b * groups, -1, k), query.reshape(b * groups, -1, k)
-        to_query = torch.bmm(difference, keys).view_as(query) * (grads[0] / rows)
-        to_key = torch.bmm(difference.mT, queries).view_as(key) * (grads[0] / rows)
-        return to_query, to_key, None, None, None
+        to_query, to_key = ctx.saved_tensors
+        return to_query * grads[0], to_key * grads[0], None, None, None
+
+
+def row_blocks(allowed: torch.Tensor, blocks: int = 4) -> Iterator[tuple[slice, slice]]:
+    """Yield (rows, keys) slices that together hold every True of allowed (R, T); early rows see few keys.
+
+    The number of keys is rounded up, so that few shapes occur: each costs a compiled kernel that stays in memory.
+    """
+    for rows in torch.arange(len(allowed)).tensor_split(min(blocks, len(allowed))):
+        block = slice(int(rows[0]), int(rows[-1]) + 1)
+        seen = allowed[block].any(0).nonzero()[:, 0]
+        first = int(seen[0]) // KEYS_ROUNDED * KEYS_ROUNDED
+        yield block, slice(first, min(allowed.shape[1], -(-(int(seen[-1]) + 1) // KEYS_ROUNDED) * KEYS_ROUNDED))
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums of products of `dtype` are kept."""
+    return torch.promote_types(dtype, torch.float32)

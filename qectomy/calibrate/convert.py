@@ -24,7 +24,7 @@ from qectomy.eval.report import conversion_report, write_report
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.config_files import copy_companions, copy_model_code
 from qectomy.surgery.output import check_room, new_folder
-from qectomy.surgery.plan import states_bytes, totals
+from qectomy.surgery.plan import scratch_bytes, totals
 from qectomy.surgery.query_maps import QueryMapSpec
 
 
@@ -43,7 +43,7 @@ def convert(
     watch = Stopwatch()
     device = check_device(settings.device)
     written = totals(source, recipe, settings.stored_dtype)["bytes"]["after"]
-    check_room(out, written + states_bytes(source, settings.tokens + settings.eval_tokens))
+    check_room(out, written + scratch_bytes(source, settings.tokens, settings.eval_tokens))
     fitted, held = _windows(source, settings)
     since = watch.add("text", watch.begun)
     runner = LayerRunner(source, recipe, settings.context, device)

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from qectomy.calibrate.layer_fit import Streams
-from qectomy.calibrate.states import batches
+from qectomy.calibrate.states import Streams, batches
 from qectomy.errors import NonFiniteError
 from qectomy.eval.perplexity import ScoringWindows
-from qectomy.eval.scores import Logits, TokenScores, join_scores, score_tokens
+from qectomy.eval.scores import SLICE, Logits, TokenScores, join_scores, score_tokens
 from qectomy.surgery.checkpoint import Checkpoint
+from qectomy.surgery.finite import all_finite
 
 RELOAD_TOKENS = 64
-VOCABULARY_SLICE = 8192
 
 
 class Head:
@@ -62,7 +61,7 @@ def final_scores(
         keep = mask[start:stop]
         targets = held.tokens[start:stop, 1:][keep].to(original.device)
         theirs, ours = (
-            states.read(streams.fitted + start, streams.fitted + stop)[:, :-1][keep].to(original.device)
+            states[streams.fitted + start : streams.fitted + stop][:, :-1][keep].to(original.device)
             for states in (streams.teacher, streams.student)
         )
         theirs = theirs if basis is None else basis.original_states(theirs)
@@ -70,11 +69,12 @@ def final_scores(
         before.append(score_tokens(original.logits(theirs), targets, original.vocab_size))
         seconds += time.perf_counter() - begun
         after.append(score_tokens(reduced.logits(ours), targets, reduced.vocab_size, original.logits(theirs)))
-        if not (torch.isfinite(before[-1].nll).all() and torch.isfinite(after[-1].nll).all()):
+        if not (all_finite(before[-1].nll) and all_finite(after[-1].nll)):
             raise NonFiniteError(f"logits are NaN or Inf on evaluation windows {start} to {stop - 1}")
-    window = streams.student.read(streams.fitted, streams.fitted + 1)[0]
+    window = streams.student[streams.fitted : streams.fitted + 1][0]
     logits = reduced.logits(window[-RELOAD_TOKENS:].to(reduced.device))
-    slices = range(0, reduced.vocab_size, VOCABULARY_SLICE)
-    whole = [logits(a, min(a + VOCABULARY_SLICE, reduced.vocab_size)).cpu() for a in slices]
-    expected = (held.tokens[:1].clone(), torch.cat(whole, dim=-1))  # whole: some RoPE types depend on the length
+    whole = torch.empty(len(window[-RELOAD_TOKENS:]), reduced.vocab_size)
+    for a, b in batches(0, reduced.vocab_size, SLICE):
+        whole[:, a:b] = logits(a, b).cpu()
+    expected = (held.tokens[:1].clone(), whole)  # a whole window: some RoPE types depend on the length
     return FinalScores(join_scores(before), join_scores(after), expected, seconds)

@@ -1,8 +1,7 @@
 """Fit one layer: from both hidden-state streams to the reduced layer's tensors."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -10,21 +9,12 @@ from torch import nn
 from qectomy.calibrate.attention_kl import attention_logits
 from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.moments import Moments, MomentSums
+from qectomy.calibrate.precision import fast_dtype, fast_math
 from qectomy.calibrate.refine import FitData, RefineSettings, refine
 from qectomy.calibrate.rope_pairs import Rope
 from qectomy.calibrate.starts import Projections, Start, make_start
-from qectomy.calibrate.states import HiddenStates, batches
+from qectomy.calibrate.states import Streams, WindowFile, batches
 from qectomy.surgery.query_maps import QueryMapSpec
-
-
-@dataclass(frozen=True)
-class Streams:
-    """Teacher's and student's hidden states; windows [0, fitted) are fitted on, the rest only measured."""
-
-    teacher: HiddenStates
-    student: HiddenStates
-    fitted: int
-    batch: int  # windows handled at a time
 
 
 def fit_layer(
@@ -43,23 +33,23 @@ def fit_layer(
     `tensors` are the teacher's, `base` those from which the reduced layer takes what the fit does not change.
     """
     dims, projections, rope = runner.dims, _projections(runner, tensors), _rope(runner)
-    moments, data = _collect(runner, teacher, streams)
-    attended = attended_moments(data, dims.n_kv_heads) if spec.name == "key-shared" else moments.student[None]
-    start = make_start(spec, moments, attended, projections, dims, rope, generator)
     with torch.device("meta"):
         reduced = runner.family.reduced_layer(runner.reduced_config, layer)
         query_module = reduced.get_submodule(runner.family.roles.query_map)
-    fitted, b_K = refine(
-        start,
-        projections.b_K,
-        query_module,
-        data,
-        moments.student,
-        projections.W_Q,
-        rope,
-        settings,
-        generator,
-    )
+    with _collected(runner, teacher, streams) as (moments, data):
+        attended = attended_moments(data, dims.n_kv_heads) if spec.name == "key-shared" else moments.student[None]
+        start = make_start(spec, moments, attended, projections, dims, rope, generator)
+        fitted, b_K = refine(
+            start,
+            projections.b_K,
+            query_module,
+            data,
+            moments.student,
+            projections.W_Q,
+            rope,
+            settings,
+            generator,
+        )
     return fold(runner, base, fitted, b_K)
 
 
@@ -86,46 +76,65 @@ def fold(
     return {name: tensor.cpu().contiguous() for name, tensor in out.items()}
 
 
-def _collect(runner: LayerRunner, teacher: nn.Module, streams: Streams) -> tuple[Moments, FitData]:
-    """Read the fitted windows once: moments, the student's x̂, and the teacher's turned queries and keys."""
-    dims, device = runner.dims, runner.device
-    sums = MomentSums(dims.d_model, device)
+@contextmanager
+def _collected(runner: LayerRunner, teacher: nn.Module, streams: Streams) -> Iterator[tuple[Moments, FitData]]:
+    """Read the fitted windows once: moments, the student's x̂, and the teacher's turned queries and keys.
 
-    def room(*shape: int) -> torch.Tensor:
+    They lie in files, or in the memory of an accelerator, until the block ends.
+    """
+    dims, context = runner.dims, runner.context
+    shapes = {
+        "hidden": (context, dims.d_model),
+        "teacher_query": (dims.n_heads, context, dims.d_head),
+        "teacher_key": (dims.n_kv_heads, context, dims.d_head),
+    }
+    with ExitStack() as stack:
+        stores = {name: _store(stack, runner.device, streams, name, *shape) for name, shape in shapes.items()}
+        data = FitData(**stores, allowed=runner.causal(), scaling=runner.scaling(teacher), turn=runner.turn)
+        yield _collect(runner, teacher, streams, data), data
+
+
+def _store(
+    stack: ExitStack, device: torch.device, streams: Streams, name: str, *shape: int
+) -> torch.Tensor | WindowFile:
+    """Return room for the fitted windows of one kind."""
+    if device.type != "cpu":
         return torch.empty(streams.fitted, *shape, dtype=fast_dtype(device), device=device)
+    path = streams.scratch / f".{name}"
+    file = WindowFile(path, streams.fitted, *shape, dtype=fast_dtype(device))
+    stack.callback(path.unlink)
+    stack.callback(file.close)
+    return file
 
-    data = FitData(
-        room(runner.context, dims.d_model),
-        room(dims.n_heads, runner.context, dims.d_head),
-        room(dims.n_kv_heads, runner.context, dims.d_head),
-        runner.causal(),
-        runner.scaling(teacher),
-        runner.turn,
-    )
+
+def _collect(runner: LayerRunner, teacher: nn.Module, streams: Streams, data: FitData) -> Moments:
+    """Fill `data` from the fitted windows; return the moments of x̂."""
+    sums = MomentSums(runner.dims.d_model, runner.device)
     for start, stop in batches(0, streams.fitted, streams.batch):
-        theirs = runner.read(teacher, streams.teacher.read(start, stop).to(runner.device))
-        ours = runner.read(teacher, streams.student.read(start, stop).to(runner.device))
+        theirs = runner.read(teacher, streams.teacher[start:stop].to(runner.device))
+        ours = runner.read(teacher, streams.student[start:stop].to(runner.device))
         sums.add(ours, theirs)
         with fast_math(runner.device):
             query, key = runner.queries_keys(teacher, theirs)
         data.hidden[start:stop] = ours
         data.teacher_query[start:stop] = query
         data.teacher_key[start:stop] = key
-    return sums.moments(), data
+    return sums.moments()
 
 
 def attended_moments(data: FitData, n_kv_heads: int, windows: int = 12, stride: int = 8) -> torch.Tensor:
     """Return E_i Var_p_i(x̂_j), x̂'s covariance under the teacher's attention, for each KV head: (G, D, D) float32."""
     n, context, d_model = data.hidden.shape
-    rows = torch.arange(stride - 1, context, stride, device=data.hidden.device)
-    total = torch.zeros(n_kv_heads, d_model, d_model, device=data.hidden.device)
+    device = data.allowed.device
+    rows = torch.arange(stride - 1, context, stride, device=device)
+    total = torch.zeros(n_kv_heads, d_model, d_model, device=device)
     chosen = range(0, n, max(1, n // windows))
     for i in chosen:
         logits = attention_logits(
             data.teacher_query[i : i + 1][:, :, rows], data.teacher_key[i : i + 1], data.allowed[rows]
         )
         p = logits.float().softmax(-1).view(n_kv_heads, -1, context)  # (G, H/G*R, T)
-        hidden = data.hidden[i].float()
+        hidden = data.hidden[i : i + 1][0].float()
         hidden = hidden - hidden.mean(0)
         for g in range(n_kv_heads):
             mean = p[g] @ hidden
@@ -152,23 +161,3 @@ def _projections(runner: LayerRunner, tensors: dict[str, torch.Tensor]) -> Proje
 def _rope(runner: LayerRunner) -> Rope:
     dims = runner.dims
     return Rope(runner.cos[0].double(), runner.sin[0].double(), dims.n_kv_heads, dims.n_heads // dims.n_kv_heads)
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16
-    native = device.type == "cpu" and (
-        torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
-    )
-    return torch.bfloat16 if native else torch.float32
-
-
-@contextmanager
-def fast_math(device: torch.device) -> Iterator[None]:
-    """Run matrix products in `fast_dtype`; the residual stream stays float32."""
-    if fast_dtype(device) is torch.float32:
-        yield
-        return
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        yield

@@ -1,8 +1,9 @@
 """One layer at a time: read, fit, refit, write, and run both models' layer on all windows."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,32 +13,34 @@ from torch import nn
 
 from qectomy.calibrate.attention_kl import attention_kl
 from qectomy.calibrate.final_scores import FinalScores, Head, final_scores
-from qectomy.calibrate.layer_fit import Streams, fast_math, fit_layer
+from qectomy.calibrate.layer_fit import fit_layer
 from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.memory import release_freed
+from qectomy.calibrate.precision import fast_math
 from qectomy.calibrate.refine import RefineSettings
 from qectomy.calibrate.refit import TURNED, RefitSettings, refit_layer
 from qectomy.calibrate.settings import ConvertSettings
-from qectomy.calibrate.states import HiddenStates, batches
+from qectomy.calibrate.states import Streams, batches
 from qectomy.calibrate.text import Windows
 from qectomy.errors import NonFiniteError
 from qectomy.eval.perplexity import ScoringWindows
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.config_files import reduced_config, write_config
+from qectomy.surgery.finite import all_finite
 from qectomy.surgery.plan import planned_tensors
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.stream_basis import StreamBasis, random_basis
 from qectomy.surgery.writer import DTYPES, ShardWriter, TensorSpec
 
 Progress = Callable[[int, int, str], None]  # (layers done, layers in all, note)
-TOKENS_A_BATCH = 1024  # how many tokens a layer runs on at a time
-ROWS_A_READ = 8192  # of the embedding
+TOKENS_A_BATCH = 512  # how many tokens a layer runs on at a time
+BYTES_A_READ = 4_000_000  # of the embedding, about
 KL_WINDOWS = 8  # on which the attention KL of a layer is measured, fitted and held-out alike
 
 
 @dataclass
 class Stopwatch:
-    """Seconds by stage."""
+    """Seconds by stage. Where one ends, what it freed goes back to the system, so that peaks do not add up."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     begun: float = field(default_factory=time.perf_counter)
@@ -45,6 +48,7 @@ class Stopwatch:
     def add(self, stage: str, since: float) -> float:
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - since
+        release_freed()
         return now
 
 
@@ -79,16 +83,12 @@ class LayerPass:
         dims, layers = self.source.dims, []
         shape = (self.tokens.shape[0], self.settings.context, dims.d_model)
         with ExitStack() as stack, torch.no_grad():
-            files = [self.work / ".teacher", self.work / ".student"]
-            states = [HiddenStates(path, *shape) for path in files]
-            for state in states:
-                stack.callback(state.close)
-            streams = Streams(states[0], states[1], self.n_fitted, self.batch)
+            streams = Streams(self.work, shape, fitted=self.n_fitted, batch=self.batch)
+            stack.callback(streams.close)
             writer = stack.enter_context(ShardWriter(self.work, self.specs))
             since = time.perf_counter()
             self._embed(streams)
             self._write_outer(writer)
-            release_freed()
             self.watch.add("embedding", since)
             for layer in range(dims.n_layers):
                 begun = time.perf_counter()
@@ -98,8 +98,7 @@ class LayerPass:
                     raise NonFiniteError(
                         f"layer {layer} cannot be fitted: its weights or hidden states overflow float32"
                     ) from error
-                release_freed()
-                record["seconds"] = round(time.perf_counter() - begun, 3)
+                    record["seconds"] = round(time.perf_counter() - begun, 3)
                 layers.append(record)
                 if progress:
                     kl = record["attention_kl"]
@@ -116,8 +115,6 @@ class LayerPass:
             reduced = Head(open_checkpoint(self.work, reduced=True), self.runner.config, self.runner.device)
             scores = final_scores(original, reduced, streams, self.held, self.basis)
             self.watch.add("scores", since)
-        for path in files:
-            path.unlink()
         return scores, layers
 
     def forward_pass_seconds(self, head_seconds: float) -> float:
@@ -138,16 +135,19 @@ class LayerPass:
 
     def _rows(self, name: str) -> Iterator[torch.Tensor]:
         """Yield a tensor a few rows at a time, as stored."""
-        size = self.source.tensors[name].shape[0]
-        for start in range(0, size, ROWS_A_READ):
-            yield self.source.read_rows(name, start, min(start + ROWS_A_READ, size))
+        for start, stop in self._runs(name):
+            yield self.source.read_rows(name, start, stop)
+
+    def _runs(self, name: str) -> Iterator[tuple[int, int]]:
+        """Yield [start, stop) runs of a tensor's rows, each about BYTES_A_READ in float32."""
+        rows, *width = self.source.tensors[name].shape
+        yield from batches(0, rows, max(1, BYTES_A_READ // (4 * math.prod(width))))
 
     def _embed(self, streams: Streams) -> None:
         """Write both streams' first hidden states: the embedding rows of the tokens that occur."""
         wanted = self.tokens.unique()
         table = torch.empty(len(wanted), self.source.dims.d_model)
-        for start in range(0, self.source.dims.vocab_size, ROWS_A_READ):
-            stop = min(start + ROWS_A_READ, self.source.dims.vocab_size)
+        for start, stop in self._runs(self.source.family.embedding):
             here = (wanted >= start) & (wanted < stop)
             if here.any():
                 rows = self.source.read_rows(self.source.family.embedding, start, stop, torch.float32)
@@ -158,8 +158,8 @@ class LayerPass:
         ours = self._as_stored(self.source.family.embedding, ours)
         for start, stop in batches(0, self.tokens.shape[0], self.batch):
             places = torch.searchsorted(wanted, self.tokens[start:stop])
-            streams.teacher.write(start, theirs[places])
-            streams.student.write(start, ours[places])
+            streams.teacher[start:stop] = theirs[places]
+            streams.student[start:stop] = ours[places]
 
     def _write_outer(self, writer: ShardWriter) -> None:
         """Write what lies outside the layers, a few rows at a time."""
@@ -177,49 +177,61 @@ class LayerPass:
                 start += len(rows)
 
     def _layer(self, layer: int, streams: Streams, writer: ShardWriter) -> dict[str, Any]:
-        """Fit, write and run one layer; return its record."""
+        """Run, fit, write and run again one layer; return its record."""
         runner, spec = self.runner, self.recipe[layer]
         since = time.perf_counter()
-        tensors = self.source.read_layer(layer, torch.float32)
-        base = tensors
-        if self.basis is not None:
-            base = self.basis.layer(runner.family, tensors, scaled_embedding=layer == 0)
-            tensors = self.basis.layer(runner.family, tensors)
+        tensors, reduced = self._read(layer)
         teacher = runner.build(layer, tensors)
         since = self.watch.add("reading", since)
-        reduced = base
+        self._run_teacher(layer, teacher, streams)
+        since = self.watch.add("forward", since)
         if spec.name != "dense":
             with torch.enable_grad():
                 reduced = fit_layer(
-                    runner, layer, spec, tensors, base, teacher, streams, RefineSettings(), self.generator
+                    runner, layer, spec, tensors, reduced, teacher, streams, RefineSettings(), self.generator
                 )
-            release_freed()
             since = self.watch.add("fitting", since)
+        student = runner.build(layer, self._stored_layer(layer, reduced), reduced=True)
+        kl = self._attention_kl(teacher, student, streams)  # the refit changes neither queries nor keys
+        del teacher, tensors
+        since = self.watch.add("measuring", since)
         if self.drifted or spec.name != "dense":
             self.drifted = True
             student = runner.build(layer, reduced, reduced=True)
-            refit_layer(runner, teacher, student, streams, TURNED if self.basis else RefitSettings())
+            reduced = {}  # the refit replaces some of them: not to be held twice
+            refit_layer(runner, student, streams, TURNED if self.basis else RefitSettings())
             reduced = {name: tensor.detach() for name, tensor in student.state_dict().items()}
             since = self.watch.add("refitting", since)
-        prefix = runner.family.prefix(layer)
-        stored = {name: self._as_stored(prefix + name, tensor) for name, tensor in reduced.items()}
+        stored = self._stored_layer(layer, reduced)
         for name, tensor in stored.items():
-            writer.write(prefix + name, tensor)
+            writer.write(runner.family.prefix(layer) + name, tensor)
         student = runner.build(layer, stored, reduced=True)
         since = self.watch.add("writing", since)
-        kl = self._attention_kl(teacher, student, streams)
-        since = self.watch.add("measuring", since)
-        self._advance(layer, teacher, student, streams)
+        self._run_student(layer, student, streams)
+        streams.next_layer()
         self.watch.add("forward", since)
         return {"index": layer, "map": str(spec), "attention_kl": kl}
+
+    def _read(self, layer: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Return the teacher's layer and the one that the fit starts from: the same but where the stream begins."""
+        tensors, family = self.source.read_layer(layer, torch.float32), self.source.family
+        if self.basis is None:
+            return tensors, tensors
+        turned = self.basis.layer(family, tensors)
+        return turned, turned if layer else self.basis.layer(family, tensors, scaled_embedding=True)
+
+    def _stored_layer(self, layer: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return a layer's tensors, by name inside the layer, with the values that they will have in the file."""
+        prefix = self.runner.family.prefix(layer)
+        return {name: self._as_stored(prefix + name, tensor) for name, tensor in tensors.items()}
 
     def _as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return the float32 values that the written tensor will have. Raises NonFiniteError if it overflows."""
         if not tensor.is_floating_point():
             return tensor
         stored = tensor.to("cpu", DTYPES[self.specs[name].dtype]).float()
-        if not torch.isfinite(stored).all():
-            if not torch.isfinite(tensor).all():
+        if not all_finite(stored):
+            if not all_finite(tensor):
                 raise NonFiniteError(f"{name} came out as NaN or Inf: the model's hidden states overflow there")
             raise NonFiniteError(f"{name} does not fit in {self.specs[name].dtype}; use --dtype float32")
         return stored
@@ -233,29 +245,41 @@ class LayerPass:
             for start in range(first, min(last, first + KL_WINDOWS)):
                 pair = []
                 for module, states in ((teacher, streams.teacher), (student, streams.student)):
-                    hidden = self.runner.read(module, states.read(start, start + 1).to(self.runner.device))
+                    hidden = self.runner.read(module, states[start : start + 1].to(self.runner.device))
                     pair.append(self.runner.queries_keys(module, hidden))
                 values.append(attention_kl(pair[0], pair[1], self.runner.causal()).mean())
             result[name] = float(torch.stack(values).mean())
         return result
 
-    def _advance(self, layer: int, teacher: nn.Module, student: nn.Module, streams: Streams) -> None:
-        """Run both layers on all windows: fitted ones in fast precision, evaluation ones in float32."""
-        total = self.tokens.shape[0]
-        for module, states, who in (
-            (teacher, streams.teacher, "original"),
-            (student, streams.student, "reduced"),
-        ):
-            with fast_math(self.runner.device):
-                self._step(module, states, 0, self.n_fitted, f"the {who} model's layer {layer}")
+    def _run_teacher(self, layer: int, teacher: nn.Module, streams: Streams) -> None:
+        """Run the original layer on all windows and keep its stream after the attention and after the layer."""
+        for first, last, precision in self._spans():
             begun = time.perf_counter()
-            self._step(module, states, self.n_fitted, total, f"the {who} model's layer {layer}")
-            if module is teacher:
+            with precision:
+                for start, stop in batches(first, last, self.batch):
+                    x_mid, _ = self.runner.attend(teacher, streams.teacher[start:stop].to(self.runner.device))
+                    after, _ = self.runner.think(teacher, x_mid)
+                    self._check(after, f"the original model's layer {layer}", start, stop)
+                    streams.teacher_mid[start:stop] = x_mid
+                    streams.teacher_after[start:stop] = after
+            if first == self.n_fitted:
                 self.teacher_seconds += time.perf_counter() - begun
 
-    def _step(self, module: nn.Module, states: HiddenStates, first: int, last: int, what: str) -> None:
-        for start, stop in batches(first, last, self.batch):
-            after = self.runner.forward(module, states.read(start, stop).to(self.runner.device))
-            if not torch.isfinite(after).all():
-                raise NonFiniteError(f"{what} gives NaN or Inf on windows {start} to {stop - 1}; nothing was written")
-            states.write(start, after)
+    def _run_student(self, layer: int, student: nn.Module, streams: Streams) -> None:
+        """Run the reduced layer on all windows; its stream takes the place of the one that entered."""
+        for first, last, precision in self._spans():
+            with precision:
+                for start, stop in batches(first, last, self.batch):
+                    after = self.runner.forward(student, streams.student[start:stop].to(self.runner.device))
+                    self._check(after, f"the reduced model's layer {layer}", start, stop)
+                    streams.student[start:stop] = after
+
+    def _spans(self) -> Iterator[tuple[int, int, AbstractContextManager[None]]]:
+        """Yield the fitted windows, for fast precision, and the evaluation windows, for float32."""
+        yield 0, self.n_fitted, fast_math(self.runner.device)
+        yield self.n_fitted, self.tokens.shape[0], nullcontext()
+
+    @staticmethod
+    def _check(after: torch.Tensor, what: str, start: int, stop: int) -> None:
+        if not all_finite(after):
+            raise NonFiniteError(f"{what} gives NaN or Inf on windows {start} to {stop - 1}; nothing was written")

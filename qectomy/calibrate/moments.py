@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+COLUMNS = 256  # of a wide matrix handled at a time
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -50,7 +52,21 @@ class MomentSums:
 
 
 def ridge(gram: torch.Tensor, target: torch.Tensor, strength: float) -> torch.Tensor:
-    """Return argmin_X tr(Xᵀ gram X) - 2 tr(Xᵀ target) + strength * mean(diag gram) |X|²; gram is (n, n) PSD."""
-    loaded = gram.clone()
-    loaded.diagonal().add_(strength * gram.diagonal().mean().clamp_min(1e-30))
-    return torch.linalg.solve(loaded, target)
+    """Return argmin_X tr(Xᵀ gram X) - 2 tr(Xᵀ target) + strength * mean(diag gram) |X|²; gram is (n, n) PSD.
+
+    Solved in float64, whatever the type of the sums, and returned in the type of `target`.
+    """
+    return ridge_(gram.to(torch.float64, copy=True), target, strength)
+
+
+def ridge_(gram: torch.Tensor, target: torch.Tensor, strength: float) -> torch.Tensor:
+    """Do as `ridge` does with a float64 gram, which is used up: a wide layer's is as large as the layer."""
+    columns = gram.mT  # symmetric: laid out by columns, it is factored where it lies
+    columns.diagonal().add_(strength * columns.diagonal().mean().clamp_min(1e-30))
+    pivots = torch.empty(len(gram), dtype=torch.int32, device=gram.device)
+    torch.linalg.lu_factor(columns, out=(columns, pivots))
+    right = target.reshape(len(gram), -1)
+    out = torch.empty(right.shape, dtype=target.dtype, device=target.device)
+    for some, solved in zip(right.split(COLUMNS, 1), out.split(COLUMNS, 1), strict=True):
+        solved.copy_(torch.linalg.lu_solve(columns, pivots, some.double()))
+    return out.view(target.shape)

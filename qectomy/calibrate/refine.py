@@ -8,18 +8,20 @@ G n_kv_heads, K d_head.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from qectomy.calibrate.attention_kl import MeanAttentionKL, attention_logits
+from qectomy.calibrate.attention_kl import MeanAttentionKL
 from qectomy.calibrate.rope_pairs import Rope
 from qectomy.calibrate.starts import Start
+from qectomy.calibrate.states import WindowFile, batches
 from qectomy.calibrate.units import Parameter, adam, key_parameter, mix_parameter, output_rms
 
 Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (heads (B, *, R, K), positions (R,)) -> turned
+TOKENS_A_PART = 2048  # of a step's windows handled at a time on a processor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +49,9 @@ class RefineSettings:
 class FitData:
     """What the fit sees: the student's x̂ (N, T, D), the teacher's turned and scaled queries (N, H, T, K) and keys."""
 
-    hidden: torch.Tensor
-    teacher_query: torch.Tensor
-    teacher_key: torch.Tensor
+    hidden: torch.Tensor | WindowFile
+    teacher_query: torch.Tensor | WindowFile
+    teacher_key: torch.Tensor | WindowFile
     allowed: torch.Tensor  # (T, T) bool, True where a query may look
     scaling: float
     turn: Turn
@@ -72,16 +74,17 @@ def refine(
     """
     parameters = _parameters(start, b_K, C.float(), W_Q.float(), rope, settings)
     fixed = {name: tensor for name, tensor in start.query.items() if f"query.{name}" not in parameters}
-    batches = _Batches(data, settings, generator)
+    draws = _Batches(data, settings, generator)
 
     def loss() -> torch.Tensor:
         values = {name: parameter.value() for name, parameter in parameters.items()}
-        return _loss(values, fixed, query_module, data, rope, *batches.draw())
+        parts = [_loss(values, fixed, query_module, data, rope, *part) for part in draws.draw()]
+        return torch.stack(parts).sum()
 
     adam(
         list(parameters.values()),
         loss,
-        steps=settings.steps_for(data.hidden[..., 0].numel()),
+        steps=settings.steps_for(data.hidden.shape[0] * data.hidden.shape[1]),
         warmup=settings.warmup,
         betas=(0.9, 0.98),
     )
@@ -96,14 +99,16 @@ class _Batches:
 
     def __init__(self, data: FitData, settings: RefineSettings, generator: torch.Generator):
         self.n, self.context, _ = data.hidden.shape
-        self.device, self.generator = data.hidden.device, generator
+        self.device, self.generator = data.allowed.device, generator
         self.stride = max(1, round(1 / settings.row_share))
         self.size = max(1, min(self.n, settings.rows_a_step * self.stride // self.context))
+        self.part = max(1, TOKENS_A_PART // self.context) if self.device.type == "cpu" else self.size
         self.kinds = list(zip(settings.temperatures, settings.weights, strict=True))
         self.drawn = 0
         self.order: list[int] = []
 
-    def draw(self) -> tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]:
+    def draw(self) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield a step's windows, rows, temperatures and weights, a few windows at a time to save memory."""
         if len(self.order) < self.size:
             self.order = torch.randperm(self.n, generator=self.generator).tolist()
         chosen, self.order = self.order[: self.size], self.order[self.size :]
@@ -112,7 +117,9 @@ class _Batches:
         kinds = [self.kinds[(self.drawn + i) % len(self.kinds)] for i in range(len(chosen))]
         self.drawn += len(chosen)
         temperature, weight = torch.tensor(kinds, device=self.device).T.reshape(2, -1, 1, 1, 1)
-        return chosen, rows, temperature, weight
+        for start, stop in batches(0, len(chosen), self.part):
+            share = (stop - start) / len(chosen)  # of the step's mean
+            yield chosen[start:stop], rows, temperature[start:stop], weight[start:stop] * share
 
 
 def _loss(
@@ -131,9 +138,7 @@ def _loss(
     dtype = hidden.dtype
     values = {name: value.to(dtype) for name, value in values.items()}
     temperature, weight, allowed = temperature.to(dtype), weight.to(dtype), data.allowed[rows]
-    with torch.no_grad():
-        theirs = data.teacher_query[chosen][:, :, rows] * temperature
-        p = attention_logits(theirs, data.teacher_key[chosen], allowed).softmax(-1)
+    teacher = data.teacher_query[chosen][:, :, rows] * temperature, data.teacher_key[chosen]
     key = hidden @ values["W_K"]  # (B, T, G*K)
     if "b_K" in values:
         key = key + values["b_K"]
@@ -145,7 +150,7 @@ def _loss(
     query = data.turn(query.unflatten(-1, (-1, rope.d_head)).transpose(1, 2), rows) * (temperature * data.scaling)
     positions = torch.arange(hidden.shape[1], device=hidden.device)
     key = data.turn(key.unflatten(-1, (-1, rope.d_head)).transpose(1, 2), positions)
-    return MeanAttentionKL.apply(query, key, p, allowed, weight)
+    return MeanAttentionKL.apply(query, key, teacher, allowed, weight)
 
 
 def _parameters(

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qectomy.calibrate.layer_fit import Streams, fast_dtype, fast_math
 from qectomy.calibrate.layers import LayerRunner
-from qectomy.calibrate.moments import MomentSums, ridge
-from qectomy.calibrate.states import batches
+from qectomy.calibrate.memory import release_freed
+from qectomy.calibrate.moments import COLUMNS, MomentSums, ridge, ridge_
+from qectomy.calibrate.precision import fast_dtype, fast_math
+from qectomy.calibrate.states import Streams, batches
 from qectomy.surgery.architectures import LinearView, Orientation
 
 
@@ -43,59 +44,58 @@ class _Regression:
     def add(self, inputs: torch.Tensor, lack: torch.Tensor) -> None:
         dtype = fast_dtype(inputs.device)
         a, b = inputs.flatten(0, 1).to(dtype), lack.flatten(0, 1).to(dtype)
-        self.gram += (a.T @ a).float()
-        self.right += (a.T @ b).float()
+        for start, stop in batches(0, a.shape[1], COLUMNS):  # a product takes another array before it is added
+            self.gram[start:stop] += (a[:, start:stop].T @ a).float()
+            self.right[start:stop] += (a[:, start:stop].T @ b).float()
 
     def change(self, strength: float) -> torch.Tensor:
-        """Return ΔW (in, D) float32."""
-        return ridge(self.gram.double(), self.right.double(), strength).float()
+        """Return ΔW (in, D) float32. Uses up the Gram matrix: in float64 it may weigh as much as the layer."""
+        gram = self.gram.double()
+        del self.gram
+        release_freed()
+        return ridge_(gram, self.right, strength)
 
 
-def refit_layer(
-    runner: LayerRunner, teacher: nn.Module, student: nn.Module, streams: Streams, settings: RefitSettings
-) -> None:
-    """Refit the student layer's W_O, then its MLP, in place, on the fitted windows; the streams stay as they are."""
+def refit_layer(runner: LayerRunner, student: nn.Module, streams: Streams, settings: RefitSettings) -> None:
+    """Refit the student layer's W_O, then its MLP, in place, on the fitted windows; the streams stay as they are.
+
+    The teacher is known by what it left in `streams`, after its attention and after the layer.
+    """
     roles = runner.family.roles
-    _refit_writer(runner, teacher, student, streams, roles.output, settings.output)
+    _refit_writer(runner, student, streams, roles.output, settings.output)
+    release_freed()
     if settings.mlp_readers is not None:
-        _refit_readers(runner, teacher, student, streams, settings.mlp_readers)
-    _refit_writer(runner, teacher, student, streams, roles.mlp_out, settings.mlp_out)
+        _refit_readers(runner, student, streams, settings.mlp_readers)
+        release_freed()
+    _refit_writer(runner, student, streams, roles.mlp_out, settings.mlp_out)
 
 
-def _refit_writer(
-    runner: LayerRunner, teacher: nn.Module, student: nn.Module, streams: Streams, view: LinearView, strength: float
-) -> None:
+def _refit_writer(runner: LayerRunner, student: nn.Module, streams: Streams, view: LinearView, strength: float) -> None:
     """Refit W_O, or W_down once W_O stands, on what the student's stream lacks after it."""
     after_mlp = view is runner.family.roles.mlp_out
+    wanted = streams.teacher_after if after_mlp else streams.teacher_mid
     sums: _Regression | None = None
     for start, stop in batches(0, streams.fitted, streams.batch):
-        theirs = streams.teacher.read(start, stop).to(runner.device)
-        ours = streams.student.read(start, stop).to(runner.device)
+        ours = streams.student[start:stop].to(runner.device)
         with fast_math(runner.device):
-            theirs, _ = runner.attend(teacher, theirs)
             ours, inputs = runner.attend(student, ours)
             if after_mlp:
-                theirs, _ = runner.think(teacher, theirs)
                 ours, inputs = runner.think(student, ours)
         sums = sums or _Regression(inputs.shape[-1], runner.dims.d_model, runner.device)
-        sums.add(inputs, theirs - ours)
+        sums.add(inputs, wanted[start:stop].to(runner.device) - ours)
     assert sums is not None
     _add(student.get_submodule(view.module), view, sums.change(strength))
 
 
-def _refit_readers(
-    runner: LayerRunner, teacher: nn.Module, student: nn.Module, streams: Streams, strength: float
-) -> None:
+def _refit_readers(runner: LayerRunner, student: nn.Module, streams: Streams, strength: float) -> None:
     """Let the MLP's readers give on the student's stream what the teacher's give on its own."""
     roles = runner.family.roles
+    norm = student.get_submodule(roles.mlp_norm)  # the teacher's own
     sums = MomentSums(runner.dims.d_model, runner.device)
     for start, stop in batches(0, streams.fitted, streams.batch):
-        hidden = []
-        for module, states in ((student, streams.student), (teacher, streams.teacher)):
-            with fast_math(runner.device):
-                x_mid, _ = runner.attend(module, states.read(start, stop).to(runner.device))
-            hidden.append(module.get_submodule(roles.mlp_norm)(x_mid))
-        sums.add(*hidden)
+        with fast_math(runner.device):
+            ours, _ = runner.attend(student, streams.student[start:stop].to(runner.device))
+        sums.add(norm(ours), norm(streams.teacher_mid[start:stop].to(runner.device)))
     moments = sums.moments()
     change = ridge(moments.student, moments.cross - moments.student, strength)  # (D, D): x̂ + x̂ change ≈ x̂_teacher
     for view in roles.mlp_readers:

@@ -1,10 +1,10 @@
-"""Hidden states of all windows, kept in a file and read a few windows at a time.
+"""Windows of numbers on disk, read a few at a time: hidden states, and what one layer's fit looks at.
 
-The operating system keeps what fits in its page cache, so small runs stay in memory and large ones need only disk.
+A file, not a map of one: mapped pages would count as this process's memory and grow it to the file's size.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,12 +13,12 @@ from qectomy.errors import OutputError
 from qectomy.surgery.writer import write_all
 
 
-class HiddenStates:
-    """A (n_windows, context, d_model) float32 tensor on disk."""
+class WindowFile:
+    """n_windows tensors of one shape and type in a file: indexed as a tensor is, but by runs and lists alone."""
 
-    def __init__(self, path: Path, n_windows: int, context: int, d_model: int):
-        self.shape = (n_windows, context, d_model)
-        self._window_bytes = context * d_model * 4
+    def __init__(self, path: Path, n_windows: int, *shape: int, dtype: torch.dtype = torch.float32):
+        self.shape, self.dtype = (n_windows, *shape), dtype
+        self._window_bytes = torch.Size(shape).numel() * dtype.itemsize
         self._file = path.open("w+b", buffering=0)
         try:
             size = max(1, n_windows * self._window_bytes)
@@ -29,24 +29,61 @@ class HiddenStates:
         except OSError as error:
             raise OutputError(f"{path.parent}: no room for {n_windows * self._window_bytes:,} bytes") from error
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return windows [start, stop) as a new (stop - start, context, d_model) tensor."""
-        out = torch.empty((stop - start, *self.shape[1:]))
-        view = out.numpy().data.cast("B")
-        offset = start * self._window_bytes
-        while len(view):
-            got = os.preadv(self._file.fileno(), [view], offset)
-            assert got > 0, "hidden-state file is shorter than planned"
-            view, offset = view[got:], offset + got
+    def __getitem__(self, windows: slice | list[int]) -> torch.Tensor:
+        """Return a run of windows, [start:stop], or those listed, in that order, as a new tensor."""
+        if isinstance(windows, slice):
+            start, stop, _ = windows.indices(self.shape[0])
+            return self._fill(torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype), start)
+        out = torch.empty((len(windows), *self.shape[1:]), dtype=self.dtype)
+        for place, window in zip(out, windows, strict=True):
+            self._fill(place, window)
         return out
 
-    def write(self, start: int, states: torch.Tensor) -> None:
-        """Store windows from `start` on."""
-        data = states.detach().to("cpu", torch.float32).contiguous().numpy().data.cast("B")
+    def __setitem__(self, windows: slice, values: torch.Tensor) -> None:
+        """Store a run of windows, [start:stop] of them."""
+        start, stop, _ = windows.indices(self.shape[0])
+        assert len(values) == stop - start
+        data = _bytes(values.detach().to("cpu", self.dtype).contiguous())
         write_all(self._file.fileno(), data, start * self._window_bytes)
 
     def close(self) -> None:
         self._file.close()
+
+    def _fill(self, out: torch.Tensor, start: int) -> torch.Tensor:
+        view, offset = _bytes(out), start * self._window_bytes
+        while len(view):
+            got = os.preadv(self._file.fileno(), [view], offset)
+            assert got > 0, "the file of windows is shorter than planned"
+            view, offset = view[got:], offset + got
+        return out
+
+
+class Streams:
+    """Hidden states of both models as they enter a layer, and the teacher's as they leave it.
+
+    Windows [0, fitted) are fitted on, the rest only measured. All have the shape (n_windows, T, D), float32.
+    """
+
+    def __init__(self, folder: Path, shape: Sequence[int], *, fitted: int, batch: int):
+        self.scratch, self.fitted, self.batch = folder, fitted, batch  # batch: windows handled at a time
+        self._paths = [folder / f".{name}" for name in ("teacher", "student", "teacher-mid", "teacher-after")]
+        files = [WindowFile(path, *shape) for path in self._paths]
+        self.teacher, self.student, self.teacher_mid, self.teacher_after = self._files = files
+
+    def next_layer(self) -> None:
+        """Let what left the teacher's layer enter the next one."""
+        self.teacher, self.teacher_after = self.teacher_after, self.teacher
+
+    def close(self) -> None:
+        """Close the files and remove them."""
+        for file, path in zip(self._files, self._paths, strict=True):
+            file.close()
+            path.unlink()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor of any type, shared with it."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def batches(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:

@@ -12,6 +12,7 @@ from qectomy.calibrate.text import Source, adds_bos, first_tokens, load_tokenize
 from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, TextError
 from qectomy.eval.scores import Logits, TokenScores, join_scores, score_tokens
 from qectomy.surgery.checkpoint import locate, read_json
+from qectomy.surgery.finite import all_finite
 
 Progress = Callable[[int, int], None]  # (windows done, windows in all)
 TOKENS_A_BATCH = 4096
@@ -188,7 +189,7 @@ def score_model(
         theirs = None if reference_of is None else reference_of(tokens, keep)
         parts.append(score_tokens(logits_of(tokens, keep), tokens[:, 1:][keep], vocab, theirs))
         kl = parts[-1].kl
-        if not torch.isfinite(parts[-1].nll).all() or (kl is not None and not torch.isfinite(kl).all()):
+        if not all_finite(parts[-1].nll) or (kl is not None and not all_finite(kl)):
             raise NonFiniteError(f"{label} gives NaN or Inf in windows {start} to {start + len(tokens) - 1}")
         if progress:
             progress(min(start + size, len(windows.tokens)), len(windows.tokens))

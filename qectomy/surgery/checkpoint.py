@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from qectomy.errors import CheckpointError, NonFiniteError, UnsupportedArchitecture
 from qectomy.surgery.architectures import Dimensions, Family, Shapes, find_family, find_reduced_family
+from qectomy.surgery.finite import all_finite
 from qectomy.surgery.query_maps import QueryMapSpec, parse_query_map
 
 if TYPE_CHECKING:
@@ -144,10 +145,8 @@ class Checkpoint:
         return {name: self.read(prefix + name, dtype) for name, _ in self.layer_tensors(layer)}
 
     def _checked(self, name: str, tensor: "torch.Tensor", dtype: "torch.dtype | None") -> "torch.Tensor":
-        import torch
-
         info = self.tensors[name]
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise NonFiniteError(
                 f"{info.file}: tensor {name} holds NaN or Inf; no output of this model would be usable"
             )

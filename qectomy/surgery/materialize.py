@@ -13,6 +13,7 @@ import torch
 from qectomy.errors import NonFiniteError
 from qectomy.surgery.checkpoint import Checkpoint, expected_tensors
 from qectomy.surgery.config_files import copy_companions, load_config, stock_config, write_config
+from qectomy.surgery.finite import all_finite
 from qectomy.surgery.output import check_room, new_folder
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.writer import DTYPES, MAX_SHARD_BYTES, ShardWriter, TensorSpec
@@ -49,7 +50,7 @@ def dense_query(
 
 def _check_fits(tensors: dict[str, torch.Tensor], names: list[str], dtype: str, layer: int) -> None:
     for name in names:
-        if not torch.isfinite(tensors[name].to(DTYPES[dtype])).all():
+        if not all_finite(tensors[name].to(DTYPES[dtype])):
             raise NonFiniteError(f"layer {layer}: {name} does not fit in {dtype} once it is written out")
 
 

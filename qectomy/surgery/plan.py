@@ -44,9 +44,11 @@ def totals(checkpoint: Checkpoint, recipe: tuple[QueryMapSpec, ...], dtype: str 
     }
 
 
-def states_bytes(checkpoint: Checkpoint, tokens: int) -> int:
-    """Bytes on disk of both models' hidden states while a conversion runs."""
-    return 2 * tokens * checkpoint.dims.d_model * 4
+def scratch_bytes(checkpoint: Checkpoint, tokens: int, eval_tokens: int) -> int:
+    """Bytes on disk while a conversion runs: four hidden-state streams, and what one layer's fit looks at."""
+    dims = checkpoint.dims
+    fit = dims.d_model + (dims.n_heads + dims.n_kv_heads) * dims.d_head
+    return 4 * (4 * (tokens + eval_tokens) * dims.d_model + tokens * fit)
 
 
 def estimate(checkpoint: Checkpoint, *, tokens: int, eval_tokens: int, context: int) -> dict[str, int]:
@@ -54,11 +56,10 @@ def estimate(checkpoint: Checkpoint, *, tokens: int, eval_tokens: int, context: 
     dims = checkpoint.dims
     layer = sum(info.numel for _, info in checkpoint.layer_tensors(0))
     window = context * (6 * dims.d_model + 3 * dims.d_mlp) * 4 + 6 * dims.n_heads * context**2 * 4
-    fit = tokens * (dims.d_model + 2 * (dims.n_heads + dims.n_kv_heads) * dims.d_head) * 2
     flops = 2 * (tokens + eval_tokens) * (checkpoint.parameters + dims.n_layers * 2 * context * dims.d_model)
     return {
-        "peak_memory_bytes": LIBRARY_BYTES + 4 * layer * 4 + 4 * window + fit,
-        "disk_bytes": states_bytes(checkpoint, tokens + eval_tokens) + checkpoint.nbytes,
+        "peak_memory_bytes": LIBRARY_BYTES + 3 * layer * 4 + 4 * window,
+        "disk_bytes": scratch_bytes(checkpoint, tokens, eval_tokens) + checkpoint.nbytes,
         "seconds": round(CONVERT_PASSES * flops / _flops_per_second()),
     }
 

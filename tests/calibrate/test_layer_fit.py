@@ -6,11 +6,11 @@ from attention_bench import AttentionBench, reference_kl
 from conversions import few_steps
 from tiny_models import tokens
 
-from qectomy.calibrate.layer_fit import Streams, attended_moments, fit_layer, fold
+from qectomy.calibrate.layer_fit import attended_moments, fit_layer, fold
 from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.refine import RefineSettings
 from qectomy.calibrate.starts import Start
-from qectomy.calibrate.states import HiddenStates
+from qectomy.calibrate.states import Streams
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.query_maps import parse_query_map
 from qectomy.surgery.stream_basis import random_basis
@@ -73,10 +73,8 @@ def test_a_fitted_layer(shape, name, turned, tiny_checkpoint, tmp_path, monkeypa
         basis = random_basis(torch.ones(32), torch.ones(32), False, torch.Generator().manual_seed(0))
         x, tensors = basis.states(x), basis.layer(made.runner.family, tensors)
         made.teacher = made.runner.build(0, tensors)
-    files = [HiddenStates(tmp_path / side, *x.shape) for side in ("teacher", "student")]
-    for file in files:
-        file.write(0, x)
-    streams, generator = Streams(*files, WINDOWS, 3), torch.Generator().manual_seed(0)
+    streams, generator = Streams(tmp_path, x.shape, fitted=WINDOWS, batch=3), torch.Generator().manual_seed(0)
+    streams.teacher[:] = streams.student[:] = x
     out = fit_layer(
         made.runner, 0, made.spec, tensors, tensors, made.teacher, streams, RefineSettings(steps=30), generator
     )

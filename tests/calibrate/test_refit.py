@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny_models import tokens
 
-from qectomy.calibrate.layer_fit import Streams
 from qectomy.calibrate.layers import LayerRunner
+from qectomy.calibrate.precision import fast_math
 from qectomy.calibrate.refit import RefitSettings, refit_layer
-from qectomy.calibrate.states import HiddenStates
+from qectomy.calibrate.states import Streams
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.query_maps import parse_query_map
 
@@ -29,20 +29,22 @@ class Layer:
             reduced[f"self_attn.query.{key}"] = torch.randn(shape, generator=generator) * 0.3
         self.student = self.runner.build(0, reduced, reduced=True)
         x = source.read("model.embed_tokens.weight", torch.float32)[tokens(FITTED + HELD, CONTEXT)]
-        files = [HiddenStates(path / side, *x.shape) for side in ("teacher", "student")]
-        files[0].write(0, x)
-        files[1].write(0, x + drift * torch.randn(x.shape, generator=generator))
-        self.streams = Streams(*files, FITTED, 4)
+        self.streams = Streams(path, x.shape, fitted=FITTED, batch=4)
+        self.streams.teacher[:] = x
+        self.streams.student[:] = x + drift * torch.randn(x.shape, generator=generator)
+        with torch.no_grad(), fast_math(self.runner.device):  # as the pass runs it
+            self.streams.teacher_mid[:] = x_mid = self.runner.attend(self.teacher, x)[0]
+            self.streams.teacher_after[:] = self.runner.think(self.teacher, x_mid)[0]
 
     def refit(self, **settings):
         with torch.no_grad():
-            refit_layer(self.runner, self.teacher, self.student, self.streams, RefitSettings(**settings))
+            refit_layer(self.runner, self.student, self.streams, RefitSettings(**settings))
 
     def error(self, first=0, last=FITTED):
         """Mean square of what the student's stream lacks after the layer."""
         with torch.no_grad():
             pair = [
-                self.runner.forward(module, states.read(first, last))
+                self.runner.forward(module, states[first:last])
                 for module, states in ((self.teacher, self.streams.teacher), (self.student, self.streams.student))
             ]
         return float((pair[0] - pair[1]).square().mean())
@@ -109,6 +111,6 @@ def test_nothing_to_do_where_the_student_is_the_teacher(layer, shape):
 
 def test_held_out_windows_are_not_looked_at(layer):
     made = layer("llama", "key-shared", drift=0.3)
-    made.streams.student.write(FITTED, torch.full((HELD, CONTEXT, 32), torch.nan))
+    made.streams.student[FITTED:] = torch.full((HELD, CONTEXT, 32), torch.nan)
     made.refit(mlp_readers=0.01)
     assert all(torch.isfinite(tensor).all() for tensor in made.student.parameters())

@@ -6,13 +6,13 @@ import os
 import pytest
 import torch
 
-from qectomy.calibrate.states import HiddenStates, batches
+from qectomy.calibrate.states import WindowFile, batches
 from qectomy.errors import OutputError
 
 
 @pytest.fixture
 def states(tmp_path):
-    made = HiddenStates(tmp_path / "states", 7, 5, 3)
+    made = WindowFile(tmp_path / "states", 7, 5, 3)
     yield made
     made.close()
 
@@ -24,34 +24,34 @@ def numbers(n=7):
 def test_round_trip_in_any_pieces(states):
     whole = numbers()
     for start, stop in [(5, 7), (0, 1), (1, 5)]:
-        states.write(start, whole[start:stop])
-    assert torch.equal(states.read(0, 7), whole)
+        states[start:stop] = whole[start:stop]
+    assert torch.equal(states[0:7], whole)
     for start in range(7):
         for stop in range(start + 1, 8):
-            assert torch.equal(states.read(start, stop), whole[start:stop])
+            assert torch.equal(states[start:stop], whole[start:stop])
 
 
 def test_what_is_read_is_a_copy(states):
-    states.write(0, numbers())
-    states.read(2, 4).zero_()
-    assert torch.equal(states.read(0, 7), numbers())
+    states[:] = numbers()
+    states[2:4].zero_()
+    assert torch.equal(states[0:7], numbers())
 
 
 def test_other_types_and_layouts_are_stored_as_float32(states):
     whole = numbers().double()
-    states.write(0, whole.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_())
-    assert torch.equal(states.read(0, 7), whole.float())
-    states.write(3, whole[3:4].bfloat16())
-    assert torch.equal(states.read(3, 4), whole[3:4].bfloat16().float())
-    assert torch.equal(states.read(4, 7), whole[4:].float())
+    states[:] = whole.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    assert torch.equal(states[0:7], whole.float())
+    states[3:4] = whole[3:4].bfloat16()
+    assert torch.equal(states[3:4], whole[3:4].bfloat16().float())
+    assert torch.equal(states[4:7], whole[4:].float())
 
 
 def test_short_reads_and_writes_are_continued(states, monkeypatch):
     pread, pwrite = os.preadv, os.pwrite
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: pread(fd, [views[0][:7]], at))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:11], at))
-    states.write(0, numbers())
-    assert torch.equal(states.read(0, 7), numbers())
+    states[:] = numbers()
+    assert torch.equal(states[0:7], numbers())
 
 
 def test_no_room_is_said_before_the_work_starts(tmp_path, monkeypatch):
@@ -60,7 +60,7 @@ def test_no_room_is_said_before_the_work_starts(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OutputError, match=r"no room for 60 bytes"):
-        HiddenStates(tmp_path / "states", 1, 5, 3)
+        WindowFile(tmp_path / "states", 1, 5, 3)
 
 
 @pytest.mark.parametrize(
