@@ -133,7 +133,7 @@ def summarize(scores: TokenScores, n_bytes: int) -> dict[str, float]:
 
 
 def load_model(name: str, dtype: str | None, device: str) -> tuple[Any, Path, str]:
-    """Load any causal model for evaluation; return (model, folder, dtype name).
+    """Load any causal model for evaluation; return (model, folder, dtype name). Device `meta` leaves weights on disk.
 
     Code in the folder is never run. Raises CheckpointError when a tensor is missing or left over.
     """
@@ -155,6 +155,7 @@ def load_model(name: str, dtype: str | None, device: str) -> tuple[Any, Path, st
             output_loading_info=True,
             trust_remote_code=False,
             use_safetensors=True,
+            device_map="meta" if device == "meta" else None,
         )
     except Exception as error:  # transformers raises many kinds; the message is what the user needs
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

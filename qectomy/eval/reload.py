@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -53,28 +52,26 @@ def check_reload(folder: Path, tokens: torch.Tensor, logits: torch.Tensor) -> fl
 
 
 def _reload(folder: Path) -> float:
+    """Load the folder as a user does, its weights left on disk; then run it a layer at a time.
+
+    transformers must find every tensor in its place. A whole model in memory would take more than the conversion did.
+    """
     from qectomy.eval.perplexity import load_model
 
     expected = load_file(folder / ".expected.safetensors")
     wanted = expected["logits"]
+    load_model(str(folder), "float32", "meta")
     with torch.no_grad():
-        if _fits_in_memory(folder):
-            model, _, _ = load_model(str(folder), "float32", "cpu")
-            logits = model(input_ids=expected["tokens"], use_cache=False, logits_to_keep=len(wanted)).logits[0]
-        else:
-            logits = _streamed_logits(folder, expected["tokens"])[-len(wanted) :]
+        logits = _streamed_logits(folder, expected["tokens"], len(wanted))
     return float((logits - wanted).abs().max() / wanted.abs().max())
 
 
-def _fits_in_memory(folder: Path) -> bool:
-    """Whether the whole model, in float32, takes less than half of the memory that is free."""
-    return 2 * open_checkpoint(folder, reduced=True).parameters * 4 < psutil.virtual_memory().available
-
-
-def _streamed_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the logits (T, V) of a written checkpoint, holding one of its layers at a time."""
+def _streamed_logits(folder: Path, tokens: torch.Tensor, last: int) -> torch.Tensor:
+    """Return the logits (last, V) of a written checkpoint's last positions, holding one of its layers at a time."""
     from qectomy.calibrate.final_scores import Head
     from qectomy.calibrate.layers import LayerRunner
+    from qectomy.calibrate.states import batches
+    from qectomy.eval.scores import SLICE
 
     checkpoint = open_checkpoint(folder, reduced=True)
     runner = LayerRunner(checkpoint, checkpoint.recipe, tokens.shape[1], "cpu")
@@ -83,7 +80,8 @@ def _streamed_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     for layer in range(checkpoint.dims.n_layers):
         x = runner.forward(runner.build(layer, checkpoint.read_layer(layer, torch.float32), reduced=True), x)
     head = Head(checkpoint, runner.config, runner.device)
-    return head.logits(x[0])(0, head.vocab_size)
+    logits = head.logits(x[0, -last:])
+    return torch.cat([logits(a, b) for a, b in batches(0, head.vocab_size, SLICE)], dim=-1)
 
 
 def _main(folder: str) -> None:

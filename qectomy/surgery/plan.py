@@ -9,7 +9,7 @@ from qectomy.surgery.checkpoint import Checkpoint, TensorInfo, expected_tensors
 from qectomy.surgery.query_maps import QueryMapSpec, parse_query_map, refusal
 
 SHOWN_MAPS = ("identity", "select", "key-shared", "low-rank:16", "low-rank:64")
-LIBRARY_BYTES = 450_000_000  # torch, transformers and a tokenizer, loaded (measured, docs/LOG.md)
+LIBRARY_BYTES = 430_000_000  # torch, transformers and a tokenizer, loaded (measured, docs/LOG.md)
 CONVERT_PASSES = 5.0  # a conversion's time over one float32 forward pass of the same tokens (measured, docs/LOG.md)
 
 
@@ -55,10 +55,13 @@ def estimate(checkpoint: Checkpoint, *, tokens: int, eval_tokens: int, context: 
     """Return rough peak memory, disk and time of a conversion on this machine's processor."""
     dims = checkpoint.dims
     layer = sum(info.numel for _, info in checkpoint.layer_tensors(0))
-    window = context * (6 * dims.d_model + 3 * dims.d_mlp) * 4 + 6 * dims.n_heads * context**2 * 4
+    gram = dims.d_mlp**2 * 8  # of what W_down reads, while it is refitted
+    batch = max(512, context) * (6 * dims.d_model + 3 * dims.d_mlp) * 4  # one through a layer
+    heads = (dims.n_heads + dims.n_kv_heads) * dims.d_head
+    step = max(2048, context) * (2 * dims.d_model + 3 * heads) * 4  # of the fit
     flops = 2 * (tokens + eval_tokens) * (checkpoint.parameters + dims.n_layers * 2 * context * dims.d_model)
     return {
-        "peak_memory_bytes": LIBRARY_BYTES + 3 * layer * 4 + 4 * window,
+        "peak_memory_bytes": LIBRARY_BYTES + 3 * layer * 4 + gram + batch + step,
         "disk_bytes": scratch_bytes(checkpoint, tokens, eval_tokens) + checkpoint.nbytes,
         "seconds": round(CONVERT_PASSES * flops / _flops_per_second()),
     }

@@ -6,7 +6,7 @@ from attention_bench import reference_kl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qectomy.calibrate.attention_kl import MeanAttentionKL, attention_kl, attention_logits
+from qectomy.calibrate.attention_kl import MeanAttentionKL, attention_kl, attention_logits, row_blocks
 
 SHAPES = [(4, 4), (4, 2), (6, 2), (4, 1)]  # (n_heads, n_kv_heads)
 
@@ -92,3 +92,16 @@ def test_half_precision_masks_without_overflow():
     logits = attention_logits(*teacher, causal(5, 9))
     assert torch.isfinite(logits).all()
     assert (logits.softmax(-1)[:, :, ~causal(5, 9)] == 0).all()
+
+
+@pytest.mark.parametrize("window", [None, 3, 90])
+@pytest.mark.parametrize("stride", [1, 4])
+def test_row_blocks_miss_no_key(window, stride):
+    """Every allowed pair lies in one block; early blocks leave late keys out, late ones early keys."""
+    allowed = causal(300, 300, window)[stride - 1 :: stride]
+    covered = torch.zeros_like(allowed, dtype=torch.int64)
+    for rows, keys in row_blocks(allowed):
+        covered[rows, keys] += 1
+    assert covered.max() == 1
+    assert (covered[allowed] == 1).all()
+    assert covered.float().mean() < 0.8

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from qectomy.calibrate.states import WindowFile, batches
+from qectomy.calibrate.states import Streams, WindowFile, batches
 from qectomy.errors import OutputError
 
 
@@ -74,3 +74,26 @@ def test_no_room_is_said_before_the_work_starts(tmp_path, monkeypatch):
 )
 def test_batches_cover_the_range_once(first, last, size, runs):
     assert list(batches(first, last, size)) == runs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_listed_windows_come_in_the_order_asked_for(tmp_path, dtype):
+    file = WindowFile(tmp_path / "file", 7, 5, 3, dtype=dtype)
+    file[:] = numbers()
+    for wanted in ([3], [6, 0, 2], [1, 1]):
+        found = file[wanted]
+        assert found.dtype == dtype
+        assert torch.equal(found, numbers().to(dtype)[wanted])
+    file.close()
+
+
+def test_streams_hand_the_teachers_output_to_the_next_layer_and_leave_no_file(tmp_path):
+    streams = Streams(tmp_path, (2, 5, 3), fitted=1, batch=1)
+    assert len(list(tmp_path.iterdir())) == 4
+    streams.teacher[:], streams.teacher_after[:], streams.student[:] = numbers(2), 2 * numbers(2), 3 * numbers(2)
+    streams.next_layer()
+    assert torch.equal(streams.teacher[:], 2 * numbers(2))
+    assert torch.equal(streams.student[:], 3 * numbers(2))
+    assert streams.teacher is not streams.teacher_after
+    streams.close()
+    assert list(tmp_path.iterdir()) == []
