@@ -8,6 +8,7 @@ from torch import nn
 
 from qectomy.calibrate.attention_kl import attention_logits
 from qectomy.calibrate.layers import LayerRunner
+from qectomy.calibrate.memory import release_freed
 from qectomy.calibrate.moments import Moments, MomentSums
 from qectomy.calibrate.precision import fast_dtype, fast_math
 from qectomy.calibrate.refine import FitData, RefineSettings, refine
@@ -39,6 +40,8 @@ def fit_layer(
     with _collected(runner, teacher, streams) as (moments, data):
         attended = attended_moments(data, dims.n_kv_heads) if spec.name == "key-shared" else moments.student[None]
         start = make_start(spec, moments, attended, projections, dims, rope, generator)
+        del attended
+        release_freed()
         fitted, b_K = refine(
             start,
             projections.b_K,
