@@ -98,7 +98,7 @@ class LayerPass:
                     raise NonFiniteError(
                         f"layer {layer} cannot be fitted: its weights or hidden states overflow float32"
                     ) from error
-                    record["seconds"] = round(time.perf_counter() - begun, 3)
+                record["seconds"] = round(time.perf_counter() - begun, 3)
                 layers.append(record)
                 if progress:
                     kl = record["attention_kl"]

@@ -67,6 +67,7 @@ def check_report(report, source, out, text, recipe):
 
     assert [(record["index"], record["map"]) for record in report["layers"]] == list(enumerate(recipe))
     for record in report["layers"]:
+        assert record["seconds"] > 0
         for kl in (record["attention_kl"]["fitted"], record["attention_kl"]["heldout"]):
             assert math.isfinite(kl)
             assert kl > (-1e-9 if record["map"] == "dense" else 1e-4)
