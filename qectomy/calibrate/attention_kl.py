@@ -26,13 +26,12 @@ def attention_kl(
     allowed: torch.Tensor,
 ) -> torch.Tensor:
     """Return KL(softmax t || softmax s) of each row, (B, H, R), in nats; each argument is (query, key)."""
-    groups = teacher[1].shape[1]
     parts = []
-    for g in range(groups):  # one KV head at a time: a whole layer's logits are many times larger than the layer
-        sides = [(query.chunk(groups, 1)[g], key[:, g : g + 1]) for query, key in (teacher, student)]
-        t, s = (attention_logits(*side, allowed).float().log_softmax(-1) for side in sides)
+    for rows, keys in row_blocks(allowed):  # all logits of a layer may be many times larger than the layer
+        sides = [(query[:, :, rows], key[:, :, keys]) for query, key in (teacher, student)]
+        t, s = (attention_logits(*side, allowed[rows, keys]).float().log_softmax(-1) for side in sides)
         parts.append((t.exp() * (t - s)).sum(-1))
-    return torch.cat(parts, 1)
+    return torch.cat(parts, -1)
 
 
 class MeanAttentionKL(torch.autograd.Function):

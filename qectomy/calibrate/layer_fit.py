@@ -39,6 +39,7 @@ def fit_layer(
         query_module = reduced.get_submodule(runner.family.roles.query_map)
     with _collected(runner, teacher, streams) as (moments, data):
         attended = attended_moments(data, dims.n_kv_heads) if spec.name == "key-shared" else moments.student[None]
+        release_freed()
         start = make_start(spec, moments, attended, projections, dims, rope, generator)
         del attended
         release_freed()
