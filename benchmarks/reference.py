@@ -191,7 +191,7 @@ def show_cost(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     header = ("map", "seconds", "one pass", "passes", "verdict", "peak MB", "own MB", "float32 MB", "verdict")
     print_table(header, table)
     print(f"Bounds: {MOST_SECONDS} s, {PASSES[0]:g} passes (aim {PASSES[1]:g}), peak below float32's size.")
-    print("Peak: resident set of the conversion or of a process it started; own: the conversion's alone.\n")
+    print("Peak: resident set of the conversion or of a process it started; own: the same by qectomy.json.\n")
 
 
 def show_checks(rows: list[dict[str, Any]]) -> None:

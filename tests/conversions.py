@@ -1,7 +1,9 @@
 """Conversions of tiny checkpoints, quick enough to make dozens: few steps, and the reload check in this process."""
 
 import gc
+import json
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,9 @@ def reload_here(patch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         assert any("qectomy.eval.reload" in part for part in command)
         try:
-            return subprocess.CompletedProcess(command, 0, f"{reload._reload(Path(command[-1]))}\n", "")
+            return subprocess.CompletedProcess(
+                command, 0, f"{json.dumps(asdict(reload._reload(Path(command[-1]))))}\n", ""
+            )
         except Exception as error:
             return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
 

@@ -11,7 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qectomy.errors import CheckpointError, QectomyError
-from qectomy.surgery.checkpoint import SINGLE, open_checkpoint
+from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.surgery.headers import SINGLE
 
 
 def edit_weights(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 KEYS_ROUNDED = 64
+BLOCKS = 4  # of rows, at least, on a processor: three eighths of a causal mask's products are then left out
+BLOCK_LOGITS = 1_000_000  # entries of the logits of a block, at most, on a processor
 
 
 def attention_logits(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
@@ -27,7 +29,8 @@ def attention_kl(
 ) -> torch.Tensor:
     """Return KL(softmax t || softmax s) of each row, (B, H, R), in nats; each argument is (query, key)."""
     parts = []
-    for rows, keys in row_blocks(allowed):  # all logits of a layer may be many times larger than the layer
+    # All logits of a layer may be many times larger than the layer.
+    for rows, keys in row_blocks(allowed, teacher[0].shape[:2].numel()):
         sides = [(query[:, :, rows], key[:, :, keys]) for query, key in (teacher, student)]
         t, s = (attention_logits(*side, allowed[rows, keys]).float().log_softmax(-1) for side in sides)
         parts.append((t.exp() * (t - s)).sum(-1))
@@ -53,7 +56,7 @@ class MeanAttentionKL(torch.autograd.Function):
     ) -> torch.Tensor:
         (b, h, r, k), groups = query.shape, key.shape[1]
         to_query, to_key = torch.zeros_like(query), torch.zeros_like(key, dtype=accumulator(key.dtype))
-        for rows, keys in row_blocks(allowed):
+        for rows, keys in row_blocks(allowed, b * h):
             here, seen, look = query[:, :, rows], key[:, :, keys], allowed[rows, keys]
             p = attention_logits(teacher[0][:, :, rows], teacher[1][:, :, keys], look).softmax(-1)
             difference = attention_logits(here, seen, look).softmax(-1).sub_(p).mul_(weight)  # (B, H, rows, keys)
@@ -69,11 +72,17 @@ class MeanAttentionKL(torch.autograd.Function):
         return to_query * grads[0], to_key * grads[0], None, None, None
 
 
-def row_blocks(allowed: torch.Tensor, blocks: int = 4) -> Iterator[tuple[slice, slice]]:
+def row_blocks(allowed: torch.Tensor, copies: int) -> Iterator[tuple[slice, slice]]:
     """Yield (rows, keys) slices that together hold every True of allowed (R, T); early rows see few keys.
 
-    The number of keys is rounded up, so that few shapes occur: each costs a compiled kernel that stays in memory.
+    `copies` is how many such maps there are, over windows and heads; it bounds a block's rows. The number of keys is
+    rounded up, so that few shapes occur: each costs a compiled kernel that stays in memory. An accelerator takes all
+    at once: looking at the mask would make it wait.
     """
+    if allowed.device.type != "cpu":
+        yield slice(None), slice(None)
+        return
+    blocks = max(BLOCKS, -(-copies * allowed.numel() // BLOCK_LOGITS))
     for rows in torch.arange(len(allowed)).tensor_split(min(blocks, len(allowed))):
         block = slice(int(rows[0]), int(rows[-1]) + 1)
         seen = allowed[block].any(0).nonzero()[:, 0]

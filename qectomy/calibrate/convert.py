@@ -1,7 +1,8 @@
 """The conversion: one pass over the checkpoint, layer by layer, never the whole model in memory.
 
-    embedding ─► for each layer: read its tensors ─► fit query map and W_K ─► write the reduced tensors
-                                 └► teacher layer on the teacher's stream, student layer on the student's ─► next
+    embedding ─► for each layer: read its tensors ─► teacher layer on the teacher's stream
+                                                 ─► fit query map and W_K, refit W_O and W_down on the student's stream
+                                                 ─► write the reduced tensors ─► student layer on its stream ─► next
               ─► final norm and head ─► perplexity before and after, KL to the teacher, top-1 agreement
 
 Calibration and evaluation windows ride together; the evaluation windows are never fitted on.
@@ -55,7 +56,7 @@ def convert(
         since = time.perf_counter()
         copy_companions(source.folder, work)
         copy_model_code(source.family, work)
-        reload_error = check_reload(work, *scores.expected)
+        reload = check_reload(work, *scores.expected)
         watch.add("reload", since)
         report = conversion_report(
             source=source,
@@ -70,7 +71,7 @@ def convert(
             seconds=watch.seconds,
             total_seconds=time.perf_counter() - watch.begun,
             forward_pass_seconds=run.forward_pass_seconds(scores.head_seconds),
-            reload_error=reload_error,
+            reload=reload,
         )
         write_report(work, report, source)
     return report

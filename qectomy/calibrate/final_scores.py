@@ -15,6 +15,7 @@ from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.finite import all_finite
 
 RELOAD_TOKENS = 64
+SCORED_TOKENS = 2048  # at a time: the head is read anew for each batch
 
 
 class Head:
@@ -57,7 +58,8 @@ def final_scores(
     """
     mask = held.scored_mask()
     before, after, seconds = [], [], 0.0
-    for start, stop in batches(0, len(held.tokens), streams.batch):
+    at_once = max(1, SCORED_TOKENS // held.tokens.shape[1])
+    for start, stop in batches(0, len(held.tokens), at_once):
         keep = mask[start:stop]
         targets = held.tokens[start:stop, 1:][keep].to(original.device)
         theirs, ours = (

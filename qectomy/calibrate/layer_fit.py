@@ -14,7 +14,7 @@ from qectomy.calibrate.precision import fast_dtype, fast_math
 from qectomy.calibrate.refine import FitData, RefineSettings, refine
 from qectomy.calibrate.rope_pairs import Rope
 from qectomy.calibrate.starts import Projections, Start, make_start
-from qectomy.calibrate.states import Streams, WindowFile, batches
+from qectomy.calibrate.states import Streams, WindowFile, batches, scratch_file
 from qectomy.surgery.query_maps import QueryMapSpec
 
 
@@ -105,10 +105,7 @@ def _store(
     if device.type != "cpu":
         return torch.empty(streams.fitted, *shape, dtype=fast_dtype(device), device=device)
     path = streams.scratch / f".{name}"
-    file = WindowFile(path, streams.fitted, *shape, dtype=fast_dtype(device))
-    stack.callback(path.unlink)
-    stack.callback(file.close)
-    return file
+    return stack.enter_context(scratch_file(path, streams.fitted, *shape, dtype=fast_dtype(device)))
 
 
 def _collect(runner: LayerRunner, teacher: nn.Module, streams: Streams, data: FitData) -> Moments:

@@ -20,7 +20,7 @@ from qectomy.calibrate.precision import fast_math
 from qectomy.calibrate.refine import RefineSettings
 from qectomy.calibrate.refit import TURNED, RefitSettings, refit_layer
 from qectomy.calibrate.settings import ConvertSettings
-from qectomy.calibrate.states import Streams, batches
+from qectomy.calibrate.states import Streams, batches, scratch_file
 from qectomy.calibrate.text import Windows
 from qectomy.errors import NonFiniteError
 from qectomy.eval.perplexity import ScoringWindows
@@ -34,6 +34,7 @@ from qectomy.surgery.writer import DTYPES, ShardWriter, TensorSpec
 
 Progress = Callable[[int, int, str], None]  # (layers done, layers in all, note)
 TOKENS_A_BATCH = 512  # how many tokens a layer runs on at a time
+TOKENS_ON_DEVICE = 8192  # likewise, on an accelerator
 BYTES_A_READ = 4_000_000  # of the embedding, about
 KL_WINDOWS = 8  # on which the attention KL of a layer is measured, fitted and held-out alike
 
@@ -70,7 +71,8 @@ class LayerPass:
         self.held, self.work, self.watch = held, work, watch
         self.tokens = torch.cat([fitted.tokens, held.tokens])
         self.n_fitted = fitted.tokens.shape[0]
-        self.batch = max(1, TOKENS_A_BATCH // settings.context)
+        at_once = TOKENS_A_BATCH if runner.device.type == "cpu" else TOKENS_ON_DEVICE
+        self.batch = max(1, at_once // settings.context)
         planned = planned_tensors(source, recipe, settings.stored_dtype)
         self.specs = {name: TensorSpec(info.shape, info.dtype) for name, info in planned.items()}
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -145,21 +147,22 @@ class LayerPass:
 
     def _embed(self, streams: Streams) -> None:
         """Write both streams' first hidden states: the embedding rows of the tokens that occur."""
-        wanted = self.tokens.unique()
-        table = torch.empty(len(wanted), self.source.dims.d_model)
-        for start, stop in self._runs(self.source.family.embedding):
-            here = (wanted >= start) & (wanted < stop)
-            if here.any():
-                rows = self.source.read_rows(self.source.family.embedding, start, stop, torch.float32)
-                table[here] = rows[wanted[here] - start]
-        theirs, ours = table, table
-        if self.basis is not None:
-            theirs, ours = self.basis.states(table), self.basis.embedding_rows(table)
-        ours = self._as_stored(self.source.family.embedding, ours)
-        for start, stop in batches(0, self.tokens.shape[0], self.batch):
-            places = torch.searchsorted(wanted, self.tokens[start:stop])
-            streams.teacher[start:stop] = theirs[places]
-            streams.student[start:stop] = ours[places]
+        wanted, basis, name = self.tokens.unique(), self.basis, self.source.family.embedding
+        with ExitStack() as stack:
+            shape = (len(wanted), self.source.dims.d_model)
+            tables = [stack.enter_context(scratch_file(self.work / f".rows-{i}", *shape)) for i in range(2)]
+            for start, stop in self._runs(name):
+                first, last = torch.searchsorted(wanted, torch.tensor([start, stop])).tolist()
+                if first == last:
+                    continue
+                rows = self.source.read_rows(name, start, stop, torch.float32)[wanted[first:last] - start]
+                tables[0][first:last] = rows if basis is None else basis.states(rows)
+                ours = rows if basis is None else basis.embedding_rows(rows)
+                tables[1][first:last] = self._as_stored(name, ours)
+            for start, stop in batches(0, self.tokens.shape[0], self.batch):
+                places, where = torch.searchsorted(wanted, self.tokens[start:stop]).unique(return_inverse=True)
+                for states, table in zip((streams.teacher, streams.student), tables, strict=True):
+                    states[start:stop] = table[places.tolist()][where]
 
     def _write_outer(self, writer: ShardWriter) -> None:
         """Write what lies outside the layers, a few rows at a time."""
@@ -260,7 +263,8 @@ class LayerPass:
                     x_mid, _ = self.runner.attend(teacher, streams.teacher[start:stop].to(self.runner.device))
                     after, _ = self.runner.think(teacher, x_mid)
                     self._check(after, f"the original model's layer {layer}", start, stop)
-                    streams.teacher_mid[start:stop] = x_mid
+                    if first < self.n_fitted:
+                        streams.teacher_mid[start:stop] = x_mid
                     streams.teacher_after[start:stop] = after
             if first == self.n_fitted:
                 self.teacher_seconds += time.perf_counter() - begun

@@ -22,5 +22,5 @@ def fast_math(device: torch.device) -> Iterator[None]:
     if fast_dtype(device) is torch.float32:
         yield
         return
-    with torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False):  # a layer runs once a block
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         yield

@@ -76,10 +76,10 @@ def refine(
     fixed = {name: tensor for name, tensor in start.query.items() if f"query.{name}" not in parameters}
     draws = _Batches(data, settings, generator)
 
-    def loss() -> torch.Tensor:
-        values = {name: parameter.value() for name, parameter in parameters.items()}
-        parts = [_loss(values, fixed, query_module, data, rope, *part) for part in draws.draw()]
-        return torch.stack(parts).sum()
+    def loss(values: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        named = dict(zip(parameters, values, strict=True))
+        for part in draws.draw():
+            yield _loss(named, fixed, query_module, data, rope, *part)
 
     adam(
         list(parameters.values()),

@@ -30,14 +30,6 @@ class Rope:
         slow = (angle * reach < limit).nonzero()[:, 0]
         return torch.cat([slow, slow + pairs])
 
-    def turned(self, matrix: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return matrix R_p along its last axis (K), for each position p; positions broadcast in front."""
-        half = self.d_head // 2
-        shape = (len(positions), *[1] * (matrix.dim() - 1), self.d_head)
-        cos, sin = self.cos[positions].view(shape), self.sin[positions].view(shape)
-        turned = torch.cat([-matrix[..., half:], matrix[..., :half]], -1)
-        return matrix * cos + turned * sin
-
 
 def rotate_pairs(weight: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     """Return weight (D, n*K) with pair f of head h turned by angle[h, f]; angle is (n, F)."""

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from qectomy.errors import QectomyError
+from qectomy.surgery.headers import TORCH_NAMES
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+DTYPES = {TORCH_NAMES[kind]: kind for kind in ("F32", "BF16", "F16")}
 
 
 @dataclass(frozen=True, kw_only=True)

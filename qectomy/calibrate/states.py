@@ -5,6 +5,7 @@ A file, not a map of one: mapped pages would count as this process's memory and 
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from qectomy.surgery.writer import write_all
 
 
 class WindowFile:
-    """n_windows tensors of one shape and type in a file: indexed as a tensor is, but by runs and lists alone."""
+    """n_windows tensors of one shape and type in a file: read and written by runs [start:stop], read by lists too."""
 
     def __init__(self, path: Path, n_windows: int, *shape: int, dtype: torch.dtype = torch.float32):
         self.shape, self.dtype = (n_windows, *shape), dtype
@@ -27,12 +28,13 @@ class WindowFile:
             else:  # macOS: the room was checked before, and a full disk shows when it is written
                 os.ftruncate(self._file.fileno(), size)
         except OSError as error:
+            self._file.close()
             raise OutputError(f"{path.parent}: no room for {n_windows * self._window_bytes:,} bytes") from error
 
     def __getitem__(self, windows: slice | list[int]) -> torch.Tensor:
         """Return a run of windows, [start:stop], or those listed, in that order, as a new tensor."""
         if isinstance(windows, slice):
-            start, stop, _ = windows.indices(self.shape[0])
+            start, stop = self._run(windows)
             return self._fill(torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype), start)
         out = torch.empty((len(windows), *self.shape[1:]), dtype=self.dtype)
         for place, window in zip(out, windows, strict=True):
@@ -41,13 +43,18 @@ class WindowFile:
 
     def __setitem__(self, windows: slice, values: torch.Tensor) -> None:
         """Store a run of windows, [start:stop] of them."""
-        start, stop, _ = windows.indices(self.shape[0])
-        assert len(values) == stop - start
+        start, stop = self._run(windows)
+        assert values.shape == (stop - start, *self.shape[1:])
         data = _bytes(values.detach().to("cpu", self.dtype).contiguous())
         write_all(self._file.fileno(), data, start * self._window_bytes)
 
     def close(self) -> None:
         self._file.close()
+
+    def _run(self, windows: slice) -> tuple[int, int]:
+        start, stop, step = windows.indices(self.shape[0])
+        assert step == 1
+        return start, max(start, stop)
 
     def _fill(self, out: torch.Tensor, start: int) -> torch.Tensor:
         view, offset = _bytes(out), start * self._window_bytes
@@ -66,9 +73,15 @@ class Streams:
 
     def __init__(self, folder: Path, shape: Sequence[int], *, fitted: int, batch: int):
         self.scratch, self.fitted, self.batch = folder, fitted, batch  # batch: windows handled at a time
-        self._paths = [folder / f".{name}" for name in ("teacher", "student", "teacher-mid", "teacher-after")]
-        files = [WindowFile(path, *shape) for path in self._paths]
-        self.teacher, self.student, self.teacher_mid, self.teacher_after = self._files = files
+        with ExitStack() as stack:
+
+            def file(name: str, n_windows: int) -> WindowFile:
+                return stack.enter_context(scratch_file(folder / f".{name}", n_windows, *shape[1:]))
+
+            self.teacher, self.student = file("teacher", shape[0]), file("student", shape[0])
+            self.teacher_mid = file("teacher-mid", fitted)  # after the attention; only the refit asks for it
+            self.teacher_after = file("teacher-after", shape[0])
+            self._stack = stack.pop_all()
 
     def next_layer(self) -> None:
         """Let what left the teacher's layer enter the next one."""
@@ -76,9 +89,17 @@ class Streams:
 
     def close(self) -> None:
         """Close the files and remove them."""
-        for file, path in zip(self._files, self._paths, strict=True):
-            file.close()
-            path.unlink()
+        self._stack.close()
+
+
+@contextmanager
+def scratch_file(path: Path, n_windows: int, *shape: int, dtype: torch.dtype = torch.float32) -> Iterator[WindowFile]:
+    """Yield a file of windows that is gone when the block ends, however it ends."""
+    with ExitStack() as stack:
+        stack.callback(path.unlink, missing_ok=True)
+        file = WindowFile(path, n_windows, *shape, dtype=dtype)
+        stack.callback(file.close)
+        yield file
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -6,7 +6,7 @@ Weights are (D, out) unless a name says otherwise. Dimensions: D d_model, H n_he
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,16 +34,19 @@ class Parameter:
 
 def adam(
     parameters: Sequence[Parameter],
-    loss: Callable[[], torch.Tensor],
+    loss: Callable[[list[torch.Tensor]], Iterable[torch.Tensor]],
     *,
     steps: int,
     warmup: int,
     betas: tuple[float, float],
 ) -> None:
-    """Run Adam (Kingma & Ba, arXiv 1412.6980) with linear warm-up and cosine decay to 0, in place."""
+    """Run Adam (Kingma & Ba, arXiv 1412.6980) with linear warm-up and cosine decay to 0, in place.
+
+    `loss` takes the parameters' values and yields the loss in parts; each is differentiated before the next is made.
+    """
     slots = [(torch.zeros_like(p.u), torch.zeros_like(p.u)) for p in parameters]
     for step in range(steps):
-        gradients = torch.autograd.grad(loss(), [p.u for p in parameters])
+        gradients = _gradients(parameters, loss)
         decay = 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / warmup)
         with torch.no_grad():
             for parameter, gradient, (first, second) in zip(parameters, gradients, slots, strict=True):
@@ -52,6 +55,19 @@ def adam(
                 mean = first / (1 - betas[0] ** (step + 1))
                 scale = (second / (1 - betas[1] ** (step + 1))).sqrt_().add_(1e-12)
                 parameter.u.sub_(parameter.lr * decay * mean / scale)
+
+
+def _gradients(
+    parameters: Sequence[Parameter], loss: Callable[[list[torch.Tensor]], Iterable[torch.Tensor]]
+) -> tuple[torch.Tensor, ...]:
+    """Return the gradient of the sum of the loss's parts for each u."""
+    values = [parameter.value() for parameter in parameters]
+    leaves = [value.detach().requires_grad_() for value in values]
+    totals = [torch.zeros_like(leaf) for leaf in leaves]
+    for part in loss(leaves):
+        for total, gradient in zip(totals, torch.autograd.grad(part, leaves), strict=True):
+            total += gradient
+    return torch.autograd.grad(values, [parameter.u for parameter in parameters], totals)
 
 
 def eigenbasis(C: torch.Tensor, power: float) -> torch.Tensor:

@@ -11,18 +11,14 @@ from torch import nn
 from qectomy.calibrate.text import Source, adds_bos, first_tokens, load_tokenizer
 from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, TextError
 from qectomy.eval.scores import Logits, TokenScores, join_scores, score_tokens
-from qectomy.surgery.checkpoint import locate, read_json
+from qectomy.surgery.checkpoint import locate
 from qectomy.surgery.finite import all_finite
+from qectomy.surgery.headers import TORCH_NAMES, read_json
 
 Progress = Callable[[int, int], None]  # (windows done, windows in all)
 TOKENS_A_BATCH = 4096
 PIECE = 24  # tokens decoded together when their bytes are counted
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = [TORCH_NAMES[kind] for kind in ("F32", "BF16", "F16", "F64")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +129,7 @@ def summarize(scores: TokenScores, n_bytes: int) -> dict[str, float]:
 
 
 def load_model(name: str, dtype: str | None, device: str) -> tuple[Any, Path, str]:
-    """Load any causal model for evaluation; return (model, folder, dtype name). Device `meta` leaves weights on disk.
+    """Load any causal model; return (model, folder, dtype name). On device `meta` its weights stay on disk.
 
     Code in the folder is never run. Raises CheckpointError when a tensor is missing or left over.
     """

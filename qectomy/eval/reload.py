@@ -1,15 +1,23 @@
 """Reload a written checkpoint in a fresh process and compare its logits with those the conversion computed."""
 
+import json
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from qectomy.errors import CheckpointError, OutputError
-from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.eval.peak_memory import peak_memory_bytes
+from qectomy.eval.perplexity import load_model
+from qectomy.eval.scores import SLICE
+from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 
 TOLERANCE = 1e-3  # of the largest logit; float32 rounding between two orders of summation stays below 1e-5
 
@@ -18,8 +26,16 @@ TOLERANCE = 1e-3  # of the largest logit; float32 rounding between two orders of
 CHILD = "import sys; sys.path[0] = sys.argv[1]; from qectomy.eval.reload import _main; _main(sys.argv[2])"
 
 
-def check_reload(folder: Path, tokens: torch.Tensor, logits: torch.Tensor) -> float:
-    """Return the largest logit difference, relative to the largest logit, seen by a fresh process.
+@dataclass(frozen=True)
+class Reload:
+    """What a fresh process found: the largest logit difference, relative to the largest logit, and its peak memory."""
+
+    error: float
+    peak_memory_bytes: int
+
+
+def check_reload(folder: Path, tokens: torch.Tensor, logits: torch.Tensor) -> Reload:
+    """Return what a fresh process finds that loads `folder` and runs the model.
 
     `tokens` (1, T), `logits` (n, V) float32: what the model in `folder` must give at the last n positions. Raises
     CheckpointError when the folder does not load there, lacks a tensor, or gives other logits.
@@ -42,47 +58,54 @@ def check_reload(folder: Path, tokens: torch.Tensor, logits: torch.Tensor) -> fl
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise CheckpointError(f"the written checkpoint does not load in a fresh process: {last}")
-    error = float(done.stdout.strip().splitlines()[-1])
-    if not error <= TOLERANCE:
+    found = Reload(**json.loads(done.stdout.strip().splitlines()[-1]))
+    if not found.error <= TOLERANCE:
         raise CheckpointError(
-            f"the written checkpoint gives other logits in a fresh process: off by {error:.1e} of the largest, "
+            f"the written checkpoint gives other logits in a fresh process: off by {found.error:.1e} of the largest, "
             f"more than {TOLERANCE:.0e}"
         )
-    return error
+    return found
 
 
-def _reload(folder: Path) -> float:
-    """Load the folder as a user does, its weights left on disk; then run it a layer at a time.
-
-    transformers must find every tensor in its place. A whole model in memory would take more than the conversion did.
-    """
-    from qectomy.eval.perplexity import load_model
-
+def _reload(folder: Path) -> Reload:
     expected = load_file(folder / ".expected.safetensors")
     wanted = expected["logits"]
-    load_model(str(folder), "float32", "meta")
-    with torch.no_grad():
-        logits = _streamed_logits(folder, expected["tokens"], len(wanted))
-    return float((logits - wanted).abs().max() / wanted.abs().max())
+    logits = _last_logits(folder, expected["tokens"], len(wanted))
+    return Reload(float((logits - wanted).abs().max() / wanted.abs().max()), peak_memory_bytes())
 
 
-def _streamed_logits(folder: Path, tokens: torch.Tensor, last: int) -> torch.Tensor:
-    """Return the logits (last, V) of a written checkpoint's last positions, holding one of its layers at a time."""
-    from qectomy.calibrate.final_scores import Head
-    from qectomy.calibrate.layers import LayerRunner
-    from qectomy.calibrate.states import batches
-    from qectomy.eval.scores import SLICE
+@torch.no_grad()
+def _last_logits(folder: Path, tokens: torch.Tensor, last: int) -> torch.Tensor:
+    """Return the logits (last, V) at the last positions, by the forward of the model that transformers loads.
 
+    The model is loaded without its weights, which shows whether every tensor has its place. A layer's weights are
+    read when the forward comes to it and let go after it: the model need not fit in memory.
+    """
     checkpoint = open_checkpoint(folder, reduced=True)
-    runner = LayerRunner(checkpoint, checkpoint.recipe, tokens.shape[1], "cpu")
-    rows = [checkpoint.read_rows(checkpoint.family.embedding, i, i + 1, torch.float32) for i in tokens[0].tolist()]
-    x = torch.cat(rows)[None]
+    family, vocab_size = checkpoint.family, checkpoint.dims.vocab_size
+    model, _, _ = load_model(str(folder), "float32", "meta")
     for layer in range(checkpoint.dims.n_layers):
-        x = runner.forward(runner.build(layer, checkpoint.read_layer(layer, torch.float32), reduced=True), x)
-    head = Head(checkpoint, runner.config, runner.device)
-    logits = head.logits(x[0, -last:])
-    return torch.cat([logits(a, b) for a, b in batches(0, head.vocab_size, SLICE)], dim=-1)
+        module = model.get_submodule(family.prefix(layer).rstrip("."))
+        module.register_forward_pre_hook(partial(_fill, checkpoint, layer))
+        module.register_forward_hook(_empty)
+    norm, _, name = family.final_norm.rpartition(".")
+    model.get_submodule(norm).load_state_dict({name: checkpoint.read(family.final_norm, torch.float32)}, assign=True)
+    model.set_submodule(family.rotary_module, family.rotary(model.config))  # its buffers are in no file
+    read = checkpoint.read_rows
+    rows = torch.cat([read(family.embedding, i, i + 1, torch.float32) for i in tokens[0].tolist()])
+    states = model.base_model(inputs_embeds=rows[None], use_cache=False).last_hidden_state[0, -last:]
+    head = family.embedding if checkpoint.dims.tied else family.head
+    slices = [(a, min(a + SLICE, vocab_size)) for a in range(0, vocab_size, SLICE)]
+    return torch.cat([nn.functional.linear(states, read(head, a, b, torch.float32)) for a, b in slices], dim=-1)
+
+
+def _fill(checkpoint: Checkpoint, layer: int, module: nn.Module, arguments: Any) -> None:
+    module.load_state_dict(checkpoint.read_layer(layer, torch.float32), strict=True, assign=True)
+
+
+def _empty(module: nn.Module, arguments: Any, output: Any) -> None:
+    module.to("meta")
 
 
 def _main(folder: str) -> None:
-    print(_reload(Path(folder)))
+    print(json.dumps(asdict(_reload(Path(folder)))))

@@ -3,14 +3,14 @@
 import importlib.metadata
 import json
 import platform
-import resource
-import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from qectomy import __version__
 from qectomy.calibrate.settings import ConvertSettings
+from qectomy.eval.peak_memory import peak_memory_bytes
+from qectomy.eval.reload import Reload
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.plan import totals
 from qectomy.surgery.query_maps import QueryMapSpec
@@ -32,7 +32,7 @@ def conversion_report(
     seconds: dict[str, float],
     total_seconds: float,
     forward_pass_seconds: float,
-    reload_error: float,
+    reload: Reload,
 ) -> dict[str, Any]:
     """Return the record of one conversion: everything needed to believe it and to repeat it."""
     sizes = totals(source, recipe, settings.stored_dtype)
@@ -67,16 +67,13 @@ def conversion_report(
             "total": round(total_seconds, 3),
         },
         "forward_pass_seconds": round(forward_pass_seconds, 3),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": max(peak_memory_bytes(), reload.peak_memory_bytes),
         "device": settings.device,
-        "reload_check": {"largest_relative_logit_error": reload_error},
+        "reload_check": {
+            "largest_relative_logit_error": reload.error,
+            "peak_memory_bytes": reload.peak_memory_bytes,
+        },
     }
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident set so far of this process or of one that it waited for, as the reload check."""
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def write_report(folder: Path, report: dict[str, Any], source: Checkpoint) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-SLICE = 1024
+SLICE = 512
 
 Logits = Callable[[int, int], torch.Tensor]  # (start, stop) of the vocabulary -> (N, stop - start) logits
 

@@ -76,6 +76,7 @@ class Family:
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
     layer_prefix: str = "model.layers.{}."
+    rotary_module: str = "model.rotary_emb"
     ignored_suffixes: tuple[str, ...] = (".rotary_emb.inv_freq",)  # buffers that old checkpoints stored
     has_attention_bias: bool = True
     has_sliding_window: bool = False  # Llama's config keeps such a field, and its attention ignores it

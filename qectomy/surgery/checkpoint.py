@@ -5,8 +5,6 @@ that return tensors; opening a checkpoint and reading its headers need none.
 """
 
 import hashlib
-import json
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -20,41 +18,23 @@ from safetensors import SafetensorError, safe_open
 from qectomy.errors import CheckpointError, NonFiniteError, UnsupportedArchitecture
 from qectomy.surgery.architectures import Dimensions, Family, Shapes, find_family, find_reduced_family
 from qectomy.surgery.finite import all_finite
+from qectomy.surgery.headers import (
+    FLOAT_BYTES,
+    INDEX_BYTES,
+    TORCH_NAMES,
+    TensorInfo,
+    data_offsets,
+    read_headers,
+    read_json,
+)
 from qectomy.surgery.query_maps import QueryMapSpec, parse_query_map
 
 if TYPE_CHECKING:
     import torch
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-INDEX_BYTES = {"I64": 8, "I32": 4, "I16": 2}
-TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"} | {
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-}
-MAX_JSON_BYTES = 100_000_000
 MAX_LAYERS = 10_000
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model*", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
 HUB_IGNORED = ["consolidated*", "*/*"]  # a second copy of the weights in another layout; other formats and sizes
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies and what it is, from the file's header."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name, as in BF16
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * {**FLOAT_BYTES, **INDEX_BYTES}[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -137,7 +117,7 @@ class Checkpoint:
     @cached_property
     def _offsets(self) -> dict[str, dict[str, int]]:
         """Where each tensor's bytes begin, by file; the headers were found sound when the checkpoint was opened."""
-        return {name: _data_offsets(self.folder / name) for name in self.files}
+        return {name: data_offsets(self.folder / name) for name in self.files}
 
     def read_layer(self, layer: int, dtype: "torch.dtype | None" = None) -> "dict[str, torch.Tensor]":
         """Return {name inside the layer: tensor} of one layer."""
@@ -199,7 +179,7 @@ def open_checkpoint(name: str | os.PathLike[str], *, reduced: bool = False) -> C
     if dims.n_layers > MAX_LAYERS:
         raise CheckpointError(f"config.json: num_hidden_layers {dims.n_layers} is beyond any model ({MAX_LAYERS})")
     recipe = _read_recipe(config, dims) if reduced else (QueryMapSpec("dense"),) * dims.n_layers
-    found = _read_headers(folder)
+    found = read_headers(folder)
     own = folder.resolve().name if Path(name).is_dir() else str(name)
     return Checkpoint(own, folder, config, family, dims, recipe, _check_tensors(found, family, dims, recipe))
 
@@ -225,18 +205,6 @@ def expected_tensors(family: Family, dims: Dimensions, recipe: tuple[QueryMapSpe
     return {**shapes, **outer}
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file of bounded size. Raises CheckpointError naming the file."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes; not a file of a checkpoint")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} holds no {path.name}; it is not a checkpoint folder") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-
-
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
@@ -254,58 +222,6 @@ def _read_recipe(config: dict[str, Any], dims: Dimensions) -> tuple[QueryMapSpec
     if not isinstance(names, list) or len(names) != dims.n_layers or not all(isinstance(n, str) for n in names):
         raise CheckpointError(f"config.json: query_maps must name one query map for each of {dims.n_layers} layers")
     return tuple(parse_query_map(name) for name in names)
-
-
-def _read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """Return every tensor that the safetensors files of a folder hold, by name."""
-    if (folder / INDEX).is_file():
-        names = _read_index(folder / INDEX)
-    elif (folder / SINGLE).is_file():
-        names = [SINGLE]
-    else:
-        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        also = f" {', '.join(sorted(pickles)[:3])} would be loaded by pickle, which can run code." if pickles else ""
-        raise CheckpointError(
-            f"{folder} holds no {SINGLE} and no {INDEX}.{also} Save it with transformers' save_pretrained "
-            "(safetensors is the default) and give that folder."
-        )
-    found: dict[str, TensorInfo] = {}
-    for file_name in names:
-        try:
-            with safe_open(folder / file_name, "np", backend="pread") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                    if name in found:
-                        raise CheckpointError(f"tensor {name} stands in both {found[name].file} and {file_name}")
-                    view = file.get_slice(name)
-                    found[name] = TensorInfo(file_name, tuple(view.get_shape()), view.get_dtype())
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{INDEX} names {file_name}, which is not in {folder}") from error
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{folder / file_name}: not a whole safetensors file ({error}); it may be truncated, or a pointer "
-                "that was never downloaded"
-            ) from error
-    return found
-
-
-def _data_offsets(path: Path) -> dict[str, int]:
-    """Return {tensor name: offset of its first byte in the file}."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
-
-
-def _read_index(path: Path) -> list[str]:
-    index = read_json(path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{path}: no weight_map from tensor names to file names")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{path}: {name!r} is not the plain name of a safetensors file beside it")
-    return names
 
 
 def _check_tensors(

@@ -8,6 +8,7 @@ from typing import Any
 from qectomy.errors import CheckpointError
 from qectomy.surgery.architectures import Family
 from qectomy.surgery.checkpoint import Checkpoint
+from qectomy.surgery.headers import TORCH_NAMES
 from qectomy.surgery.query_maps import QueryMapSpec
 
 CARRIED = (
@@ -25,7 +26,6 @@ CARRIED = (
     "NOTICE*",
 )
 MAX_CARRIED_BYTES = 200_000_000
-DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def reduced_config(source: Checkpoint, recipe: tuple[QueryMapSpec, ...], dtype: str) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _check_parts(family: Family, config: Any) -> None:
 def _base_config(source: Checkpoint, model_type: str, dtype: str) -> dict[str, Any]:
     drop = ("auto_map", "query_maps", "torch_dtype", "transformers_version", "_name_or_path", "architectures")
     config = {key: value for key, value in source.config.items() if key not in drop}
-    config["dtype"] = DTYPE_NAMES[dtype]
+    config["dtype"] = TORCH_NAMES[dtype]
     # transformers 5 writes rope_parameters alone, and 4.57 then falls back to theta 10000 without a word.
     parameters = load_config(source.family, source.config, source.reduced).rope_parameters
     if isinstance(parameters, dict) and "rope_theta" in parameters:

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from qectomy.surgery.checkpoint import Checkpoint, TensorInfo, expected_tensors
+from qectomy.surgery.checkpoint import Checkpoint, expected_tensors
+from qectomy.surgery.headers import TensorInfo
 from qectomy.surgery.query_maps import QueryMapSpec, parse_query_map, refusal
 
 SHOWN_MAPS = ("identity", "select", "key-shared", "low-rank:16", "low-rank:64")
@@ -45,23 +46,26 @@ def totals(checkpoint: Checkpoint, recipe: tuple[QueryMapSpec, ...], dtype: str 
 
 
 def scratch_bytes(checkpoint: Checkpoint, tokens: int, eval_tokens: int) -> int:
-    """Bytes on disk while a conversion runs: four hidden-state streams, and what one layer's fit looks at."""
+    """Bytes on disk, at most, while a conversion runs: hidden-state streams, and what one layer's fit looks at."""
     dims = checkpoint.dims
+    streams = 3 * (tokens + eval_tokens) + tokens  # the teacher's after its attention for the fitted tokens alone
     fit = dims.d_model + (dims.n_heads + dims.n_kv_heads) * dims.d_head
-    return 4 * (4 * (tokens + eval_tokens) * dims.d_model + tokens * fit)
+    rows = 2 * min(tokens + eval_tokens, dims.vocab_size)  # of the embedding, before the first layer
+    return 4 * (streams * dims.d_model + max(rows * dims.d_model, tokens * fit))
 
 
 def estimate(checkpoint: Checkpoint, *, tokens: int, eval_tokens: int, context: int) -> dict[str, int]:
     """Return rough peak memory, disk and time of a conversion on this machine's processor."""
     dims = checkpoint.dims
-    layer = sum(info.numel for _, info in checkpoint.layer_tensors(0))
-    gram = dims.d_mlp**2 * 8  # of what W_down reads, while it is refitted
-    batch = max(512, context) * (6 * dims.d_model + 3 * dims.d_mlp) * 4  # one through a layer
+    layer = sum(info.numel for _, info in checkpoint.layer_tensors(0)) * 4
     heads = (dims.n_heads + dims.n_kv_heads) * dims.d_head
+    batch = max(512, context) * (6 * dims.d_model + 3 * dims.d_mlp) * 4  # of tokens in a layer
     step = max(2048, context) * (2 * dims.d_model + 3 * heads) * 4  # of the fit
+    moments = dims.n_kv_heads * dims.d_model**2 * 4 + dims.d_model**2 * 8 * 6
+    refit = 12 * max(dims.d_mlp, dims.n_heads * dims.d_head) ** 2 + 4 * dims.d_mlp * dims.d_model * 3
     flops = 2 * (tokens + eval_tokens) * (checkpoint.parameters + dims.n_layers * 2 * context * dims.d_model)
     return {
-        "peak_memory_bytes": LIBRARY_BYTES + 3 * layer * 4 + gram + batch + step,
+        "peak_memory_bytes": LIBRARY_BYTES + 2 * layer + max(batch + refit, step + moments),
         "disk_bytes": scratch_bytes(checkpoint, tokens, eval_tokens) + checkpoint.nbytes,
         "seconds": round(CONVERT_PASSES * flops / _flops_per_second()),
     }

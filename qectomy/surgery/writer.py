@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qectomy.surgery.checkpoint import INDEX, SINGLE, TORCH_NAMES
+from qectomy.surgery.headers import INDEX, SINGLE, TORCH_NAMES
 
 DTYPES = {name: getattr(torch, torch_name) for name, torch_name in TORCH_NAMES.items()}
 MAX_SHARD_BYTES = 5_000_000_000

@@ -6,7 +6,7 @@ from attention_bench import reference_kl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qectomy.calibrate.attention_kl import MeanAttentionKL, attention_kl, attention_logits, row_blocks
+from qectomy.calibrate.attention_kl import BLOCK_LOGITS, MeanAttentionKL, attention_kl, attention_logits, row_blocks
 
 SHAPES = [(4, 4), (4, 2), (6, 2), (4, 1)]  # (n_heads, n_kv_heads)
 
@@ -96,12 +96,32 @@ def test_half_precision_masks_without_overflow():
 
 @pytest.mark.parametrize("window", [None, 3, 90])
 @pytest.mark.parametrize("stride", [1, 4])
-def test_row_blocks_miss_no_key(window, stride):
-    """Every allowed pair lies in one block; early blocks leave late keys out, late ones early keys."""
+@pytest.mark.parametrize("copies", [1, 200])
+def test_row_blocks_miss_no_key(window, stride, copies):
+    """Every allowed pair lies in one block, and no block is large; early ones leave late keys out, late ones early."""
     allowed = causal(300, 300, window)[stride - 1 :: stride]
     covered = torch.zeros_like(allowed, dtype=torch.int64)
-    for rows, keys in row_blocks(allowed):
+    for rows, keys in row_blocks(allowed, copies):
         covered[rows, keys] += 1
+        assert covered[rows, keys].numel() * copies <= 1.1 * BLOCK_LOGITS
     assert covered.max() == 1
     assert (covered[allowed] == 1).all()
     assert covered.float().mean() < 0.8
+
+
+@pytest.mark.parametrize("window", [None, 40, 100])
+def test_values_and_gradient_where_blocks_leave_keys_out(window):
+    """130 and 200 positions: more than one block's keys, and not a multiple of what their number is rounded to."""
+    for positions in (130, 200):
+        teacher, student = draw(4, 2, windows=2, rows=positions // 2, positions=positions)
+        allowed = causal(positions, positions, window)[1::2]
+        assert len({(keys.start, keys.stop) for _, keys in row_blocks(allowed, 8)}) > 1
+        leaves = [tensor.requires_grad_() for tensor in student]
+        expected = reference_kl(teacher, student, allowed)
+        found = attention_kl(teacher, student, allowed)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+        theirs = torch.autograd.grad(expected.mean(), leaves)
+        weight = torch.ones(2, 1, 1, 1, dtype=torch.float64)
+        ours = torch.autograd.grad(MeanAttentionKL.apply(*student, teacher, allowed, weight), leaves)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)

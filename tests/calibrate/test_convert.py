@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,15 @@ from tiny_models import ROPES, bos_tokenizer, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from qectomy import __version__
+from qectomy.calibrate import layer_fit
 from qectomy.calibrate.convert import convert
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.text import read_source
+from qectomy.errors import CheckpointError
 from qectomy.eval.perplexity import Protocol, evaluate
 from qectomy.surgery.checkpoint import open_checkpoint, sha256
+from qectomy.surgery.modeling_qectomy_llama import QectomyLlamaModel, QectomyMistralModel
+from qectomy.surgery.plan import scratch_bytes
 from qectomy.surgery.query_maps import parse_recipe
 
 MAPS = ["identity", "select", "key-shared", "low-rank:3", "dense"]
@@ -258,6 +263,45 @@ def test_the_reload_check_ran_in_a_fresh_process(tiny_checkpoint, raven, tmp_pat
     assert any("qectomy.eval.reload" in part for command in commands for part in command)
     assert report["seconds"]["reload"] > 0
     assert report["reload_check"]["largest_relative_logit_error"] < 1e-4
+
+
+@pytest.mark.parametrize("shape", ["llama", "mistral"])
+def test_the_reload_check_runs_the_models_own_forward(shape, tiny_checkpoint, raven, tmp_path, monkeypatch):
+    """What lies outside the layers, and so outside what the pass runs, must be right too."""
+    whole = {"llama": QectomyLlamaModel, "mistral": QectomyMistralModel}[shape]
+    right = whole.forward
+
+    def wrong(self, *arguments, **options):
+        out = right(self, *arguments, **options)
+        out.last_hidden_state = out.last_hidden_state * 1.01
+        return out
+
+    monkeypatch.setattr(whole, "forward", wrong)
+    with pytest.raises(CheckpointError, match="gives other logits in a fresh process"):
+        convert_tiny(tiny_checkpoint(shape), tmp_path / "out", "select", raven)
+
+
+def test_scratch_stays_within_what_the_plan_says(tiny_checkpoint, raven, tmp_path, monkeypatch):
+    source, sizes = open_checkpoint(tiny_checkpoint()), []
+
+    def watch(folder):
+        hidden = [path for path in Path(folder).glob(".*") if path.is_file()]
+        sizes.append(sum(path.stat().st_size for path in hidden))
+
+    def refine_and_look(*arguments):
+        watch(next(tmp_path.glob(".out.partial-*")))
+        return refine(*arguments)
+
+    def search_and_look(*arguments):
+        watch(next(tmp_path.glob(".out.partial-*")))
+        return searchsorted(*arguments)
+
+    refine, searchsorted = layer_fit.refine, torch.searchsorted
+    monkeypatch.setattr(layer_fit, "refine", refine_and_look)
+    monkeypatch.setattr(torch, "searchsorted", search_and_look)
+    convert_tiny(source.folder, tmp_path / "out", "key-shared", raven)
+    planned = scratch_bytes(source, QUICK["tokens"], QUICK["eval_tokens"])
+    assert 0.5 * planned < max(sizes) <= planned
 
 
 def test_progress_counts_the_layers(tiny_checkpoint, raven, tmp_path):

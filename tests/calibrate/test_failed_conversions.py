@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conversions import convert_tiny, hashes
 from damage import allow_interrupts, edit_json, edit_weights
 from safetensors import SafetensorError
@@ -72,6 +73,14 @@ def test_second_moments_that_overflow_name_the_layer(tiny_copy, fails, query):
 
     edit_weights(source, scale)
     fails(source, NonFiniteError, r"layer 1 cannot be fitted: .* overflow", query=query)
+
+
+def test_a_fit_that_gives_no_number(tiny_checkpoint, fails, monkeypatch):
+    def spoil(runner, student, streams, settings):
+        student.self_attn.o_proj.weight[0, 0] = torch.nan
+
+    monkeypatch.setattr("qectomy.calibrate.layer_pass.refit_layer", spoil)
+    fails(tiny_checkpoint(), NonFiniteError, r"model.layers.0.self_attn.o_proj.weight came out as NaN or Inf")
 
 
 def test_logits_that_overflow(tiny_copy, fails):

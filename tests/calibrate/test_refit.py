@@ -33,7 +33,8 @@ class Layer:
         self.streams.teacher[:] = x
         self.streams.student[:] = x + drift * torch.randn(x.shape, generator=generator)
         with torch.no_grad(), fast_math(self.runner.device):  # as the pass runs it
-            self.streams.teacher_mid[:] = x_mid = self.runner.attend(self.teacher, x)[0]
+            x_mid = self.runner.attend(self.teacher, x)[0]
+            self.streams.teacher_mid[:] = x_mid[:FITTED]
             self.streams.teacher_after[:] = self.runner.think(self.teacher, x_mid)[0]
 
     def refit(self, **settings):

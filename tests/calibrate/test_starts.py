@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from qectomy.calibrate.key_shared_start import least_squares_mix
+from qectomy.calibrate.key_shared_start import least_squares_mix, mean_turn
 from qectomy.calibrate.moments import Moments, MomentSums, ridge
 from qectomy.calibrate.refine import RefineSettings, refine
 from qectomy.calibrate.rope_pairs import rotate_pairs
@@ -219,16 +219,24 @@ def test_rotating_pairs_changes_no_logit(shape):
     assert (logits(before[0], query_alone) - expected).abs().max() > 0.1 * expected.abs().max()
 
 
-def test_turned_is_the_rope_of_transformers():
+def test_the_mean_turn_is_that_of_ropes_offsets():
+    """Against transformers' RoPE, offset by offset; one offset may come twice."""
     bench = AttentionBench()
-    matrix = bench.normal(5, 3, bench.d_head)
-    positions = torch.tensor([0, 3, 17, 23])
-    found = bench.rope.turned(matrix, positions)
-    assert found.shape == (4, 5, 3, bench.d_head)
-    for row, position in zip(found, positions, strict=True):
-        cos, sin = bench.cos[:, position].double(), bench.sin[:, position].double()
-        expected, _ = apply_rotary_pos_emb(matrix[None], matrix[None], cos[None], sin[None])
-        torch.testing.assert_close(row, expected[0], rtol=1e-12, atol=1e-12)
+    K, offsets = bench.d_head, torch.tensor([0, 3, 17, 3])
+    root = bench.normal(3, 2 * K, 2 * K)
+    matrix = root @ root.mT
+    found = mean_turn(matrix, offsets, bench.rope)
+    expected = torch.zeros_like(matrix)
+    for offset in offsets:
+        cos, sin = bench.cos[:, offset].double(), bench.sin[:, offset].double()
+        rows = matrix
+        for _ in range(2):  # the rows, then the columns, block by block
+            blocks = rows.unflatten(-1, (2, K)).flatten(1, 2)
+            rows = apply_rotary_pos_emb(blocks[None], blocks[None], cos[None], sin[None])[0][0]
+            rows = rows.unflatten(1, (2 * K, 2)).flatten(-2).mT
+        expected += rows / len(offsets)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert (found - matrix).abs().max() > 0.1 * matrix.abs().max()
 
 
 def test_slow_channels_come_in_pairs_that_hardly_turn():

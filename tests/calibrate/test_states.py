@@ -1,12 +1,14 @@
 """Hidden states in a file read back as they were written, whole or a few windows at a time."""
 
+import contextlib
 import errno
 import os
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from qectomy.calibrate.states import Streams, WindowFile, batches
+from qectomy.calibrate.states import Streams, WindowFile, batches, scratch_file
 from qectomy.errors import OutputError
 
 
@@ -85,6 +87,26 @@ def test_listed_windows_come_in_the_order_asked_for(tmp_path, dtype):
         assert found.dtype == dtype
         assert torch.equal(found, numbers().to(dtype)[wanted])
     file.close()
+
+
+def test_values_of_another_shape_are_refused(states):
+    states[:] = numbers()
+    for wrong in (torch.zeros(1, 9, 3), torch.zeros(1, 1, 1), torch.zeros(2, 5, 3)):
+        with pytest.raises(AssertionError):
+            states[2:3] = wrong
+    assert torch.equal(states[:], numbers())
+
+
+def test_a_scratch_file_is_gone_whatever_happens(tmp_path, monkeypatch):
+    with contextlib.suppress(KeyboardInterrupt), scratch_file(tmp_path / "file", 2, 3):
+        assert (tmp_path / "file").exists()
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=[None, None, full]))
+    with pytest.raises(OutputError, match="no room"):
+        Streams(tmp_path, (2, 5, 3), fitted=1, batch=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_streams_hand_the_teachers_output_to_the_next_layer_and_leave_no_file(tmp_path):

@@ -10,7 +10,8 @@ import yaml
 from conversions import convert_tiny
 from damage import edit_json
 
-from qectomy.eval.report import model_card, peak_memory_bytes, write_report
+from qectomy.eval.peak_memory import peak_memory_bytes
+from qectomy.eval.report import model_card, write_report
 from qectomy.surgery.checkpoint import open_checkpoint
 
 

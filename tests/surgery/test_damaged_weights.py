@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from tiny_models import EVERY_MAP
 
 from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, UnsupportedArchitecture
-from qectomy.surgery.checkpoint import INDEX, SINGLE, open_checkpoint
+from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.surgery.headers import INDEX, SINGLE
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 

@@ -19,3 +19,12 @@ def test_one_bad_entry(dtype, bad, place):
 def test_the_largest_numbers_and_no_number_at_all_are_finite():
     assert all_finite(torch.tensor([torch.finfo(torch.float32).max, torch.finfo(torch.float32).min]))
     assert all_finite(torch.empty(0, 3))
+
+
+@pytest.mark.parametrize("place", [0, 123_456, 299_999])
+def test_one_bad_entry_among_many_however_they_lie(place):
+    tensor = torch.zeros(300, 1000)
+    tensor.view(-1)[place] = float("nan")
+    assert not all_finite(tensor)
+    assert not all_finite(tensor.T)
+    assert all_finite(torch.zeros(1, 1000).expand(300, 1000))
