@@ -13,11 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qectomy.errors import CheckpointError, OutputError
+from qectomy.errors import CheckpointError, NonFiniteError, OutputError
 from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.perplexity import load_model
 from qectomy.eval.scores import SLICE
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
+from qectomy.surgery.finite import all_finite
 
 TOLERANCE = 1e-3  # of the largest logit; float32 rounding between two orders of summation stays below 1e-5
 
@@ -67,23 +68,30 @@ def check_reload(folder: Path, tokens: torch.Tensor, logits: torch.Tensor) -> Re
     return found
 
 
+@torch.no_grad()
 def _reload(folder: Path) -> Reload:
     expected = load_file(folder / ".expected.safetensors")
-    wanted = expected["logits"]
-    logits = _last_logits(folder, expected["tokens"], len(wanted))
-    return Reload(float((logits - wanted).abs().max() / wanted.abs().max()), peak_memory_bytes())
+    wanted, error = expected["logits"], 0.0
+    checkpoint = open_checkpoint(folder, reduced=True)
+    states = _last_states(checkpoint, expected["tokens"], len(wanted))
+    head = checkpoint.family.embedding if checkpoint.dims.tied else checkpoint.family.head
+    for start in range(0, wanted.shape[1], SLICE):
+        rows = checkpoint.read_rows(head, start, min(start + SLICE, wanted.shape[1]), torch.float32)
+        logits = nn.functional.linear(states, rows)
+        if not all_finite(logits):
+            raise NonFiniteError("the written checkpoint gives NaN or Inf in a fresh process")
+        error = max(error, float((logits - wanted[:, start : start + SLICE]).abs().max()))
+    return Reload(error / float(wanted.abs().max()), peak_memory_bytes())
 
 
-@torch.no_grad()
-def _last_logits(folder: Path, tokens: torch.Tensor, last: int) -> torch.Tensor:
-    """Return the logits (last, V) at the last positions, by the forward of the model that transformers loads.
+def _last_states(checkpoint: Checkpoint, tokens: torch.Tensor, last: int) -> torch.Tensor:
+    """Return what the head reads (last, D) at the last positions, by the forward of the model that transformers loads.
 
     The model is loaded without its weights, which shows whether every tensor has its place. A layer's weights are
     read when the forward comes to it and let go after it: the model need not fit in memory.
     """
-    checkpoint = open_checkpoint(folder, reduced=True)
-    family, vocab_size = checkpoint.family, checkpoint.dims.vocab_size
-    model, _, _ = load_model(str(folder), "float32", "meta")
+    family = checkpoint.family
+    model, _, _ = load_model(str(checkpoint.folder), "float32", "meta")
     for layer in range(checkpoint.dims.n_layers):
         module = model.get_submodule(family.prefix(layer).rstrip("."))
         module.register_forward_pre_hook(partial(_fill, checkpoint, layer))
@@ -91,12 +99,9 @@ def _last_logits(folder: Path, tokens: torch.Tensor, last: int) -> torch.Tensor:
     norm, _, name = family.final_norm.rpartition(".")
     model.get_submodule(norm).load_state_dict({name: checkpoint.read(family.final_norm, torch.float32)}, assign=True)
     model.set_submodule(family.rotary_module, family.rotary(model.config))  # its buffers are in no file
-    read = checkpoint.read_rows
-    rows = torch.cat([read(family.embedding, i, i + 1, torch.float32) for i in tokens[0].tolist()])
-    states = model.base_model(inputs_embeds=rows[None], use_cache=False).last_hidden_state[0, -last:]
-    head = family.embedding if checkpoint.dims.tied else family.head
-    slices = [(a, min(a + SLICE, vocab_size)) for a in range(0, vocab_size, SLICE)]
-    return torch.cat([nn.functional.linear(states, read(head, a, b, torch.float32)) for a, b in slices], dim=-1)
+    rows = [checkpoint.read_rows(family.embedding, i, i + 1, torch.float32) for i in tokens[0].tolist()]
+    out = model.base_model(inputs_embeds=torch.cat(rows)[None], use_cache=False)
+    return out.last_hidden_state[0, -last:]
 
 
 def _fill(checkpoint: Checkpoint, layer: int, module: nn.Module, arguments: Any) -> None:

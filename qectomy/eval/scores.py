@@ -20,6 +20,7 @@ class TokenScores:
     nll: torch.Tensor
     kl: torch.Tensor | None = None  # KL(reference || model)
     agree: torch.Tensor | None = None  # 1 where the most likely token is the same
+    reference_nll: torch.Tensor | None = None  # the reference's own
 
 
 class _RunningLogits:
@@ -73,7 +74,8 @@ def score_tokens(
     if reference is None:
         return TokenScores(nll)
     kl = gap / teacher.total - teacher.logsumexp + model.logsumexp
-    return TokenScores(nll, kl, (model.argmax == teacher.argmax).double())
+    agree = (model.argmax == teacher.argmax).double()
+    return TokenScores(nll, kl, agree, teacher.logsumexp - teacher.target)
 
 
 def join_scores(parts: list[TokenScores]) -> TokenScores:
@@ -83,4 +85,4 @@ def join_scores(parts: list[TokenScores]) -> TokenScores:
         values = [getattr(part, name) for part in parts]
         return None if values[0] is None else torch.cat(values)
 
-    return TokenScores(torch.cat([part.nll for part in parts]), column("kl"), column("agree"))
+    return TokenScores(torch.cat([part.nll for part in parts]), column("kl"), column("agree"), column("reference_nll"))
