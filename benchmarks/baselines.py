@@ -27,8 +27,8 @@ from torch import nn
 
 from qectomy.errors import QectomyError
 from qectomy.eval.perplexity import ScoringWindows, load_model, score_model, summarize
-from qectomy.surgery.architectures import Family
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
+from qectomy.surgery.family import Family
 from qectomy.surgery.plan import totals
 from qectomy.surgery.query_maps import parse_recipe
 

@@ -73,7 +73,7 @@ def main() -> None:
 
 def turn(source: Checkpoint, states: WindowFile) -> StreamBasis:
     """Turn the embedded states to a random basis, as a conversion to `identity` does."""
-    gain = source.read(source.family.final_norm, torch.float64)
+    gain = source.read(f"{source.family.final_norm}.weight", torch.float64)
     basis = random_basis(gain, torch.ones_like(gain), source.dims.tied, torch.Generator().manual_seed(0))
     for start, stop in batches(0, states.shape[0], BATCH):
         states[start:stop] = basis.states(states[start:stop])

@@ -15,7 +15,7 @@ from qectomy.errors import QectomyError
 
 app = typer.Typer(
     name="qectomy",
-    help="Remove the query projection W_Q from pretrained Llama checkpoints, and say what it cost.",
+    help="Remove the query projection W_Q from pretrained GPT-2 and Llama checkpoints, and say what it cost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -15,7 +15,7 @@ from qectomy.calibrate.moments import Moments, MomentSums
 from qectomy.calibrate.refine import FitData
 from qectomy.calibrate.rope_pairs import Rope
 from qectomy.calibrate.starts import Projections, Start, make_start
-from qectomy.surgery.architectures import Dimensions
+from qectomy.surgery.family import Dimensions
 from qectomy.surgery.modeling_qectomy_llama import QUERY_MODULES, QectomyLlamaConfig
 from qectomy.surgery.query_maps import QueryMapSpec, parse_query_map
 
@@ -81,6 +81,7 @@ class AttentionBench:
             n_kv_heads=self.n_kv_heads,
             d_head=self.d_head,
             vocab_size=8,
+            n_positions=self.context,
             tied=False,
             attention_bias=self.bias,
             mlp_bias=False,
@@ -143,11 +144,11 @@ class AttentionBench:
             torch.Generator().manual_seed(seed),
         )
 
-    def kl(self, name: str, start: Start, b_K: torch.Tensor | None = None) -> float:
-        """Mean KL of the attention that a fitted layer gives, its bias (if any) of the keys the teacher's own."""
+    def kl(self, name: str, start: Start) -> float:
+        """Mean KL of the attention that a fitted layer gives."""
         key = self.hidden.double() @ start.W_K.double()
-        if self.bias:
-            key = key + (self.b_K if b_K is None else b_K.double())
+        if start.b_K is not None:
+            key = key + start.b_K.double()
         seen = self.hidden.double() * (1.0 if start.norm_gain is None else start.norm_gain.double())
         tensors = {n: t.double() if t.is_floating_point() else t for n, t in start.query.items()}
         module = self.module(parse_query_map(name)).double()

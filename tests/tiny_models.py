@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -28,6 +30,7 @@ from qectomy.surgery.config_files import (
     reduced_config,
     write_config,
 )
+from qectomy.surgery.linear_views import read_view, store_views
 from qectomy.surgery.query_maps import parse_query_map
 from qectomy.surgery.writer import MAX_SHARD_BYTES, ShardWriter, TensorSpec
 
@@ -60,8 +63,15 @@ BASE: dict[str, Any] = dict(
     pad_token_id=2,
 )
 
+GPT2_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
+
 # Arguments beyond BASE; `model_type`, `dtype`, `max_shard_size` where not Llama, float32, one file.
-SHAPES: dict[str, dict[str, Any]] = {
+LLAMA_SHAPES: dict[str, dict[str, Any]] = {
     "llama": {},  # grouped-query, untied, no biases
     "mha": dict(num_key_value_heads=4),
     "mqa": dict(num_key_value_heads=1),
@@ -101,7 +111,18 @@ ROPES: dict[str, dict[str, Any]] = {
     ),
     "proportional": dict(rope_type="proportional", rope_theta=500.0, partial_rotary_factor=0.5),
 }
-SHAPES |= {f"rope-{name}": dict(rope_parameters=parameters) for name, parameters in ROPES.items()}
+LLAMA_SHAPES |= {f"rope-{name}": dict(rope_parameters=parameters) for name, parameters in ROPES.items()}
+
+GPT2_SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": dict(model_type="gpt2"),  # tied, a d_mlp that is not 4 d_model
+    "gpt2-untied": dict(model_type="gpt2", tie_word_embeddings=False, intermediate_size=None),
+    "gpt2-inverse": dict(model_type="gpt2", scale_attn_by_inverse_layer_idx=True, activation_function="relu"),
+    "gpt2-unscaled": dict(model_type="gpt2", scale_attn_weights=False, reorder_and_upcast_attn=True),
+    "gpt2-one-head": dict(model_type="gpt2", num_attention_heads=1),
+    "gpt2-bf16": dict(model_type="gpt2", dtype="bfloat16"),
+    "gpt2-sharded": dict(model_type="gpt2", max_shard_size="12KB"),
+}
+SHAPES = {**LLAMA_SHAPES, **GPT2_SHAPES}
 
 EVERY_MAP = ("identity", "select", "key-shared", "low-rank:3", "dense")
 
@@ -110,6 +131,11 @@ def resolve(name: str = "llama", **overrides: Any) -> tuple[str, str, str | None
     """Return (model_type, dtype, max_shard_size, config arguments) of a named shape with overrides."""
     options = {**BASE, **SHAPES[name], **overrides}
     model_type = options.pop("model_type", "llama")
+    if model_type == "gpt2":
+        del options["num_key_value_heads"]
+        options["n_inner"] = options.pop("intermediate_size")
+        for theirs, own in GPT2_NAMES.items():
+            options[own] = options.pop(theirs)
     return model_type, options.pop("dtype", "float32"), options.pop("max_shard_size", None), options
 
 
@@ -136,6 +162,7 @@ def tiny_model(name: str = "llama", **overrides: Any) -> torch.nn.Module:
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "mistral": (MistralConfig, MistralForCausalLM),
+        "gpt2": (GPT2Config, GPT2LMHeadModel),
     }[model_type]
     model = model_class(config_class(**options))
     scramble(model, repr((model_type, sorted(options.items(), key=repr))))
@@ -206,8 +233,15 @@ def save_reduced(
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
     for layer, spec in enumerate(specs):
+        prefix, roles = family.prefix(layer), family.roles
+        if spec.name != "dense":
+            parts = []
+            for stock, reduced in ((roles.key, roles.reduced_key), (roles.value, roles.reduced_value)):
+                W, bias = read_view(checkpoint.read_layer(layer), stock)
+                parts.append((reduced, (W, None if family.folds_kv_bias else bias)))
+            tensors |= {prefix + name: tensor for name, tensor in store_views(parts).items()}
         for name, tensor in random_query(spec, dims, generator).items():
-            tensors[f"{family.prefix(layer)}{family.roles.query_map}.{name}"] = tensor
+            tensors[f"{prefix}{roles.query_map}.{name}"] = tensor
     plan = {
         name: TensorSpec(shape, checkpoint.dtype if tensors[name].is_floating_point() else "I32")
         for name, shape in expected_tensors(family, dims, specs).items()

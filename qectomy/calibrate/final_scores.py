@@ -27,7 +27,7 @@ class Head:
         self.vocab_size = checkpoint.dims.vocab_size
         self.name = family.embedding if checkpoint.dims.tied else family.head
         self.norm = family.norm(config)
-        self.norm.load_state_dict({"weight": checkpoint.read(family.final_norm, torch.float32)})
+        self.norm.load_state_dict(checkpoint.read_module(family.final_norm, torch.float32))
         self.norm = self.norm.to(device).requires_grad_(False)
 
     def logits(self, states: torch.Tensor) -> Logits:

@@ -12,9 +12,10 @@ from qectomy.calibrate.memory import release_freed
 from qectomy.calibrate.moments import Moments, MomentSums
 from qectomy.calibrate.precision import fast_dtype, fast_math
 from qectomy.calibrate.refine import FitData, RefineSettings, refine
-from qectomy.calibrate.rope_pairs import Rope
 from qectomy.calibrate.starts import Projections, Start, make_start
 from qectomy.calibrate.states import Streams, WindowFile, batches, scratch_file
+from qectomy.surgery.family import Family
+from qectomy.surgery.linear_views import read_view, store_views
 from qectomy.surgery.query_maps import QueryMapSpec
 
 
@@ -33,19 +34,19 @@ def fit_layer(
 
     `tensors` are the teacher's, `base` those from which the reduced layer takes what the fit does not change.
     """
-    dims, projections, rope = runner.dims, _projections(runner, tensors), _rope(runner)
+    dims, projections, rope = runner.dims, _projections(runner, tensors), runner.rope()
     with torch.device("meta"):
         reduced = runner.family.reduced_layer(runner.reduced_config, layer)
         query_module = reduced.get_submodule(runner.family.roles.query_map)
     with _collected(runner, teacher, streams) as (moments, data):
-        attended = attended_moments(data, dims.n_kv_heads) if spec.name == "key-shared" else moments.student[None]
+        weighs_keys = spec.name == "key-shared" or not dims.rope
+        attended = attended_moments(data, dims.n_kv_heads) if weighs_keys else moments.student[None]
         release_freed()
         start = make_start(spec, moments, attended, projections, dims, rope, generator)
         del attended
         release_freed()
-        fitted, b_K = refine(
+        fitted = refine(
             start,
-            projections.b_K,
             query_module,
             data,
             moments.student,
@@ -54,27 +55,39 @@ def fit_layer(
             settings,
             generator,
         )
-    return fold(runner, base, fitted, b_K)
+    return fold(runner.family, base, fitted)
 
 
-def fold(
-    runner: LayerRunner, tensors: dict[str, torch.Tensor], fitted: Start, b_K: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
-    """Return the layer's tensors with the fit put in: W_Q gone, and the identity's gain in the norm.
+def fold(family: Family, tensors: dict[str, torch.Tensor], fitted: Start) -> dict[str, torch.Tensor]:
+    """Return the layer's tensors with the fit put in: W_Q gone, and the identity's gain and shift in the norm.
 
-    x̂ ⊙ g is what the norm gives once its gain is γ ⊙ g; W_K and W_V divide their columns by g and read on as before.
+    x̂ ⊙ g + b is what the norm gives once its gain is γ ⊙ g and its shift β ⊙ g + b; W_K and W_V divide by g and read
+    on as before. What that adds to all keys of a head, softmax does not see; what it adds to all values, and the
+    value's own bias in a family that stores none, goes through W_O into the output's bias.
     """
-    roles = runner.family.roles
-    out = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{roles.query.module}.")}
-    key, value = f"{roles.key.module}.weight", f"{roles.value.module}.weight"
-    out[key] = fitted.W_K.T.float()
-    if b_K is not None:
-        out[f"{roles.key.module}.bias"] = b_K.float()
+    roles = family.roles
+    gone = {view.module for view in (roles.query, roles.key, roles.value)}
+    out = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in gone}
+    W_V, b_V = read_view(tensors, roles.value)
+    W_K, b_K, W_V = fitted.W_K.double().cpu(), fitted.b_K, W_V.double()
+    added = b_V.double() if family.folds_kv_bias and b_V is not None else None
+    norm = roles.attention_norm
     if fitted.norm_gain is not None:
-        gain, norm = fitted.norm_gain.double().cpu(), f"{roles.attention_norm}.weight"
-        out[norm] = (out[norm].double() * gain).float()
-        out[key] = (out[key].double().cpu() / gain).float()
-        out[value] = (out[value].double() / gain).float()
+        gain = fitted.norm_gain.double().cpu()
+        out[f"{norm}.weight"] = (out[f"{norm}.weight"].double() * gain).float()
+        W_K, W_V = W_K / gain[:, None], W_V / gain[:, None]
+    if fitted.norm_shift is not None:
+        assert fitted.norm_gain is None
+        assert added is not None
+        shift = fitted.norm_shift.double().cpu()
+        out[f"{norm}.bias"] = (out[f"{norm}.bias"].double() + shift).float()
+        added = added - shift @ W_V
+    if added is not None:
+        W_O, b_O = read_view(tensors, roles.output)
+        assert b_O is not None
+        out |= store_views([(roles.output, (W_O, (b_O.double() + added @ W_O.double()).float()))])
+        b_V = None
+    out |= store_views([(roles.reduced_key, (W_K.float(), b_K)), (roles.reduced_value, (W_V.float(), b_V))])
     for name, tensor in fitted.query.items():
         out[f"{roles.query_map}.{name}"] = tensor.float() if tensor.is_floating_point() else tensor
     return {name: tensor.cpu().contiguous() for name, tensor in out.items()}
@@ -148,17 +161,10 @@ def attended_moments(data: FitData, n_kv_heads: int, windows: int = 12, stride: 
 
 
 def _projections(runner: LayerRunner, tensors: dict[str, torch.Tensor]) -> Projections:
+    """Return the teacher's query and key. Without RoPE a key's bias is the same for all keys: softmax ignores it."""
     roles = runner.family.roles
-
-    def get(name: str) -> torch.Tensor | None:
-        return tensors[name].to(runner.device).double() if name in tensors else None
-
-    query, key = get(f"{roles.query.module}.weight"), get(f"{roles.key.module}.weight")
-    assert query is not None
-    assert key is not None
-    return Projections(query.T, get(f"{roles.query.module}.bias"), key.T, get(f"{roles.key.module}.bias"))
-
-
-def _rope(runner: LayerRunner) -> Rope:
-    dims = runner.dims
-    return Rope(runner.cos[0].double(), runner.sin[0].double(), dims.n_kv_heads, dims.n_heads // dims.n_kv_heads)
+    parts = [*read_view(tensors, roles.query), *read_view(tensors, roles.key)]
+    W_Q, b_Q, W_K, b_K = (None if part is None else part.to(runner.device).double() for part in parts)
+    assert W_Q is not None
+    assert W_K is not None
+    return Projections(W_Q, b_Q, W_K, b_K if runner.dims.rope else None)

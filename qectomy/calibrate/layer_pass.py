@@ -125,14 +125,14 @@ class LayerPass:
         return (self.teacher_seconds + head_seconds) * share
 
     def _choose_basis(self) -> StreamBasis | None:
-        """Turn the stream where a layer reads its queries straight from it."""
-        if not any(spec.name == "identity" for spec in self.recipe):
+        """Turn the stream where a layer reads its queries straight from it, and no norm can add a shift to them."""
+        if self.source.dims.norm_shift or not any(spec.name == "identity" for spec in self.recipe):
             return None
         family, dims = self.source.family, self.source.dims
         power = torch.zeros(dims.d_model, dtype=torch.float64)
         for rows in self._rows(family.embedding):
             power += rows.double().square().sum(0)
-        gain = self.source.read(family.final_norm, torch.float64)
+        gain = self.source.read(f"{family.final_norm}.weight", torch.float64)
         return random_basis(gain, power, dims.tied, self.generator)
 
     def _rows(self, name: str) -> Iterator[torch.Tensor]:
@@ -146,8 +146,9 @@ class LayerPass:
         yield from batches(0, rows, max(1, BYTES_A_READ // (4 * math.prod(width))))
 
     def _embed(self, streams: Streams) -> None:
-        """Write both streams' first hidden states: the embedding rows of the tokens that occur."""
+        """Write both streams' first hidden states: embedding rows of the tokens that occur, and of positions."""
         wanted, basis, name = self.tokens.unique(), self.basis, self.source.family.embedding
+        positions = self._positions()
         with ExitStack() as stack:
             shape = (len(wanted), self.source.dims.d_model)
             tables = [stack.enter_context(scratch_file(self.work / f".rows-{i}", *shape)) for i in range(2)]
@@ -161,15 +162,23 @@ class LayerPass:
                 tables[1][first:last] = self._as_stored(name, ours)
             for start, stop in batches(0, self.tokens.shape[0], self.batch):
                 places, where = torch.searchsorted(wanted, self.tokens[start:stop]).unique(return_inverse=True)
-                for states, table in zip((streams.teacher, streams.student), tables, strict=True):
-                    states[start:stop] = table[places.tolist()][where]
+                for states, table, added in zip((streams.teacher, streams.student), tables, positions, strict=True):
+                    states[start:stop] = table[places.tolist()][where] + added
+
+    def _positions(self) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """Return what the teacher and the student add to a window's embedding, (T, D), if positions are learned."""
+        name = self.source.family.positions
+        if name is None:
+            return 0.0, 0.0
+        rows = self.source.read_rows(name, 0, self.settings.context, torch.float32)
+        return rows, self._as_stored(name, rows)
 
     def _write_outer(self, writer: ShardWriter) -> None:
         """Write what lies outside the layers, a few rows at a time."""
         family, basis = self.source.family, self.basis
         change = {family.embedding: basis.embedding_rows, family.head: basis.head_rows} if basis else {}
         for name in family.outer_shapes(self.source.dims):
-            if basis and name == family.final_norm:
+            if basis and name == f"{family.final_norm}.weight":
                 writer.write(name, basis.new_final_gain)
                 continue
             start = 0

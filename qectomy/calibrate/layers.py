@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qectomy.surgery.architectures import Dimensions, Family
+from qectomy.calibrate.rope_pairs import Rope
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.config_files import load_config
+from qectomy.surgery.family import Dimensions, Family, LinearView
 from qectomy.surgery.query_maps import QueryMapSpec
 
 
@@ -36,8 +37,8 @@ class LayerRunner:
         self.reduced_config._attn_implementation = "sdpa"
         positions = torch.arange(context, device=self.device)[None]
         with torch.no_grad():
-            rotary = self.family.rotary(self.config).to(self.device)
-            self.cos, self.sin = rotary(torch.zeros(1, device=self.device), positions)  # (1, T, K) float32
+            rotary = self.family.rotary(self.config)
+            self.rotary = rotary and rotary.to(self.device)(torch.zeros(1, device=self.device), positions)
         self.mask = self._mask()
 
     def _mask(self) -> torch.Tensor | None:
@@ -68,16 +69,28 @@ class LayerRunner:
         return module.get_submodule(self.family.roles.attention_norm)(x)
 
     def turn(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return heads (B, *, R, K) turned by RoPE at `positions` (R,); the family's own formula."""
-        cos, sin = self.cos[:, positions].to(heads.dtype), self.sin[:, positions].to(heads.dtype)
+        """Return heads (B, *, R, K) turned by RoPE, if there is any, at `positions` (R,); the family's own formula."""
+        if self.rotary is None:
+            return heads
+        cos, sin = (angles[:, positions].to(heads.dtype) for angles in self.rotary)
         return self.family.apply_rotary(heads, cos, sin)
+
+    def rope(self) -> Rope:
+        """The angles of RoPE at positions 0 .. T-1 in float64, all 0 without it, and how the heads are grouped."""
+        dims = self.dims
+        cos, sin = self.rotary or (torch.ones(1, 2, dims.d_head), torch.zeros(1, 2, dims.d_head))
+        cos, sin = (angles[0].to(self.device).double() for angles in (cos, sin))
+        return Rope(cos, sin, dims.n_kv_heads, dims.n_heads // dims.n_kv_heads)
 
     def queries_keys(self, module: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scaled, turned queries (B, H, T, K) and turned keys (B, G, T, K) of x̂ (B, T, D)."""
         roles, dims = self.family.roles, self.dims
         attention: Any = module.get_submodule(roles.attention)
-        key = module.get_submodule(roles.key.module)(hidden)
-        if hasattr(attention, "project_query"):
+        out = module.get_submodule(roles.key.module)(hidden)
+        key = _part(out, roles.key)
+        if roles.query.module == roles.key.module:
+            query = _part(out, roles.query)
+        elif hasattr(attention, "project_query"):
             query = attention.project_query(hidden, key)
         else:
             query = module.get_submodule(roles.query.module)(hidden)
@@ -96,7 +109,8 @@ class LayerRunner:
         roles = self.family.roles
         attention = module.get_submodule(roles.attention)
         with captured_input(module.get_submodule(roles.output.module)) as heads:
-            out, _ = attention(self.read(module, x), position_embeddings=(self.cos, self.sin), attention_mask=self.mask)
+            turn = {} if self.rotary is None else {"position_embeddings": self.rotary}
+            out, _ = attention(self.read(module, x), attention_mask=self.mask, **turn)
         return x + out, heads[0]
 
     def think(self, module: nn.Module, x_mid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,6 +124,12 @@ class LayerRunner:
         """Return the stream after the whole layer, (B, T, D)."""
         x_mid, _ = self.attend(module, x)
         return self.think(module, x_mid)[0]
+
+
+def _part(out: torch.Tensor, view: LinearView) -> torch.Tensor:
+    """Return one projection's share of what a fused module gives, (..., out)."""
+    index, parts = view.part
+    return out.chunk(parts, -1)[index]
 
 
 @contextmanager

@@ -59,7 +59,6 @@ class FitData:
 
 def refine(
     start: Start,
-    b_K: torch.Tensor | None,
     query_module: nn.Module,
     data: FitData,
     C: torch.Tensor,
@@ -67,12 +66,12 @@ def refine(
     rope: Rope,
     settings: RefineSettings,
     generator: torch.Generator,
-) -> tuple[Start, torch.Tensor | None]:
-    """Return the start moved to a lower mean KL(teacher || student) over heads and rows, and the key's bias.
+) -> Start:
+    """Return the start moved to a lower mean KL(teacher || student) over heads and rows.
 
     `C` is E[x̂ᵀx̂] and `W_Q` the original projection: they set the units in which each tensor moves.
     """
-    parameters = _parameters(start, b_K, C.float(), W_Q.float(), rope, settings)
+    parameters = _parameters(start, C.float(), W_Q.float(), rope, settings)
     fixed = {name: tensor for name, tensor in start.query.items() if f"query.{name}" not in parameters}
     draws = _Batches(data, settings, generator)
 
@@ -91,7 +90,7 @@ def refine(
     with torch.no_grad():
         values = {name: parameter.value() for name, parameter in parameters.items()}
     query = {name: values.get(f"query.{name}", tensor) for name, tensor in start.query.items()}
-    return Start(values["W_K"], query, values.get("norm_gain")), values.get("b_K")
+    return Start(values["W_K"], query, values.get("b_K"), values.get("norm_gain"), values.get("norm_shift"))
 
 
 class _Batches:
@@ -145,6 +144,8 @@ def _loss(
     seen = hidden[:, rows]
     if "norm_gain" in values:
         seen = seen * values["norm_gain"]
+    if "norm_shift" in values:
+        seen = seen + values["norm_shift"]
     stored = {name.removeprefix("query."): value for name, value in values.items() if name.startswith("query.")}
     query = torch.func.functional_call(query_module, {**fixed, **stored}, (seen, key[:, rows]))  # (B, R, H*K)
     query = data.turn(query.unflatten(-1, (-1, rope.d_head)).transpose(1, 2), rows) * (temperature * data.scaling)
@@ -155,7 +156,6 @@ def _loss(
 
 def _parameters(
     start: Start,
-    b_K: torch.Tensor | None,
     C: torch.Tensor,
     W_Q: torch.Tensor,
     rope: Rope,
@@ -172,13 +172,15 @@ def _parameters(
     def scaled(origin: torch.Tensor, size: torch.Tensor, rate: float = lr) -> Parameter:
         return Parameter(origin.float(), lambda u: size * u, rate)
 
-    if b_K is not None:
-        parameters["b_K"] = scaled(b_K, output_rms(C, W_K), lr_key)
+    if start.b_K is not None:
+        parameters["b_K"] = scaled(start.b_K, output_rms(C, W_K), lr_key)
     if start.norm_gain is not None:
         gain = start.norm_gain.float()
         parameters["norm_gain"] = Parameter(
             gain, lambda u: gain * (torch.exp(u.clamp(-limit, limit)) - 1), settings.lr_gain
         )
+    if start.norm_shift is not None:
+        parameters["norm_shift"] = scaled(start.norm_shift, C.diagonal().sqrt())
     for name, tensor in start.query.items():
         if name == "mix":
             parameters["query.mix"] = mix_parameter(tensor.float(), W_Q, W_K, C, rope, lr=lr)
@@ -190,5 +192,7 @@ def _parameters(
         elif name == "up":
             parameters["query.up"] = scaled(tensor, tensor.float().square().mean().sqrt())
         elif name == "bias":
-            parameters["query.bias"] = scaled(tensor, query_size)
+            chosen = "index" in start.query and "gain" not in start.query  # then queries are channels as they are
+            size = C.diagonal().sqrt()[start.query["index"].long()] if chosen else query_size
+            parameters["query.bias"] = scaled(tensor, size)
     return parameters

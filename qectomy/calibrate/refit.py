@@ -6,7 +6,8 @@ towards the original matrix, takes back the part that is predictable:
 
     ΔW = (Aᵀ A + λ mean(diag Aᵀ A) I)⁻¹ Aᵀ (x_teacher - x_student)
 
-A is (tokens, in), ΔW is (in, D). Strong shrinkage (λ of 1 and more) is what carries over to other text.
+A is (tokens, in), ΔW is (in, D). Where the matrix has a bias, the means are taken out of A and of the difference,
+and the bias takes up what they leave. Strong shrinkage (λ of 1 and more) is what carries over to other text.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from qectomy.calibrate.memory import release_freed
 from qectomy.calibrate.moments import COLUMNS, MomentSums, ridge, ridge_
 from qectomy.calibrate.precision import fast_dtype, fast_math
 from qectomy.calibrate.states import Streams, batches
-from qectomy.surgery.architectures import LinearView, Orientation
+from qectomy.surgery.family import LinearView
+from qectomy.surgery.linear_views import oriented
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,25 +37,37 @@ TURNED = RefitSettings(mlp_readers=0.01)  # in a turned stream, whose embedding 
 
 
 class _Regression:
-    """Gram matrix of what a projection reads, and its product with what the student lacks."""
+    """Gram matrix of what a projection reads, its product with what the student lacks, and the sums of both."""
 
     def __init__(self, n_in: int, n_out: int, device: torch.device):
         self.gram = torch.zeros(n_in, n_in, device=device)
         self.right = torch.zeros(n_in, n_out, device=device)
+        self.inputs = torch.zeros(n_in, dtype=torch.float64, device=device)
+        self.lack = torch.zeros(n_out, dtype=torch.float64, device=device)
+        self.count = 0
 
     def add(self, inputs: torch.Tensor, lack: torch.Tensor) -> None:
         dtype = fast_dtype(inputs.device)
+        self.inputs += inputs.flatten(0, 1).sum(0).double()
+        self.lack += lack.flatten(0, 1).sum(0).double()
+        self.count += inputs.shape[:2].numel()
         a, b = inputs.flatten(0, 1).to(dtype), lack.flatten(0, 1).to(dtype)
         for start, stop in batches(0, a.shape[1], COLUMNS):  # a product takes another array before it is added
             self.gram[start:stop] += (a[:, start:stop].T @ a).float()
             self.right[start:stop] += (a[:, start:stop].T @ b).float()
 
-    def change(self, strength: float) -> torch.Tensor:
-        """Return ΔW (in, D) float32. Uses up the Gram matrix: in float64 it may weigh as much as the layer."""
+    def change(self, strength: float, with_bias: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return ΔW (in, D) and Δb (D,), float32. Uses up the Gram matrix, which may weigh as much as the layer."""
         gram = self.gram.double()
         del self.gram
         release_freed()
-        return ridge_(gram, self.right, strength)
+        if not with_bias:
+            return ridge_(gram, self.right, strength), None
+        inputs, lack = self.inputs / self.count, self.lack / self.count
+        gram.addr_(self.inputs, inputs, alpha=-1)
+        right = self.right.double().addr_(self.inputs, lack, alpha=-1).float()
+        change = ridge_(gram, right, strength)
+        return change, (lack - inputs @ change.double()).float()
 
 
 def refit_layer(runner: LayerRunner, student: nn.Module, streams: Streams, settings: RefitSettings) -> None:
@@ -84,7 +98,8 @@ def _refit_writer(runner: LayerRunner, student: nn.Module, streams: Streams, vie
         sums = sums or _Regression(inputs.shape[-1], runner.dims.d_model, runner.device)
         sums.add(inputs, wanted[start:stop].to(runner.device) - ours)
     assert sums is not None
-    _add(student.get_submodule(view.module), view, sums.change(strength))
+    linear = student.get_submodule(view.module)
+    _add(linear, view, *sums.change(strength, with_bias=getattr(linear, "bias", None) is not None))
 
 
 def _refit_readers(runner: LayerRunner, student: nn.Module, streams: Streams, strength: float) -> None:
@@ -100,12 +115,12 @@ def _refit_readers(runner: LayerRunner, student: nn.Module, streams: Streams, st
     change = ridge(moments.student, moments.cross - moments.student, strength)  # (D, D): x̂ + x̂ change ≈ x̂_teacher
     for view in roles.mlp_readers:
         linear = student.get_submodule(view.module)
-        W = linear.get_parameter("weight").double()
-        _add(linear, view, (change @ (W.T if view.orientation is Orientation.OUT_IN else W)).float())
+        W = oriented(linear.get_parameter("weight"), view).double()
+        _add(linear, view, (change @ W).float())
 
 
-def _add(linear: nn.Module, view: LinearView, change: torch.Tensor) -> None:
-    """Give a projection a new matrix, its own plus ΔW (in, out). The old one may be the teacher's too."""
-    change = change.T if view.orientation is Orientation.OUT_IN else change
-    old = linear.get_parameter("weight")
-    linear.weight = nn.Parameter(old + change, requires_grad=False)
+def _add(linear: nn.Module, view: LinearView, change: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """Add ΔW (in, out) to a projection's matrix, and Δb to its bias. The old ones may be the teacher's too."""
+    linear.weight = nn.Parameter(linear.get_parameter("weight") + oriented(change, view), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(linear.get_parameter("bias") + bias, requires_grad=False)

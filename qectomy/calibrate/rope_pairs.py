@@ -12,7 +12,10 @@ import torch
 
 @dataclass(frozen=True)
 class Rope:
-    """cos and sin of RoPE at positions 0 .. T-1, (T, K) float64, and the number of query heads a KV head serves."""
+    """cos and sin of RoPE at positions 0 .. T-1, (T, K) float64, and the number of query heads a KV head serves.
+
+    A model without RoPE is one that turns nothing: cos is 1, sin is 0, and every channel is slow.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor

@@ -34,7 +34,7 @@ def choose_channels(
         K = W_K[:, columns]
         values, vectors = torch.linalg.eigh(K.T @ spread @ K)
         root = values.clamp_min(1e-6 * values.max()).sqrt()
-        choice = _JointChoice(C, [C @ (W_Q[:, c] @ (vectors * root)) for c in own])
+        choice = JointChoice(C, [C @ (W_Q[:, c] @ (vectors * root)) for c in own])
         channels, gains, directions = choice.run()
         W_K[:, columns] = K @ (vectors / root) @ directions.T
         for i, c in enumerate(own):
@@ -53,7 +53,7 @@ def correlations(C: torch.Tensor, W_Q: torch.Tensor) -> torch.Tensor:
     return (C @ W_Q) / channel_rms(C)[:, None]
 
 
-class _JointChoice:
+class JointChoice:
     """n slots of one KV group: for each slot a channel and gain a head, and a key direction that all heads share."""
 
     def __init__(self, C: torch.Tensor, targets: list[torch.Tensor]):

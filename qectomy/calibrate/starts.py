@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from qectomy.calibrate.free_key_starts import affine_start, choose_free, key_roots, slices, turned_for_slices
 from qectomy.calibrate.key_shared_start import joint_start
 from qectomy.calibrate.moments import Moments, ridge
 from qectomy.calibrate.rope_pairs import Rope, pair_power, rotate_pairs
 from qectomy.calibrate.select_start import channel_rms, choose_channels, correlations
-from qectomy.surgery.architectures import Dimensions
+from qectomy.surgery.family import Dimensions
 from qectomy.surgery.query_maps import QueryMapSpec
 
 SHRINKAGE = 1e-3  # of the mean diagonal: how strongly weights carried over to the student's stream keep to the old
@@ -29,11 +30,16 @@ class Projections:
 
 @dataclass(frozen=True)
 class Start:
-    """The new W_K (D, G*K), the query map's tensors by the names its module stores, and the identity's gain (D,)."""
+    """The new W_K (D, G*K), the query map's tensors by the names its module stores, and the key's bias if one stays.
+
+    `identity` has a gain (D,) or a shift (D,) of the norm's output, which go into the norm.
+    """
 
     W_K: torch.Tensor
     query: dict[str, torch.Tensor]
+    b_K: torch.Tensor | None = None
     norm_gain: torch.Tensor | None = None
+    norm_shift: torch.Tensor | None = None
 
 
 def make_start(
@@ -50,6 +56,8 @@ def make_start(
     C, mean = plain.student, plain.student_mean
     W_Q, W_K = carry_over(plain, teacher.W_Q), carry_over(plain, teacher.W_K)
     gain = None
+    if not dims.rope and spec.name != "key-shared":
+        return _free_key_start(spec, moments, key_moments, Projections(W_Q, teacher.b_Q, W_K, None), teacher.W_Q)
     if spec.name == "key-shared":
         W_K, mix = joint_start(C, key_moments, W_Q, W_K, rope, generator)
         query = {"mix": mix}
@@ -63,8 +71,32 @@ def make_start(
         gain, W_K = identity_gain(C, mean, W_Q, W_K, rope)
         query = {}
     if dims.attention_bias:
-        query["bias"] = _query_bias(spec, moments, teacher, Start(W_K, query, gain), dims)
-    return Start(W_K, query, gain)
+        query["bias"] = _query_bias(spec, moments, teacher, Start(W_K, query, teacher.b_K, gain), dims)
+    return Start(W_K, query, teacher.b_K, gain)
+
+
+def _free_key_start(
+    spec: QueryMapSpec, moments: Moments, key_moments: torch.Tensor, carried: Projections, teacher_W_Q: torch.Tensor
+) -> Start:
+    """Return the start of a model without RoPE: see `free_key_starts`. `carried` are W_Q and W_K on the student's x̂."""
+    C, (W_Q, W_K, b_Q) = moments.centred().student, (carried.W_Q, carried.W_K, carried.b_Q)
+    assert b_Q is not None
+    wanted = moments.teacher_mean @ teacher_W_Q + b_Q
+    roots = key_roots(W_K, key_moments)
+    if spec.name == "low-rank":
+        assert spec.rank is not None
+        W_Q, W_K, changes = turned_for_slices(C, W_Q, W_K, roots)
+        wanted = torch.einsum("hi,hij->hj", wanted.view(len(roots), -1), changes).flatten()
+        query = low_rank(C, W_Q, spec.rank)
+        mean = moments.student_mean
+        query["bias"] = wanted - mean * query["gain"] - query["up"] @ (query["down"] @ mean)
+        return Start(W_K, query)
+    if spec.name == "select":
+        index = choose_free(C, W_Q, roots)
+        W_K, bias = affine_start(moments, index, W_Q, wanted, W_K, roots)
+        return Start(W_K, {"index": index.flatten().to(torch.int32), "bias": bias.flatten()})
+    W_K, bias = affine_start(moments, slices(len(C), len(roots), C.device), W_Q, wanted, W_K, roots)
+    return Start(W_K, {}, norm_shift=bias.flatten())
 
 
 def carry_over(moments: Moments, W: torch.Tensor) -> torch.Tensor:
@@ -134,14 +166,14 @@ def _query_bias(
 ) -> torch.Tensor:
     """Return the bias (H*K,) that gives the queries the teacher's mean."""
     assert teacher.b_Q is not None
-    assert teacher.b_K is not None
     wanted = moments.teacher_mean @ teacher.W_Q + teacher.b_Q
     mean, query = moments.student_mean, start.query
     channels = torch.arange(len(wanted), device=mean.device) % dims.d_model
     if spec.name == "select":
         return wanted - mean[query["index"].long()] * query["gain"]
     if spec.name == "key-shared":
-        keys = (mean @ start.W_K.to(mean.dtype) + teacher.b_K).view(dims.n_kv_heads, 1, dims.d_head)
+        keys = mean @ start.W_K.to(mean.dtype) + (0 if start.b_K is None else start.b_K)
+        keys = keys.view(dims.n_kv_heads, 1, dims.d_head)
         mix = query["mix"].to(mean.dtype).view(dims.n_kv_heads, -1, dims.d_head, dims.d_head)
         return wanted - torch.einsum("goi,ghij->ghj", keys, mix).flatten()
     if spec.name == "low-rank":

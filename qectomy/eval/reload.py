@@ -96,9 +96,11 @@ def _last_states(checkpoint: Checkpoint, tokens: torch.Tensor, last: int) -> tor
         module = model.get_submodule(family.prefix(layer).rstrip("."))
         module.register_forward_pre_hook(partial(_fill, checkpoint, layer))
         module.register_forward_hook(_empty)
-    norm, _, name = family.final_norm.rpartition(".")
-    model.get_submodule(norm).load_state_dict({name: checkpoint.read(family.final_norm, torch.float32)}, assign=True)
-    model.set_submodule(family.rotary_module, family.rotary(model.config))  # its buffers are in no file
+    outside = [family.final_norm] + ([family.positions.rpartition(".")[0]] if family.positions else [])
+    for name in outside:
+        model.get_submodule(name).load_state_dict(checkpoint.read_module(name, torch.float32), assign=True)
+    if family.rotary_module is not None:
+        model.set_submodule(family.rotary_module, family.rotary(model.config))  # its buffers are in no file
     rows = [checkpoint.read_rows(family.embedding, i, i + 1, torch.float32) for i in tokens[0].tolist()]
     out = model.base_model(inputs_embeds=torch.cat(rows)[None], use_cache=False)
     return out.last_hidden_state[0, -last:]

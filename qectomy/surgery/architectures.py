@@ -5,94 +5,33 @@ transformers (for the original) and of `modeling_qectomy_*` (for the reduced mod
 write an entry and put it in `FAMILIES`. Torch and transformers are imported only inside methods.
 """
 
-import importlib
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from qectomy.errors import CheckpointError, UnsupportedArchitecture
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-class Orientation(Enum):
-    """How a stored projection matrix is laid out."""
-
-    OUT_IN = "nn.Linear: (out, in)"
-    IN_OUT = "Conv1D: (in, out)"
-
-
-@dataclass(frozen=True)
-class LinearView:
-    """One logical projection. Its orientation is declared here, never guessed from shape."""
-
-    module: str  # path inside the layer, as in "self_attn.q_proj"
-    orientation: Orientation = Orientation.OUT_IN
-    rows: tuple[int, int] | None = None  # outputs [start, stop) of a fused tensor
+from qectomy.surgery.family import Dimensions, Family, LayerRoles, LinearView, Orientation, Shapes, flag, size
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerRoles:
-    """Where a layer keeps what the surgery touches."""
-
-    attention: str  # the attention module
-    attention_norm: str  # the norm whose output x̂ the projections read
-    query: LinearView
-    key: LinearView
-    value: LinearView
-    output: LinearView
-    mlp_norm: str
-    mlp: str
-    mlp_readers: tuple[LinearView, ...]
-    mlp_out: LinearView
-    query_map: str  # the module that stands in W_Q's place
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dimensions:
-    """The sizes of a model, in the paper's words."""
-
-    n_layers: int
-    d_model: int
-    d_mlp: int
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    vocab_size: int
-    tied: bool
-    attention_bias: bool
-    mlp_bias: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
+class LlamaFamily(Family):
     """A Llama-shaped family: separate projections, RMSNorm, RoPE, a gated MLP."""
 
-    model_type: str
-    class_stem: str  # Llama in LlamaForCausalLM
-    modeling: str  # the stand-alone model file, without .py
-    roles: LayerRoles
     embedding: str = "model.embed_tokens.weight"
-    final_norm: str = "model.norm.weight"
-    head: str = "lm_head.weight"
+    final_norm: str = "model.norm"
     layer_prefix: str = "model.layers.{}."
-    rotary_module: str = "model.rotary_emb"
-    ignored_suffixes: tuple[str, ...] = (".rotary_emb.inv_freq",)  # buffers that old checkpoints stored
+    rotary_module: str | None = "model.rotary_emb"
+    ignored_suffixes: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    norm_name: str = "RMSNorm"
     has_attention_bias: bool = True
     has_sliding_window: bool = False  # Llama's config keeps such a field, and its attention ignores it
     defaults: tuple[tuple[str, int], ...] = ()
 
-    @property
-    def reduced_model_type(self) -> str:
-        return f"qectomy_{self.model_type}"
-
     def dimensions(self, config: dict[str, Any]) -> Dimensions:
-        """Read the sizes from a parsed config.json. Raises CheckpointError naming the field at fault."""
         fields = {**dict(self.defaults), **{k: v for k, v in config.items() if v is not None}}
-        d_model = _size(fields, "hidden_size")
-        n_heads = _size(fields, "num_attention_heads")
-        n_kv_heads = _size(fields, "num_key_value_heads", n_heads)
-        d_head = _size(fields, "head_dim", d_model // n_heads)
+        d_model = size(fields, "hidden_size")
+        n_heads = size(fields, "num_attention_heads")
+        n_kv_heads = size(fields, "num_key_value_heads", n_heads)
+        d_head = size(fields, "head_dim", d_model // n_heads)
         if n_heads % n_kv_heads:
             raise CheckpointError(
                 f"config.json: num_attention_heads {n_heads} is not a multiple of num_key_value_heads {n_kv_heads}"
@@ -100,20 +39,20 @@ class Family:
         if d_head % 2:
             raise CheckpointError(f"config.json: head_dim {d_head} is odd; RoPE turns channels in pairs")
         return Dimensions(
-            n_layers=_size(fields, "num_hidden_layers"),
+            n_layers=size(fields, "num_hidden_layers"),
             d_model=d_model,
-            d_mlp=_size(fields, "intermediate_size"),
+            d_mlp=size(fields, "intermediate_size"),
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             d_head=d_head,
-            vocab_size=_size(fields, "vocab_size"),
-            tied=_flag(fields, "tie_word_embeddings"),
-            attention_bias=self.has_attention_bias and _flag(fields, "attention_bias"),
-            mlp_bias=self.has_attention_bias and _flag(fields, "mlp_bias"),
+            vocab_size=size(fields, "vocab_size"),
+            n_positions=size(fields, "max_position_embeddings", 2048),
+            tied=flag(fields, "tie_word_embeddings"),
+            attention_bias=self.has_attention_bias and flag(fields, "attention_bias"),
+            mlp_bias=self.has_attention_bias and flag(fields, "mlp_bias"),
         )
 
-    def layer_shapes(self, dims: Dimensions) -> Shapes:
-        """Return {name inside the layer: shape} of one original layer."""
+    def layer_shapes(self, dims: Dimensions, reduced: bool = False) -> Shapes:
         n_query, n_key = dims.n_heads * dims.d_head, dims.n_kv_heads * dims.d_head
         projections = {
             "self_attn.q_proj": (n_query, dims.d_model, dims.attention_bias),
@@ -124,75 +63,142 @@ class Family:
             "mlp.up_proj": (dims.d_mlp, dims.d_model, dims.mlp_bias),
             "mlp.down_proj": (dims.d_model, dims.d_mlp, dims.mlp_bias),
         }
+        if reduced:
+            del projections["self_attn.q_proj"]
         shapes: Shapes = {}
         for name, (n_out, n_in, bias) in projections.items():
             shapes[f"{name}.weight"] = (n_out, n_in)
             if bias:
                 shapes[f"{name}.bias"] = (n_out,)
-        shapes["input_layernorm.weight"] = (dims.d_model,)
-        shapes["post_attention_layernorm.weight"] = (dims.d_model,)
+        for norm in (self.roles.attention_norm, self.roles.mlp_norm):
+            shapes |= self.norm_shapes(norm, dims)
         return shapes
 
-    def outer_shapes(self, dims: Dimensions) -> Shapes:
-        """Return {tensor name: shape} of what lies outside the layers; a tied head is not listed."""
-        shapes: Shapes = {self.embedding: (dims.vocab_size, dims.d_model), self.final_norm: (dims.d_model,)}
-        if not dims.tied:
-            shapes[self.head] = (dims.vocab_size, dims.d_model)
-        return shapes
+    def check_config(self, config: Any) -> None:
+        import torch
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    def prefix(self, layer: int) -> str:
-        return self.layer_prefix.format(layer)
+        check_activation("hidden_act", config.hidden_act)
+        rope_type, known = config.rope_parameters["rope_type"], ("default", *ROPE_INIT_FUNCTIONS)
+        if rope_type not in known:
+            raise ValueError(f"rope_type {rope_type!r} is unknown; known: {', '.join(known)}")
+        with torch.device("cpu"):  # whatever device the caller builds on
+            frequencies = self.rotary(config).inv_freq
+        if frequencies.shape != (config.head_dim // 2,) or not frequencies.isfinite().all():
+            raise ValueError(f"rope_parameters do not give {config.head_dim // 2} finite frequencies")
 
-    def query_tensors(self, dims: Dimensions) -> list[str]:
-        """Names inside a layer of the tensors that go when W_Q goes."""
-        return [name for name in self.layer_shapes(dims) if name.startswith(f"{self.roles.query.module}.")]
-
-    # From here on torch and transformers are loaded.
-
-    def config_class(self, reduced: bool = False) -> Any:
-        return self._class("Config", reduced)
-
-    def base_class(self, reduced: bool = False) -> Any:
-        return self._class("Model", reduced)
-
-    def causal_class(self, reduced: bool = False) -> Any:
-        return self._class("ForCausalLM", reduced)
+    def older_fields(self, config: Any) -> dict[str, Any]:
+        # transformers 5 writes rope_parameters alone, and 4.57 then falls back to theta 10000 without a word.
+        parameters = config.rope_parameters
+        if not isinstance(parameters, dict) or "rope_theta" not in parameters:
+            return {}
+        fields = {"rope_parameters": parameters, "rope_theta": parameters["rope_theta"]}
+        if parameters.get("rope_type", "default") != "default":
+            fields["rope_scaling"] = {k: v for k, v in parameters.items() if k != "rope_theta"}
+        return fields
 
     def stock_layer(self, config: Any, layer: int) -> Any:
-        """One decoder layer of the original model, as transformers runs it."""
         return getattr(self._stock_module(), f"{self.class_stem}DecoderLayer")(config, layer)
 
     def reduced_layer(self, config: Any, layer: int) -> Any:
-        """One decoder layer of the reduced model: the very class that is shipped."""
         return getattr(self._reduced_module(), f"Reduced{self.class_stem}DecoderLayer")(config, layer)
 
     def rotary(self, config: Any) -> Any:
-        """The module (hidden, position_ids) -> (cos, sin) of the config's RoPE type."""
         return getattr(self._stock_module(), f"{self.class_stem}RotaryEmbedding")(config=config)
 
     def apply_rotary(self, heads: Any, cos: Any, sin: Any) -> Any:
-        """Return heads (B, *, R, K) turned by cos and sin (1, R, K)."""
         return self._stock_module().apply_rotary_pos_emb(heads, heads[:, :1], cos, sin)[0]
 
     def norm(self, config: Any) -> Any:
-        """The final norm, without its weight."""
         return getattr(self._stock_module(), f"{self.class_stem}RMSNorm")(config.hidden_size, eps=config.rms_norm_eps)
 
     def sliding_window(self, config: Any) -> int | None:
-        """How many positions back a query may look, itself included; None: all."""
         return getattr(config, "sliding_window", None) if self.has_sliding_window else None
 
-    def _stock_module(self) -> Any:
-        return importlib.import_module(f"transformers.models.{self.model_type}.modeling_{self.model_type}")
 
-    def _reduced_module(self) -> Any:
-        return importlib.import_module(f"qectomy.surgery.{self.modeling}")
+@dataclass(frozen=True, kw_only=True)
+class GPT2Family(Family):
+    """GPT-2: one fused Conv1D for queries, keys and values, LayerNorm with a shift, learned positions, no RoPE."""
 
-    def _class(self, kind: str, reduced: bool) -> Any:
-        if reduced:
-            return getattr(self._reduced_module(), f"Qectomy{self.class_stem}{kind}")
-        where = importlib.import_module(f"transformers.models.{self.model_type}")
-        return getattr(where, f"{self.class_stem}{kind}")
+    causal_suffix: str = "LMHeadModel"
+    embedding: str = "transformer.wte.weight"
+    positions: str | None = "transformer.wpe.weight"
+    final_norm: str = "transformer.ln_f"
+    layer_prefix: str = "transformer.h.{}."
+    base_prefix: str = "transformer."
+    ignored_suffixes: tuple[str, ...] = (".attn.bias", ".attn.masked_bias")
+    folds_kv_bias: bool = True
+    norm_name: str = "LayerNorm"
+
+    def dimensions(self, config: dict[str, Any]) -> Dimensions:
+        fields = {k: v for k, v in config.items() if v is not None}
+        if flag(fields, "add_cross_attention"):
+            raise UnsupportedArchitecture("the checkpoint has cross-attention (add_cross_attention), not only its own")
+        d_model, n_heads = size(fields, "n_embd", 768), size(fields, "n_head", 12)
+        if d_model % n_heads:
+            raise CheckpointError(f"config.json: n_embd {d_model} is not a multiple of n_head {n_heads}")
+        return Dimensions(
+            n_layers=size(fields, "n_layer", 12),
+            d_model=d_model,
+            d_mlp=size(fields, "n_inner", 4 * d_model),
+            n_heads=n_heads,
+            n_kv_heads=n_heads,
+            d_head=d_model // n_heads,
+            vocab_size=size(fields, "vocab_size", 50257),
+            tied=flag(fields, "tie_word_embeddings", True),
+            attention_bias=True,
+            mlp_bias=True,
+            n_positions=size(fields, "n_positions", 1024),
+            rope=False,
+            norm_shift=True,
+        )
+
+    def layer_shapes(self, dims: Dimensions, reduced: bool = False) -> Shapes:
+        projections = {
+            "attn.c_attn": (dims.d_model, (2 if reduced else 3) * dims.d_model),
+            "attn.c_proj": (dims.d_model, dims.d_model),
+            "mlp.c_fc": (dims.d_model, dims.d_mlp),
+            "mlp.c_proj": (dims.d_mlp, dims.d_model),
+        }
+        shapes: Shapes = {}
+        for name, (n_in, n_out) in projections.items():
+            shapes[f"{name}.weight"] = (n_in, n_out)
+            if not (reduced and name == "attn.c_attn"):
+                shapes[f"{name}.bias"] = (n_out,)
+        for norm in (self.roles.attention_norm, self.roles.mlp_norm):
+            shapes |= self.norm_shapes(norm, dims)
+        return shapes
+
+    def check_config(self, config: Any) -> None:
+        check_activation("activation_function", config.activation_function)
+        scale = getattr(config, "softmax_scale", None)
+        if scale is not None and not 0 < scale < float("inf"):
+            raise ValueError(f"softmax_scale must be a positive number, got {scale!r}")
+
+    def query_factor(self, config: Any) -> float:
+        if config.softmax_scale is None:
+            return 1.0
+        own = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+        return float(config.softmax_scale) / own
+
+    def stock_layer(self, config: Any, layer: int) -> Any:
+        return self._stock_module().GPT2Block(config, layer)
+
+    def reduced_layer(self, config: Any, layer: int) -> Any:
+        return self._reduced_module().ReducedGPT2Block(config, layer)
+
+    def norm(self, config: Any) -> Any:
+        from torch import nn
+
+        return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+
+def check_activation(field: str, name: Any) -> None:
+    """Raise ValueError if transformers does not know an activation."""
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise ValueError(f"{field} {name!r} is not an activation that transformers knows")
 
 
 LLAMA_ROLES = LayerRoles(
@@ -207,11 +213,30 @@ LLAMA_ROLES = LayerRoles(
     mlp_readers=(LinearView("mlp.gate_proj"), LinearView("mlp.up_proj")),
     mlp_out=LinearView("mlp.down_proj"),
     query_map="self_attn.query",
+    reduced_key=LinearView("self_attn.k_proj"),
+    reduced_value=LinearView("self_attn.v_proj"),
+)
+
+GPT2_ROLES = LayerRoles(
+    attention="attn",
+    attention_norm="ln_1",
+    query=LinearView("attn.c_attn", Orientation.IN_OUT, (0, 3)),
+    key=LinearView("attn.c_attn", Orientation.IN_OUT, (1, 3)),
+    value=LinearView("attn.c_attn", Orientation.IN_OUT, (2, 3)),
+    output=LinearView("attn.c_proj", Orientation.IN_OUT),
+    mlp_norm="ln_2",
+    mlp="mlp",
+    mlp_readers=(LinearView("mlp.c_fc", Orientation.IN_OUT),),
+    mlp_out=LinearView("mlp.c_proj", Orientation.IN_OUT),
+    query_map="attn.c_attn.query",
+    reduced_key=LinearView("attn.c_attn", Orientation.IN_OUT, (0, 2)),
+    reduced_value=LinearView("attn.c_attn", Orientation.IN_OUT, (1, 2)),
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(model_type="llama", class_stem="Llama", modeling="modeling_qectomy_llama", roles=LLAMA_ROLES),
-    "mistral": Family(
+    "gpt2": GPT2Family(model_type="gpt2", class_stem="GPT2", modeling="modeling_qectomy_gpt2", roles=GPT2_ROLES),
+    "llama": LlamaFamily(model_type="llama", class_stem="Llama", modeling="modeling_qectomy_llama", roles=LLAMA_ROLES),
+    "mistral": LlamaFamily(
         model_type="mistral",
         class_stem="Mistral",
         modeling="modeling_qectomy_llama",
@@ -258,17 +283,3 @@ def find_reduced_family(config: dict[str, Any]) -> Family:
     raise UnsupportedArchitecture(
         f"model_type {config.get('model_type')!r} is not a checkpoint that qectomy reduced; those are: {known}"
     )
-
-
-def _size(fields: dict[str, Any], name: str, default: int | None = None) -> int:
-    value = fields.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        raise CheckpointError(f"config.json: {name} must be a positive whole number, got {value!r}")
-    return value
-
-
-def _flag(fields: dict[str, Any], name: str) -> bool:
-    value = fields.get(name, False)
-    if not isinstance(value, bool):
-        raise CheckpointError(f"config.json: {name} must be true or false, got {value!r}")
-    return value

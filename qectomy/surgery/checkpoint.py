@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from qectomy.errors import CheckpointError, NonFiniteError, UnsupportedArchitecture
-from qectomy.surgery.architectures import Dimensions, Family, Shapes, find_family, find_reduced_family
+from qectomy.surgery.architectures import find_family, find_reduced_family
+from qectomy.surgery.family import Dimensions, Family, Shapes
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.headers import (
     FLOAT_BYTES,
@@ -88,7 +89,7 @@ class Checkpoint:
         info = self.tensors[name]
         try:
             with safe_open(self.folder / info.file, "pt", backend="pread") as file:
-                tensor = file.get_tensor(name)
+                tensor = file.get_tensor(info.stored_name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{info.file}: cannot read tensor {name}: {error}") from error
         return self._checked(name, tensor, dtype)
@@ -105,7 +106,7 @@ class Checkpoint:
         data = bytearray((stop - start) * row_bytes)
         try:
             with (self.folder / info.file).open("rb") as file:
-                file.seek(self._offsets[info.file][name] + start * row_bytes)
+                file.seek(self._offsets[info.file][info.stored_name] + start * row_bytes)
                 got = file.readinto(data)
         except OSError as error:
             raise CheckpointError(f"{info.file}: cannot read tensor {name}: {error}") from error
@@ -123,6 +124,11 @@ class Checkpoint:
         """Return {name inside the layer: tensor} of one layer."""
         prefix = self.family.prefix(layer)
         return {name: self.read(prefix + name, dtype) for name, _ in self.layer_tensors(layer)}
+
+    def read_module(self, module: str, dtype: "torch.dtype | None" = None) -> "dict[str, torch.Tensor]":
+        """Return {name inside the module: tensor} of a module outside the layers."""
+        names = [name for name in self.tensors if name.startswith(f"{module}.")]
+        return {name.removeprefix(f"{module}."): self.read(name, dtype) for name in names}
 
     def _checked(self, name: str, tensor: "torch.Tensor", dtype: "torch.dtype | None") -> "torch.Tensor":
         info = self.tensors[name]
@@ -180,19 +186,17 @@ def open_checkpoint(name: str | os.PathLike[str], *, reduced: bool = False) -> C
         raise CheckpointError(f"config.json: num_hidden_layers {dims.n_layers} is beyond any model ({MAX_LAYERS})")
     recipe = _read_recipe(config, dims) if reduced else (QueryMapSpec("dense"),) * dims.n_layers
     found = read_headers(folder)
+    found = {name: found[stored] for name, stored in family.full_names(found).items()}
     own = folder.resolve().name if Path(name).is_dir() else str(name)
     return Checkpoint(own, folder, config, family, dims, recipe, _check_tensors(found, family, dims, recipe))
 
 
 def expected_layer(family: Family, dims: Dimensions, spec: QueryMapSpec) -> Shapes:
     """Return {name inside the layer: shape} of a layer whose query map is `spec`."""
-    shapes = family.layer_shapes(dims)
-    if spec.name != "dense":
-        for name in family.query_tensors(dims):
-            del shapes[name]
-        for name, (_, shape) in spec.stored(dims).items():
-            shapes[f"{family.roles.query_map}.{name}"] = shape
-    return shapes
+    if spec.name == "dense":
+        return family.layer_shapes(dims)
+    query = {f"{family.roles.query_map}.{name}": shape for name, (_, shape) in spec.stored(dims).items()}
+    return family.layer_shapes(dims, reduced=True) | query
 
 
 def expected_tensors(family: Family, dims: Dimensions, recipe: tuple[QueryMapSpec, ...]) -> Shapes:

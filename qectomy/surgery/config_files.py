@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from qectomy.errors import CheckpointError
-from qectomy.surgery.architectures import Family
 from qectomy.surgery.checkpoint import Checkpoint
+from qectomy.surgery.family import Family
 from qectomy.surgery.headers import TORCH_NAMES
 from qectomy.surgery.query_maps import QueryMapSpec
 
@@ -26,6 +26,15 @@ CARRIED = (
     "NOTICE*",
 )
 MAX_CARRIED_BYTES = 200_000_000
+DROPPED = (  # of an original's or a reduced model's config.json: written anew, or of no use to the other
+    "architectures",
+    "auto_map",
+    "query_maps",
+    "softmax_scale",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+)
 
 
 def reduced_config(source: Checkpoint, recipe: tuple[QueryMapSpec, ...], dtype: str) -> dict[str, Any]:
@@ -48,7 +57,7 @@ def stock_config(source: Checkpoint, dtype: str) -> dict[str, Any]:
     """Return the config.json of the original family, for a materialised checkpoint."""
     config = _base_config(source, source.family.model_type, dtype)
     config["model_type"] = source.family.model_type
-    config["architectures"] = [f"{source.family.class_stem}ForCausalLM"]
+    config["architectures"] = [f"{source.family.class_stem}{source.family.causal_suffix}"]
     return config
 
 
@@ -58,7 +67,9 @@ def load_config(family: Family, raw: dict[str, Any], reduced: bool = False) -> A
     fields = {key: value for key, value in raw.items() if key not in dropped}
     try:
         config = family.config_class(reduced)(**fields)
-        _check_parts(family, config)
+        if not -config.vocab_size <= (config.pad_token_id or 0) < config.vocab_size:
+            raise ValueError(f"pad_token_id {config.pad_token_id} lies outside the vocabulary")
+        family.check_config(config)
     except Exception as error:  # transformers has no one kind of error for a config that it cannot use
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"config.json is not a valid {family.model_type} config: {reason}") from error
@@ -84,34 +95,7 @@ def copy_model_code(family: Family, folder: Path) -> None:
     shutil.copyfile(Path(__file__).parent / name, folder / name)
 
 
-def _check_parts(family: Family, config: Any) -> None:
-    """Raise for an activation or RoPE parameters that transformers takes in silence and fails on later."""
-    import torch
-    from transformers.activations import ACT2FN
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    if config.hidden_act not in ACT2FN:
-        raise ValueError(f"hidden_act {config.hidden_act!r} is not an activation that transformers knows")
-    if not -config.vocab_size <= (config.pad_token_id or 0) < config.vocab_size:
-        raise ValueError(f"pad_token_id {config.pad_token_id} lies outside the vocabulary")
-    rope_type, known = config.rope_parameters["rope_type"], ("default", *ROPE_INIT_FUNCTIONS)
-    if rope_type not in known:
-        raise ValueError(f"rope_type {rope_type!r} is unknown; known: {', '.join(known)}")
-    with torch.device("cpu"):  # whatever device the caller builds on
-        frequencies = family.rotary(config).inv_freq
-    if frequencies.shape != (config.head_dim // 2,) or not frequencies.isfinite().all():
-        raise ValueError(f"rope_parameters do not give {config.head_dim // 2} finite frequencies")
-
-
 def _base_config(source: Checkpoint, model_type: str, dtype: str) -> dict[str, Any]:
-    drop = ("auto_map", "query_maps", "torch_dtype", "transformers_version", "_name_or_path", "architectures")
-    config = {key: value for key, value in source.config.items() if key not in drop}
+    config = {key: value for key, value in source.config.items() if key not in DROPPED}
     config["dtype"] = TORCH_NAMES[dtype]
-    # transformers 5 writes rope_parameters alone, and 4.57 then falls back to theta 10000 without a word.
-    parameters = load_config(source.family, source.config, source.reduced).rope_parameters
-    if isinstance(parameters, dict) and "rope_theta" in parameters:
-        config["rope_parameters"] = parameters
-        config["rope_theta"] = parameters["rope_theta"]
-        if parameters.get("rope_type", "default") != "default":
-            config["rope_scaling"] = {k: v for k, v in parameters.items() if k != "rope_theta"}
-    return config
+    return config | source.family.older_fields(load_config(source.family, source.config, source.reduced))

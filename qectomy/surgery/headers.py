@@ -36,6 +36,7 @@ class TensorInfo:
     file: str
     shape: tuple[int, ...]
     dtype: str  # safetensors' name, as in BF16
+    stored_name: str = ""  # in the file
 
     @property
     def numel(self) -> int:
@@ -79,7 +80,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
                     if name in found:
                         raise CheckpointError(f"tensor {name} stands in both {found[name].file} and {file_name}")
                     view = file.get_slice(name)
-                    found[name] = TensorInfo(file_name, tuple(view.get_shape()), view.get_dtype())
+                    found[name] = TensorInfo(file_name, tuple(view.get_shape()), view.get_dtype(), name)
         except FileNotFoundError as error:
             raise CheckpointError(f"{INDEX} names {file_name}, which is not in {folder}") from error
         except (SafetensorError, OSError) as error:

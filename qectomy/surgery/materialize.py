@@ -14,6 +14,7 @@ from qectomy.errors import NonFiniteError
 from qectomy.surgery.checkpoint import Checkpoint, expected_tensors
 from qectomy.surgery.config_files import copy_companions, load_config, stock_config, write_config
 from qectomy.surgery.finite import all_finite
+from qectomy.surgery.linear_views import read_view, store_views
 from qectomy.surgery.output import check_room, new_folder
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.writer import DTYPES, MAX_SHARD_BYTES, ShardWriter, TensorSpec
@@ -21,36 +22,44 @@ from qectomy.surgery.writer import DTYPES, MAX_SHARD_BYTES, ShardWriter, TensorS
 Progress = Callable[[int, int], None]
 
 
-def dense_query(
+def dense_layer(
     checkpoint: Checkpoint, config: Any, layer: int, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return the W_Q tensors, by name inside the layer, that a layer's query map amounts to; float64."""
-    family, dims = checkpoint.family, checkpoint.dims
-    roles = family.roles
+    """Return the stock layer's tensors, by name inside the layer, that a reduced layer's amount to; W_Q in float64."""
+    family, dims, roles = checkpoint.family, checkpoint.dims, checkpoint.family.roles
+    factor = family.query_factor(config)
+    if checkpoint.recipe[layer].name == "dense":
+        W_Q, b_Q = read_view(tensors, roles.query)
+        scaled = (W_Q.double() * factor, None if b_Q is None else b_Q.double() * factor)
+        rest = [(view, read_view(tensors, view)) for view in (roles.key, roles.value)]
+        return tensors | store_views([(roles.query, scaled), *rest])
     with torch.device("meta"):
-        query = family.reduced_layer(config, layer).get_submodule(roles.query_map)
+        module = family.reduced_layer(config, layer)
+    query = module.get_submodule(roles.query_map)
     prefix = f"{roles.query_map}."
     state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     query.load_state_dict(state, strict=True, assign=True)
     query = query.double()
+    (W_K, b_K), value = read_view(tensors, roles.reduced_key), read_view(tensors, roles.reduced_value)
     inputs = torch.cat([torch.eye(dims.d_model), torch.zeros(1, dims.d_model)]).double()  # the last row is x̂ = 0
-    key = torch.nn.functional.linear(
-        inputs,
-        tensors[f"{roles.key.module}.weight"].double(),
-        tensors[f"{roles.key.module}.bias"].double() if dims.attention_bias else None,
-    )
     with torch.no_grad():
-        rows = query(inputs[None], key[None])[0]
-    bias = rows[-1]
-    dense = {f"{roles.query.module}.weight": (rows[:-1] - bias).T.contiguous()}
-    if dims.attention_bias:
-        dense[f"{roles.query.module}.bias"] = bias
-    return dense
+        rows = query(inputs[None], (inputs @ W_K.double() + (0 if b_K is None else b_K.double()))[None])[0]
+    rows = rows * factor
+    gone = {view.module for view in (roles.query, roles.key, roles.value)}
+    dense = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in gone}
+    dense = {name: tensor for name, tensor in dense.items() if not name.startswith(prefix)}
+    projections = [(roles.query, (rows[:-1] - rows[-1], rows[-1])), (roles.key, (W_K, b_K)), (roles.value, value)]
+    if not dims.attention_bias:
+        projections[0] = (roles.query, (rows[:-1], None))
+    elif family.folds_kv_bias:
+        none = torch.zeros(dims.n_kv_heads * dims.d_head)
+        projections[1:] = [(roles.key, (W_K, none)), (roles.value, (value[0], none))]
+    return dense | store_views(projections)
 
 
-def _check_fits(tensors: dict[str, torch.Tensor], names: list[str], dtype: str, layer: int) -> None:
-    for name in names:
-        if not all_finite(tensors[name].to(DTYPES[dtype])):
+def _check_fits(tensors: dict[str, torch.Tensor], dtype: str, layer: int) -> None:
+    for name, tensor in tensors.items():
+        if not all_finite(tensor.to(DTYPES[dtype])):
             raise NonFiniteError(f"layer {layer}: {name} does not fit in {dtype} once it is written out")
 
 
@@ -78,10 +87,8 @@ def materialize(
             for name in family.outer_shapes(dims):
                 writer.write(name, checkpoint.read(name))
             for layer in range(dims.n_layers):
-                tensors = checkpoint.read_layer(layer)
-                if checkpoint.recipe[layer].name != "dense":
-                    tensors |= dense_query(checkpoint, config, layer, tensors)
-                    _check_fits(tensors, family.query_tensors(dims), dtype, layer)
+                tensors = dense_layer(checkpoint, config, layer, checkpoint.read_layer(layer))
+                _check_fits(tensors, dtype, layer)
                 for name in family.layer_shapes(dims):
                     writer.write(family.prefix(layer) + name, tensors[name])
                 if progress:

@@ -91,7 +91,8 @@ def inspect(checkpoint: Checkpoint, *, tokens: int, eval_tokens: int, context: i
             }
         maps.append(row)
     reason = (
-        f"RMSNorm before W_Q and a skip around it: fitted by least squares, not exact ({checkpoint.family.model_type})"
+        f"{checkpoint.family.norm_name} before W_Q and a skip around it: fitted by least squares, not exact "
+        f"({checkpoint.family.model_type})"
     )
     layers = [{"index": i, "W_Q_parameters": dense, "convertible": True, "how": reason} for i in range(dims.n_layers)]
     return {

@@ -1,7 +1,7 @@
 """The query maps: their names, the per-layer recipe, and what each one stores.
 
 Torch is not imported here, so that `qectomy inspect` answers at once. The maps themselves, as modules, are
-in `modeling_qectomy_llama.py`; a test holds the shapes given here against theirs.
+in `modeling_qectomy_*.py`; a test holds the shapes given here against theirs.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from qectomy.errors import QueryMapError
-from qectomy.surgery.architectures import Dimensions
+from qectomy.surgery.family import Dimensions
 
 NAMES = ("identity", "select", "key-shared", "low-rank", "dense")
 KNOWN = "identity, select, key-shared, low-rank:R, dense"
@@ -34,7 +34,9 @@ class QueryMapSpec:
         n_query = dims.n_heads * dims.d_head
         tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         if self.name == "select":
-            tensors = {"index": ("index", (n_query,)), "gain": ("weight", (n_query,))}
+            tensors = {"index": ("index", (n_query,))}
+            if dims.rope:  # without it a key takes the gain in
+                tensors["gain"] = ("weight", (n_query,))
         elif self.name == "key-shared":
             tensors = {"mix": ("weight", (dims.n_heads, dims.d_head, dims.d_head))}
         elif self.name == "low-rank":
@@ -44,7 +46,8 @@ class QueryMapSpec:
                 "down": ("weight", (self.rank, dims.d_model)),
                 "up": ("weight", (n_query, self.rank)),
             }
-        if dims.attention_bias and self.name != "dense":
+        absorbed = self.name == "identity" and dims.norm_shift
+        if dims.attention_bias and self.name != "dense" and not absorbed:
             tensors["bias"] = ("weight", (n_query,))
         return tensors
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from qectomy.surgery.architectures import Family, LinearView, Orientation
+from qectomy.surgery.family import Family, LinearView
+from qectomy.surgery.linear_views import read_view, store_views
 
 FAR = 4.0  # a channel whose final gain is this many times larger or smaller than the common one is not turned
 
@@ -75,24 +76,24 @@ class StreamBasis:
             if scaled_embedding and self.tied and norm == roles.attention_norm:
                 gain = gain / self.embedding_scale
             for view in views:
-                self._replace(out, view, gain[:, None] * self.theta)
+                out |= self._read_from(tensors, view, gain[:, None] * self.theta)
             out[f"{norm}.weight"] = torch.ones_like(tensors[f"{norm}.weight"])
         for view in (roles.output, roles.mlp_out):
-            self._replace(out, view, self.theta, writer=True)
-            bias = f"{view.module}.bias"
-            if bias in out:
-                out[bias] = (out[bias].double() @ self.theta).to(out[bias].dtype)
+            out |= self._written_to(tensors, view)
         return out
 
     @staticmethod
-    def _replace(tensors: dict[str, torch.Tensor], view: LinearView, turn: torch.Tensor, writer: bool = False) -> None:
-        """Put W turn (a reader, (out, D)) or turnᵀ W (a writer, (D, in)) in a projection's place; in float64."""
-        name = f"{view.module}.weight"
-        old = tensors[name]
-        flip = view.orientation is Orientation.IN_OUT
-        W = old.double().T if flip else old.double()
-        W = turn.T @ W if writer else W @ turn
-        tensors[name] = (W.T if flip else W).to(old.dtype).contiguous()
+    def _read_from(tensors: dict[str, torch.Tensor], view: LinearView, turn: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return a reader's tensors with turnᵀ W in the place of W (D, out); in float64."""
+        W, bias = read_view(tensors, view)
+        return store_views([(view, ((turn.T @ W.double()).to(W.dtype), bias))])
+
+    def _written_to(self, tensors: dict[str, torch.Tensor], view: LinearView) -> dict[str, torch.Tensor]:
+        """Return a writer's tensors with W Θ in the place of W (in, D), and its bias turned; in float64."""
+        W, bias = read_view(tensors, view)
+        turned = [None if part is None else (part.double() @ self.theta).to(part.dtype) for part in (W, bias)]
+        assert turned[0] is not None
+        return store_views([(view, (turned[0], turned[1]))])
 
 
 def random_basis(

@@ -46,7 +46,7 @@ def test_the_gain_of_identity_folds_exactly(shape, tiny_checkpoint):
     b_K = torch.randn(W_K.shape[1], generator=generator) if bias else None
     query = {"bias": torch.randn(n_query, generator=generator)} if bias else {}
     before = {name: tensor.clone() for name, tensor in made.tensors.items()}
-    out = fold(made.runner, made.tensors, Start(W_K, query, gain), b_K)
+    out = fold(made.runner.family, made.tensors, Start(W_K, query, b_K, gain))
     assert all(torch.equal(tensor, before[name]) for name, tensor in made.tensors.items())
     student = made.runner.build(0, out, reduced=True)
 

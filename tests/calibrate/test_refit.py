@@ -9,6 +9,7 @@ from qectomy.calibrate.precision import fast_math
 from qectomy.calibrate.refit import RefitSettings, refit_layer
 from qectomy.calibrate.states import Streams
 from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.surgery.linear_views import read_view, store_views
 from qectomy.surgery.query_maps import parse_query_map
 
 CONTEXT, FITTED, HELD = 16, 12, 3
@@ -25,10 +26,15 @@ class Layer:
         self.teacher = self.runner.build(0, self.tensors)
         generator = torch.Generator().manual_seed(0)
         reduced = {n: t for n, t in self.tensors.items() if name == "dense" or not n.startswith("self_attn.q_proj.")}
+        roles = source.family.roles
+        if name != "dense" and source.family.folds_kv_bias:
+            W_K, W_V = (read_view(self.tensors, view)[0] for view in (roles.key, roles.value))
+            del reduced["attn.c_attn.bias"]
+            reduced |= store_views([(roles.reduced_key, (W_K, None)), (roles.reduced_value, (W_V, None))])
         for key, (_, shape) in recipe[0].stored(source.dims).items():
-            reduced[f"self_attn.query.{key}"] = torch.randn(shape, generator=generator) * 0.3
+            reduced[f"{roles.query_map}.{key}"] = torch.randn(shape, generator=generator) * 0.3
         self.student = self.runner.build(0, reduced, reduced=True)
-        x = source.read("model.embed_tokens.weight", torch.float32)[tokens(FITTED + HELD, CONTEXT)]
+        x = source.read(source.family.embedding, torch.float32)[tokens(FITTED + HELD, CONTEXT)]
         self.streams = Streams(path, x.shape, fitted=FITTED, batch=4)
         self.streams.teacher[:] = x
         self.streams.student[:] = x + drift * torch.randn(x.shape, generator=generator)
@@ -56,7 +62,7 @@ def layer(tiny_checkpoint, tmp_path):
     return lambda shape, name, **options: Layer(tiny_checkpoint(shape), tmp_path, name, **options)
 
 
-@pytest.mark.parametrize("shape", ["llama", "mqa", "biases", "wide-heads", "mistral"])
+@pytest.mark.parametrize("shape", ["llama", "mqa", "biases", "wide-heads", "mistral", "gpt2"])
 @pytest.mark.parametrize("drift", [0.0, 0.3])
 def test_the_error_goes_down_on_the_fitted_windows(layer, shape, drift):
     made = layer(shape, "key-shared", drift=drift)
@@ -98,10 +104,11 @@ def test_only_the_refitted_matrices_change_and_none_of_the_teachers(layer, reade
     assert all(torch.equal(tensor, raw[name]) for name, tensor in made.tensors.items())
     changed = {name for name, tensor in made.student.named_parameters() if not torch.equal(tensor, ours[name])}
     also = () if readers is None else ("mlp.gate_proj", "mlp.up_proj")
-    assert changed == {f"{module}.weight" for module in ("self_attn.o_proj", "mlp.down_proj", *also)}
+    writers = ("self_attn.o_proj", "mlp.down_proj")
+    assert changed == {f"{module}.weight" for module in (*writers, *also)} | {f"{module}.bias" for module in writers}
 
 
-@pytest.mark.parametrize("shape", ["llama", "biases", "mistral"])
+@pytest.mark.parametrize("shape", ["llama", "biases", "mistral", "gpt2"])
 def test_nothing_to_do_where_the_student_is_the_teacher(layer, shape):
     made = layer(shape, "dense")
     before = {name: tensor.clone() for name, tensor in made.student.named_parameters()}

@@ -23,10 +23,9 @@ def generator(seed=0):
 
 
 def refined(bench, name, start, steps=60):
-    """The start after a short refinement, as (Start, the key's bias)."""
+    """The start after a short refinement."""
     return refine(
         start,
-        bench.b_K,
         bench.module(parse_query_map(name)),
         bench.data,
         bench.moments.student,
@@ -92,7 +91,7 @@ def test_select_chooses_slow_channels_jointly(shape):
     expressible_by_select(bench)
     assert len(bench.rope.slow_channels())
     start = bench.start("select")
-    found, _ = refined(bench, "select", start)
+    found = refined(bench, "select", start)
     nothing = Start(bench.W_K, {**start.query, "gain": torch.zeros_like(start.query["gain"])})
     assert bench.kl("select", found) < 0.05 * bench.kl("select", nothing)
 

@@ -50,19 +50,23 @@ def test_reduced_shapes(name, query_map):
     assert expected_tensors(family, dims, recipe) == without_tied_head(state_shapes(model), family, dims)
     if query_map != "dense":
         gone = set(family.layer_shapes(dims)) - set(expected_layer(family, dims, recipe[0]))
-        assert gone == {f"self_attn.q_proj.{kind}" for kind in ("weight", "bias")[: 1 + dims.attention_bias]}
+        llama = {f"self_attn.q_proj.{kind}" for kind in ("weight", "bias")[: 1 + dims.attention_bias]}
+        assert gone == (llama if dims.rope else {"attn.c_attn.bias"})
 
 
 def test_parameters_of_query_modules():
     """parameters() counts every number the module holds, indices included."""
-    for name in ("llama", "mqa", "biases", "wide-heads", "narrow-heads", "mistral"):
+    for name in ("llama", "mqa", "biases", "wide-heads", "narrow-heads", "mistral", "gpt2"):
         family, raw = family_and_config(name, num_hidden_layers=len(EVERY_MAP))
         dims = family.dimensions(raw)
         config = load_config(family, {**raw, "query_maps": list(EVERY_MAP)}, reduced=True)
         for layer, query_map in enumerate(EVERY_MAP):
-            attention = family.reduced_layer(config, layer).self_attn
-            module = attention.q_proj if query_map == "dense" else attention.query
+            made, roles = family.reduced_layer(config, layer), family.roles
+            dense = query_map == "dense"
+            module = made.get_submodule(roles.query.module if dense else roles.query_map)
             held = sum(tensor.numel() for tensor in module.state_dict().values())
+            if dense:
+                held //= roles.query.part[1]
             assert parse_query_map(query_map).parameters(dims) == held, (name, query_map)
 
 
@@ -104,7 +108,7 @@ def test_apply_rotary_turns_pairs_of_channels():
 
 def test_unknown_type_lists_the_known():
     for model_type in ("gpt_neox", None, 7, ["llama"]):
-        with pytest.raises(UnsupportedArchitecture, match="is not supported; supported types: llama, mistral"):
+        with pytest.raises(UnsupportedArchitecture, match="is not supported; supported types: gpt2, llama, mistral"):
             find_family({"model_type": model_type})
     with pytest.raises(UnsupportedArchitecture, match="model_type None"):
         find_family({})
@@ -118,7 +122,7 @@ def test_quantized_is_refused(model_type):
 
 @pytest.mark.parametrize("model_type", QK_NORM_TYPES)
 def test_qk_norm_is_refused(model_type):
-    with pytest.raises(UnsupportedArchitecture, match=f"{model_type}.*QK-norm.*Supported types: llama, mistral"):
+    with pytest.raises(UnsupportedArchitecture, match=f"{model_type}.*QK-norm.*Supported types: gpt2, llama, mistral"):
         find_family({"model_type": model_type})
 
 

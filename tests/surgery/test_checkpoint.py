@@ -20,7 +20,7 @@ DTYPE_NAMES = {"bf16": ("BF16", torch.bfloat16), "fp16": ("F16", torch.float16)}
 @pytest.mark.parametrize("name", SHAPES)
 def test_reads_what_was_saved(tiny_checkpoint, name):
     checkpoint = open_checkpoint(tiny_checkpoint(name))
-    stored_as, dtype = DTYPE_NAMES.get(name, ("F32", torch.float32))
+    stored_as, dtype = DTYPE_NAMES.get(name.removeprefix("gpt2-"), ("F32", torch.float32))
     parameters = dict(tiny_model(name).named_parameters())
     assert set(checkpoint.tensors) == set(parameters)
     assert checkpoint.parameters == sum(parameter.numel() for parameter in parameters.values())

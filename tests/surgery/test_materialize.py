@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import EVERY_MAP, SHAPES, load_reduced, save_reduced, tokens
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM
 
 from qectomy.errors import CheckpointError, NonFiniteError, OutputError
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.materialize import materialize
 
-HALF = ("bf16", "fp16")
+HALF = ("bf16", "fp16", "gpt2-bf16")
 
 
 def relative(a, b):
@@ -25,7 +25,7 @@ def relative(a, b):
 def load_stock(folder, dtype=torch.float64):
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    assert type(model) in (LlamaForCausalLM, MistralForCausalLM)
+    assert type(model) in (GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM)
     return model.eval()
 
 
@@ -42,7 +42,10 @@ def test_same_logits(tiny_reduced, tmp_path, name):
         # W_Q is rounded to float32 once
         assert relative(stock(ids).logits, expected) < 1e-5
         assert relative(load_stock(tmp_path / "stock", torch.float32)(ids).logits.double(), expected) < 1e-4
-        stock.model.layers[2].self_attn.q_proj.weight[3] *= 1.05
+        if name.startswith("gpt2"):
+            stock.transformer.h[2].attn.c_attn.weight[:, 3] *= 2
+        else:
+            stock.model.layers[2].self_attn.q_proj.weight[3] *= 1.05
         assert relative(stock(ids).logits, expected) > 1e-4
     held = open_checkpoint(tmp_path / "stock")
     assert result["parameters"] == {
@@ -87,7 +90,7 @@ def test_identity_and_select_are_exact(tiny_reduced, tmp_path):
 def test_half_precision_is_kept(tiny_reduced, tmp_path, name):
     folder = tiny_reduced(EVERY_MAP, name)
     materialize(open_checkpoint(folder, reduced=True), tmp_path / "stock")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[name.removeprefix("gpt2-")]
     assert {tensor.dtype for tensor in load_file(tmp_path / "stock/model.safetensors").values()} == {dtype}
     config = json.loads((tmp_path / "stock/config.json").read_text())
     assert config["dtype"] == str(dtype).removeprefix("torch.")

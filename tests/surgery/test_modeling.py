@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import EVERY_MAP, SHAPES, load_reduced, tiny_model, tokens
+from tiny_models import EVERY_MAP, LLAMA_SHAPES, load_reduced, tiny_model, tokens
 from transformers import AutoConfig, GenerationConfig, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -99,7 +99,7 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("query_map", ["identity", "select", "key-shared", "low-rank:3"])
-@pytest.mark.parametrize("name", [name for name in SHAPES if name not in ("bf16", "fp16", "sharded")])
+@pytest.mark.parametrize("name", [name for name in LLAMA_SHAPES if name not in ("bf16", "fp16", "sharded")])
 def test_equals_the_stock_model_with_that_matrix(tiny_reduced, name, query_map):
     """Layer 0 has the map, layer 1 the stock projection; float64 logits agree to 1e-12."""
     reduced = load_reduced(tiny_reduced((query_map, "dense"), name), torch.float64)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qectomy.errors import QueryMapError
-from qectomy.surgery.architectures import Dimensions
+from qectomy.surgery.family import Dimensions
 from qectomy.surgery.query_maps import NAMES, QueryMapSpec, parse_query_map, parse_recipe, refusal
 
 
@@ -20,6 +20,7 @@ def dimensions(n_layers=6, *, d_model=64, n_heads=4, n_kv_heads=2, d_head=16, at
         n_kv_heads=n_kv_heads,
         d_head=d_head,
         vocab_size=100,
+        n_positions=64,
         tied=False,
         attention_bias=attention_bias,
         mlp_bias=False,

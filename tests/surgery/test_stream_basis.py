@@ -53,7 +53,7 @@ def turn(model, basis, family=LLAMA):
         state |= {prefix + name: tensor for name, tensor in turned.items()}
     state[family.embedding] = basis.embedding_rows(state[family.embedding])
     state[family.head] = basis.head_rows(state[family.head])
-    state[family.final_norm] = basis.new_final_gain
+    state[f"{family.final_norm}.weight"] = basis.new_final_gain
     model.load_state_dict(state, strict=True)
 
 

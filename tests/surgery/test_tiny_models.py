@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import (
     EVERY_MAP,
+    GPT2_SHAPES,
     RAVEN,
     ROPES,
     SHAPES,
@@ -28,7 +29,10 @@ def test_queries_matter(name):
     model, ids = tiny_model(name), tokens()
     with torch.no_grad():
         before = model(ids).logits
-        model.model.layers[0].self_attn.q_proj.weight[0] *= 1.1
+        if name in GPT2_SHAPES:
+            model.transformer.h[0].attn.c_attn.weight[:, 0] *= 1.1
+        else:
+            model.model.layers[0].self_attn.q_proj.weight[0] *= 1.1
         after = model(ids).logits
     assert before.isfinite().all()
     assert (after - before).abs().max() > 1e-4 * before.abs().max()

@@ -1,0 +1,199 @@
+"""What a model family has to say of itself; `architectures.py` says it for each.
+
+Torch and transformers are imported only inside methods. D d_model, H n_heads, G n_kv_heads, K d_head.
+"""
+
+import importlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from qectomy.errors import CheckpointError
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Orientation(Enum):
+    """How a stored projection matrix is laid out."""
+
+    OUT_IN = "nn.Linear: (out, in)"
+    IN_OUT = "Conv1D: (in, out)"
+
+
+@dataclass(frozen=True)
+class LinearView:
+    """One logical projection. Its orientation is declared here, never guessed from shape."""
+
+    module: str  # path inside the layer, as in "self_attn.q_proj"
+    orientation: Orientation = Orientation.OUT_IN
+    part: tuple[int, int] = (0, 1)  # which of how many equal parts of a fused projection's outputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRoles:
+    """Where a layer keeps what the surgery touches."""
+
+    attention: str  # the attention module
+    attention_norm: str  # the norm whose output x̂ the projections read
+    query: LinearView
+    key: LinearView
+    value: LinearView
+    output: LinearView
+    mlp_norm: str
+    mlp: str
+    mlp_readers: tuple[LinearView, ...]
+    mlp_out: LinearView
+    query_map: str  # the module that stands in W_Q's place
+    reduced_key: LinearView  # where a layer without W_Q stores W_K ...
+    reduced_value: LinearView  # ... and W_V
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dimensions:
+    """The sizes of a model, in the paper's words, and what it adds to them."""
+
+    n_layers: int
+    d_model: int
+    d_mlp: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    vocab_size: int
+    tied: bool
+    attention_bias: bool
+    mlp_bias: bool
+    n_positions: int  # that the model was made for: the rows of a learned table, or as far as RoPE was trained
+    rope: bool = True
+    norm_shift: bool = False  # LayerNorm's: what identity's query bias can lie in
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One model family: names, shapes and classes."""
+
+    model_type: str
+    class_stem: str  # Llama in LlamaForCausalLM
+    causal_suffix: str = "ForCausalLM"
+    modeling: str  # the stand-alone model file, without .py
+    roles: LayerRoles
+    embedding: str
+    positions: str | None = None  # the learned position table
+    final_norm: str  # the module
+    head: str = "lm_head.weight"
+    layer_prefix: str
+    rotary_module: str | None = None
+    base_prefix: str = ""  # of the base model's tensors; files saved from a base model lack it
+    ignored_suffixes: tuple[str, ...] = ()  # buffers that old checkpoints stored
+    folds_kv_bias: bool = False  # a layer without W_Q stores no bias of W_K and W_V
+    norm_name: str  # as in "RMSNorm"
+
+    @property
+    def reduced_model_type(self) -> str:
+        return f"qectomy_{self.model_type}"
+
+    def dimensions(self, config: dict[str, Any]) -> Dimensions:
+        """Read the sizes from a parsed config.json. Raises CheckpointError naming the field at fault."""
+        raise NotImplementedError
+
+    def layer_shapes(self, dims: Dimensions, reduced: bool = False) -> Shapes:
+        """Return {name inside the layer: shape} of one layer; with `reduced`, of one without W_Q or its query map."""
+        raise NotImplementedError
+
+    def norm_shapes(self, name: str, dims: Dimensions) -> Shapes:
+        """Return {tensor name: shape} of a norm."""
+        shapes: Shapes = {f"{name}.weight": (dims.d_model,)}
+        return shapes | ({f"{name}.bias": (dims.d_model,)} if dims.norm_shift else {})
+
+    def outer_shapes(self, dims: Dimensions) -> Shapes:
+        """Return {tensor name: shape} of what lies outside the layers; a tied head is not listed."""
+        shapes: Shapes = {self.embedding: (dims.vocab_size, dims.d_model)}
+        if self.positions is not None:
+            shapes[self.positions] = (dims.n_positions, dims.d_model)
+        shapes |= self.norm_shapes(self.final_norm, dims)
+        if not dims.tied:
+            shapes[self.head] = (dims.vocab_size, dims.d_model)
+        return shapes
+
+    def prefix(self, layer: int) -> str:
+        return self.layer_prefix.format(layer)
+
+    def full_names(self, stored: Collection[str]) -> dict[str, str]:
+        """Return {name in the causal model: name in the file} of a checkpoint's tensors."""
+        lacking = not any(name.startswith(self.base_prefix) for name in stored)
+        return {self.base_prefix + name if lacking and name != self.head else name: name for name in stored}
+
+    def older_fields(self, config: Any) -> dict[str, Any]:
+        """Return what config.json must say once more for older transformers; `config` is transformers' object."""
+        return {}
+
+    def check_config(self, config: Any) -> None:
+        """Raise ValueError for what transformers takes in silence and fails on later; `config` is its object."""
+        raise NotImplementedError
+
+    def query_factor(self, config: Any) -> float:
+        """The factor on W_Q with which the stock model's softmax scale gives a reduced model's logits."""
+        return 1.0
+
+    # From here on torch and transformers are loaded.
+
+    def config_class(self, reduced: bool = False) -> Any:
+        return self._class("Config", reduced)
+
+    def base_class(self, reduced: bool = False) -> Any:
+        return self._class("Model", reduced)
+
+    def causal_class(self, reduced: bool = False) -> Any:
+        return self._class("ForCausalLM" if reduced else self.causal_suffix, reduced)
+
+    def stock_layer(self, config: Any, layer: int) -> Any:
+        """One decoder layer of the original model, as transformers runs it."""
+        raise NotImplementedError
+
+    def reduced_layer(self, config: Any, layer: int) -> Any:
+        """One decoder layer of the reduced model: the very class that is shipped."""
+        raise NotImplementedError
+
+    def rotary(self, config: Any) -> Any | None:
+        """The module (hidden, position_ids) -> (cos, sin) of the config's RoPE type; None: no RoPE."""
+        return None
+
+    def apply_rotary(self, heads: Any, cos: Any, sin: Any) -> Any:
+        """Return heads (B, *, R, K) turned by cos and sin (1, R, K)."""
+        raise NotImplementedError
+
+    def norm(self, config: Any) -> Any:
+        """The final norm, without its weights."""
+        raise NotImplementedError
+
+    def sliding_window(self, config: Any) -> int | None:
+        """How many positions back a query may look, itself included; None: all."""
+        return None
+
+    def _stock_module(self) -> Any:
+        return importlib.import_module(f"transformers.models.{self.model_type}.modeling_{self.model_type}")
+
+    def _reduced_module(self) -> Any:
+        return importlib.import_module(f"qectomy.surgery.{self.modeling}")
+
+    def _class(self, kind: str, reduced: bool) -> Any:
+        if reduced:
+            return getattr(self._reduced_module(), f"Qectomy{self.class_stem}{kind}")
+        where = importlib.import_module(f"transformers.models.{self.model_type}")
+        return getattr(where, f"{self.class_stem}{kind}")
+
+
+def size(fields: dict[str, Any], name: str, default: int | None = None) -> int:
+    """Return a positive whole number of config.json. Raises CheckpointError naming it otherwise."""
+    value = fields.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise CheckpointError(f"config.json: {name} must be a positive whole number, got {value!r}")
+    return value
+
+
+def flag(fields: dict[str, Any], name: str, default: bool = False) -> bool:
+    """Return true or false of config.json. Raises CheckpointError naming it otherwise."""
+    value = fields.get(name, default)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {name} must be true or false, got {value!r}")
+    return value

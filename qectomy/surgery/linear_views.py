@@ -1,0 +1,38 @@
+"""Read and write the logical projections of a layer, whatever tensors hold them. Weights are (in, out), as in x W."""
+
+from collections.abc import Mapping
+
+import torch
+
+from qectomy.surgery.family import LinearView, Orientation
+
+Tensors = Mapping[str, torch.Tensor]
+Projection = tuple[torch.Tensor, torch.Tensor | None]  # W (in, out) and its bias (out,)
+
+
+def oriented(W: torch.Tensor, view: LinearView) -> torch.Tensor:
+    """Return W (in, out) as `view` stores it, or what it stores as (in, out)."""
+    return W.T if view.orientation is Orientation.OUT_IN else W
+
+
+def read_view(tensors: Tensors, view: LinearView) -> Projection:
+    """Return a projection of a layer's tensors, by name inside the layer; no copy is made."""
+    (index, parts), bias = view.part, tensors.get(f"{view.module}.bias")
+    W = oriented(tensors[f"{view.module}.weight"], view)
+    return W.chunk(parts, 1)[index], None if bias is None else bias.chunk(parts)[index]
+
+
+def store_views(projections: list[tuple[LinearView, Projection]]) -> dict[str, torch.Tensor]:
+    """Return the tensors, by name inside the layer, that hold the projections: all parts of a fused one, or none."""
+    stored: dict[str, list[tuple[LinearView, Projection]]] = {}
+    for view, projection in projections:
+        stored.setdefault(view.module, []).append((view, projection))
+    tensors = {}
+    for module, parts in stored.items():
+        parts.sort(key=lambda pair: pair[0].part)
+        assert [view.part for view, _ in parts] == [(i, len(parts)) for i in range(len(parts))], module
+        W = torch.cat([W for _, (W, _) in parts], 1)
+        tensors[f"{module}.weight"] = oriented(W, parts[0][0]).contiguous()
+        if all(bias is not None for _, (_, bias) in parts):
+            tensors[f"{module}.bias"] = torch.cat([bias for _, (_, bias) in parts if bias is not None])
+    return tensors
