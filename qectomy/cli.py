@@ -210,6 +210,36 @@ def materialize(
         typer.echo(f"wrote {result['out']}: {result['parameters']['after']:,} parameters; {result['note']}")
 
 
+@app.command(
+    "import-nanogpt", epilog="Example: `qectomy import-nanogpt ckpt.pt --out ./gpt2 --tokenizer ./gpt2-tokenizer`"
+)
+def import_nanogpt(
+    checkpoint: Annotated[Path, typer.Argument(help="A nanoGPT checkpoint, as in ckpt.pt.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id whose tokenizer files go along: a nanoGPT checkpoint holds none."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Read a nanoGPT checkpoint, one of the paper's repository too, into a folder that transformers loads."""
+    from qectomy.surgery.checkpoint import locate
+    from qectomy.surgery.nanogpt import import_nanogpt as run
+    from qectomy.surgery.output import check_absent
+
+    check_absent(out)
+    result = run(checkpoint, out, locate(tokenizer) if tokenizer else None)
+    if as_json:
+        _print_json(result)
+    else:
+        typer.echo(
+            f"wrote {result['out']}: {result['model_type']}, {result['parameters']:,} parameters, from queries of mode "
+            f"{result['query_mode']!r}, softmax scale {result['softmax_scale']:.6g}"
+        )
+        if not result["tokenizer"]:
+            typer.echo("it has no tokenizer: give --tokenizer FOLDER, or copy tokenizer files into it")
+
+
 def main() -> None:
     """Run the command line: errors a user can mend become one line on stderr and exit code 1."""
     try:

@@ -39,23 +39,27 @@ DROPPED = (  # of an original's or a reduced model's config.json: written anew, 
 
 def reduced_config(source: Checkpoint, recipe: tuple[QueryMapSpec, ...], dtype: str) -> dict[str, Any]:
     """Return the config.json of the reduced model; `dtype` is safetensors' name of the stored type."""
-    family = source.family
-    config = _base_config(source, family.model_type, dtype)
-    config["model_type"] = family.reduced_model_type
+    return _base_config(source, dtype) | reduced_fields(source.family, recipe)
+
+
+def reduced_fields(family: Family, recipe: tuple[QueryMapSpec, ...]) -> dict[str, Any]:
+    """Return what the config.json of a reduced model says beside the original's fields."""
     stem = f"{family.modeling}.Qectomy{family.class_stem}"
-    config["architectures"] = [f"Qectomy{family.class_stem}ForCausalLM"]
-    config["auto_map"] = {
-        "AutoConfig": f"{stem}Config",
-        "AutoModel": f"{stem}Model",
-        "AutoModelForCausalLM": f"{stem}ForCausalLM",
+    return {
+        "model_type": family.reduced_model_type,
+        "architectures": [f"Qectomy{family.class_stem}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{stem}Config",
+            "AutoModel": f"{stem}Model",
+            "AutoModelForCausalLM": f"{stem}ForCausalLM",
+        },
+        "query_maps": [str(spec) for spec in recipe],
     }
-    config["query_maps"] = [str(spec) for spec in recipe]
-    return config
 
 
 def stock_config(source: Checkpoint, dtype: str) -> dict[str, Any]:
     """Return the config.json of the original family, for a materialised checkpoint."""
-    config = _base_config(source, source.family.model_type, dtype)
+    config = _base_config(source, dtype)
     config["model_type"] = source.family.model_type
     config["architectures"] = [f"{source.family.class_stem}{source.family.causal_suffix}"]
     return config
@@ -95,7 +99,7 @@ def copy_model_code(family: Family, folder: Path) -> None:
     shutil.copyfile(Path(__file__).parent / name, folder / name)
 
 
-def _base_config(source: Checkpoint, model_type: str, dtype: str) -> dict[str, Any]:
+def _base_config(source: Checkpoint, dtype: str) -> dict[str, Any]:
     config = {key: value for key, value in source.config.items() if key not in DROPPED}
     config["dtype"] = TORCH_NAMES[dtype]
     return config | source.family.older_fields(load_config(source.family, source.config, source.reduced))

@@ -183,17 +183,17 @@ class Family:
         return getattr(where, f"{self.class_stem}{kind}")
 
 
-def size(fields: dict[str, Any], name: str, default: int | None = None) -> int:
-    """Return a positive whole number of config.json. Raises CheckpointError naming it otherwise."""
+def size(fields: dict[str, Any], name: str, default: int | None = None, where: str = "config.json") -> int:
+    """Return a positive whole number of a parsed config. Raises CheckpointError naming it otherwise."""
     value = fields.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        raise CheckpointError(f"config.json: {name} must be a positive whole number, got {value!r}")
+        raise CheckpointError(f"{where}: {name} must be a positive whole number, got {value!r}")
     return value
 
 
-def flag(fields: dict[str, Any], name: str, default: bool = False) -> bool:
-    """Return true or false of config.json. Raises CheckpointError naming it otherwise."""
+def flag(fields: dict[str, Any], name: str, default: bool = False, where: str = "config.json") -> bool:
+    """Return true or false of a parsed config. Raises CheckpointError naming it otherwise."""
     value = fields.get(name, default)
     if not isinstance(value, bool):
-        raise CheckpointError(f"config.json: {name} must be true or false, got {value!r}")
+        raise CheckpointError(f"{where}: {name} must be true or false, got {value!r}")
     return value
