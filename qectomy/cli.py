@@ -22,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+CONTEXT_HELP = "Tokens a window. Default: 512, or what the model was made for if that is less."
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 
@@ -40,14 +41,17 @@ def inspect(
     checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of an original checkpoint.")],
     tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens to plan for.")] = 32_768,
     eval_tokens: Annotated[int, typer.Option(min=0, help="Evaluation tokens to plan for.")] = 32_768,
-    context: Annotated[int, typer.Option(min=16, help="Tokens a window.")] = 512,
+    context: Annotated[int | None, typer.Option(min=16, help=CONTEXT_HELP)] = None,
     as_json: Json = False,
 ) -> None:
     """Say what each query map would remove, from the config and the file headers alone."""
+    from qectomy.calibrate.settings import default_context
     from qectomy.surgery.checkpoint import open_checkpoint
     from qectomy.surgery.plan import inspect as inspect_checkpoint
 
-    result = inspect_checkpoint(open_checkpoint(checkpoint), tokens=tokens, eval_tokens=eval_tokens, context=context)
+    source = open_checkpoint(checkpoint)
+    context = context or default_context(source)
+    result = inspect_checkpoint(source, tokens=tokens, eval_tokens=eval_tokens, context=context)
     if as_json:
         _print_json(result)
     else:
@@ -74,7 +78,7 @@ def convert(
         typer.Option(help="Calibration text: a UTF-8 file, a .jsonl file or a dataset's name. May be repeated."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens, shared evenly among the texts.")] = 32_768,
-    context: Annotated[int, typer.Option(min=16, help="Tokens a window.")] = 512,
+    context: Annotated[int | None, typer.Option(min=16, help=CONTEXT_HELP)] = None,
     eval_text: Annotated[
         str | None,
         typer.Option(help="Text to measure perplexity on, never fitted on. Default: the start of the first --text."),
@@ -92,7 +96,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Take W_Q out of a checkpoint in one pass; write the reduced one and its perplexity before and after."""
-    from qectomy.calibrate.settings import ConvertSettings
+    from qectomy.calibrate.settings import ConvertSettings, default_context
     from qectomy.surgery.checkpoint import open_checkpoint
     from qectomy.surgery.output import check_absent
     from qectomy.surgery.query_maps import parse_recipe
@@ -103,7 +107,7 @@ def convert(
     settings = ConvertSettings(
         texts=tuple(text or ()),
         tokens=tokens,
-        context=context,
+        context=context or default_context(source),
         eval_text=eval_text,
         eval_tokens=eval_tokens,
         dtype=dtype,
@@ -114,7 +118,8 @@ def convert(
     if dry_run:
         from qectomy.surgery.plan import estimate, totals
 
-        needs = estimate(source, tokens=tokens, eval_tokens=eval_tokens, context=context)
+        settings.check_context(source)
+        needs = estimate(source, tokens=tokens, eval_tokens=eval_tokens, context=settings.context)
         plan = {
             "plan": [str(spec) for spec in recipe],
             **totals(source, recipe, settings.stored_dtype),
@@ -143,7 +148,10 @@ def convert(
 def evaluate(
     checkpoints: Annotated[list[str], typer.Argument(help="Folders or hub ids, original or reduced.")],
     text: Annotated[str, typer.Option(help="Text to measure on: a UTF-8 file, a .jsonl file or a dataset's name.")],
-    context: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
+    context: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens a window. Default: 512, or what every model given was made for."),
+    ] = None,
     stride: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens between window starts; each scores its last STRIDE. Default: context."),
@@ -162,12 +170,12 @@ def evaluate(
     """Measure token perplexity and bits per byte of checkpoints, all by one recorded protocol."""
     from qectomy.calibrate.convert import check_device
     from qectomy.calibrate.text import read_source
-    from qectomy.eval.perplexity import Protocol
+    from qectomy.eval.perplexity import Protocol, common_context
     from qectomy.eval.perplexity import evaluate as run
 
     check_device(device)
     source = read_source(text)
-    protocol = Protocol(context=context, stride=stride, tokens=tokens)
+    protocol = Protocol(context=context or common_context(checkpoints), stride=stride, tokens=tokens)
     results = []
     for checkpoint in checkpoints:
         with _progress(f"evaluating {checkpoint}") as progress:

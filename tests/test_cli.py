@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 import typer
 from conversions import few_steps, hashes, reload_here
+from nanogpt_checkpoints import made
 from transformers import AutoModelForCausalLM
 
 from qectomy import __version__
@@ -74,12 +75,15 @@ def test_the_examples_work_one_after_the_other(cli, tiny_checkpoint, raven, tmp_
         shutil.copytree(tiny_checkpoint(), tmp_path / name)
     (tmp_path / "calibration.txt").write_text(raven.read_text())
     (tmp_path / "heldout.txt").write_text(raven.read_text().upper())
-    for name in ("inspect", "convert", "eval", "materialize"):
+    made().save(tmp_path / "ckpt.pt")
+    shutil.copytree(tiny_checkpoint(), tmp_path / "gpt2-tokenizer")
+    for name in COMMANDS:
         done = cli(*example(name))
         assert done.code == 0, done.err
         assert done.out.strip()
     assert (tmp_path / "reduced/qectomy.json").is_file()
     assert (tmp_path / "stock/config.json").is_file()
+    assert (tmp_path / "gpt2/model.safetensors").is_file()
 
 
 def test_version_and_bare_command(cli):
@@ -176,6 +180,13 @@ def test_usage_errors_exit_with_2(cli, arguments, tmp_path, monkeypatch):
         ("materialize model --out new", r"model_type 'llama' is not a checkpoint that qectomy reduced"),
         ("materialize reduced --out there", r"there exists"),
         ("materialize nosuchfolder --out new", r"no folder nosuchfolder"),
+        ("import-nanogpt nosuch.pt --out new", r"no file nosuch.pt"),
+        ("import-nanogpt raven.txt --out new", r"raven.txt is not a checkpoint of tensors and plain containers"),
+        ("import-nanogpt raven.txt --out there", r"there exists"),
+        ("import-nanogpt raven.txt --out new --tokenizer nosuchfolder", r"no folder nosuchfolder"),
+        ("convert gpt2 --out new --text raven.txt --context 129", r"longer than the model's 128 positions; use 128"),
+        ("convert gpt2 --out new --dry-run --context 129", r"longer than the model's 128 positions"),
+        ("eval gpt2 --text raven.txt --context 129", r"longer than the 128 positions of gpt2; use 128 or less"),
     ],
 )
 def test_what_a_user_can_mend_exits_with_1(
@@ -183,6 +194,7 @@ def test_what_a_user_can_mend_exits_with_1(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(tiny_checkpoint())
+    (tmp_path / "gpt2").symlink_to(tiny_checkpoint("gpt2"))
     (tmp_path / "reduced").symlink_to(tiny_reduced(("select", "key-shared")))
     (tmp_path / "raven.txt").write_text(raven.read_text())
     (tmp_path / "there").mkdir()
@@ -271,3 +283,20 @@ def test_text_output_of_a_conversion(cli, tiny_checkpoint, raven, tmp_path):
     report = json.loads((tmp_path / "out/qectomy.json").read_text())
     assert f"perplexity {report['perplexity']['before']:.3f} -> " in done.out
     assert "perplexity" not in done.err
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_windows_are_no_longer_than_the_model_was_made_for(cli, name, tiny_checkpoint, raven, tmp_path):
+    """512 tokens where nothing is said, or the model's own number of positions: 128 here."""
+    model = tiny_checkpoint(name)
+    tokens = ["--tokens", 256, "--eval-tokens", 128]
+    report = cli(
+        "convert", model, "--out", tmp_path / "out", "--query", "select", "--text", raven, *tokens, "--json"
+    ).json()
+    assert report["calibration"]["context"] == 128
+    found = cli("eval", model, tmp_path / "out", "--text", raven, "--tokens", 128, "--json").json()
+    assert [row["protocol"]["context"] for row in found] == [128, 128]
+    assert cli("inspect", model, "--json").json()["needs"]["context"] == 128
+    if name == "llama":  # RoPE goes on beyond
+        found = cli("eval", model, "--text", raven, "--tokens", 160, "--context", 160, "--json").json()
+        assert found[0]["protocol"]["context"] == 160

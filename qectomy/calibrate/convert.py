@@ -42,6 +42,7 @@ def convert(
     finite, an output folder that exists, a full disk, and a result that a fresh process cannot reload.
     """
     watch = Stopwatch()
+    settings.check_context(source)
     device = check_device(settings.device)
     written = totals(source, recipe, settings.stored_dtype)["bytes"]["after"]
     check_room(out, written + scratch_bytes(source, settings.tokens, settings.eval_tokens))

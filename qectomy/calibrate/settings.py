@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
-from qectomy.errors import QectomyError
+from qectomy.errors import QectomyError, TextError
+from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.headers import TORCH_NAMES
 
+CONTEXT = 512  # tokens a window, where the model was made for as many
+MIN_CONTEXT = 16
 DTYPES = {TORCH_NAMES[kind]: kind for kind in ("F32", "BF16", "F16")}
 
 
@@ -14,7 +17,7 @@ class ConvertSettings:
 
     texts: tuple[str, ...] = ()
     tokens: int = 32_768
-    context: int = 512
+    context: int = CONTEXT
     eval_text: str | None = None
     eval_tokens: int = 32_768
     dtype: str | None = None
@@ -30,3 +33,18 @@ class ConvertSettings:
         if self.dtype not in DTYPES:
             raise QectomyError(f"unknown --dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         return DTYPES[self.dtype]
+
+    def check_context(self, source: Checkpoint) -> None:
+        """Raise TextError if windows of `context` tokens are too short to fit on, or too long for the model."""
+        if self.context < MIN_CONTEXT:
+            raise TextError(f"--context {self.context} leaves too little to attend to; use {MIN_CONTEXT} or more")
+        if source.family.positions is not None and self.context > source.dims.n_positions:
+            raise TextError(
+                f"--context {self.context} is longer than the model's {source.dims.n_positions} positions; use "
+                f"{source.dims.n_positions} or less"
+            )
+
+
+def default_context(source: Checkpoint) -> int:
+    """Return the tokens a window that suit a model: CONTEXT, or as many as it was made for if those are fewer."""
+    return min(CONTEXT, source.dims.n_positions)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qectomy.calibrate.settings import CONTEXT
 from qectomy.calibrate.text import Source, adds_bos, first_tokens, load_tokenizer
 from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, TextError
 from qectomy.eval.scores import Logits, TokenScores, join_scores, score_tokens
@@ -25,7 +26,7 @@ DTYPES = [TORCH_NAMES[kind] for kind in ("F32", "BF16", "F16", "F64")]
 class Protocol:
     """How text becomes scored tokens. Two perplexities compare only under equal protocols."""
 
-    context: int = 512
+    context: int = CONTEXT
     stride: int | None = None  # None: context, windows do not overlap
     tokens: int | None = None  # read only the first tokens of the text; None: all of it
 
@@ -215,6 +216,27 @@ def logits_reader(model: Any, probe: torch.Tensor) -> Callable[[torch.Tensor, to
     return read
 
 
+def common_context(names: list[str]) -> int:
+    """Return 512, or the number of positions that each of these checkpoints was made for, if that is less."""
+    found = [CONTEXT]
+    for name in names:
+        config = read_json(locate(name) / "config.json")
+        said = (
+            [config.get(field) for field in ("max_position_embeddings", "n_positions")]
+            if isinstance(config, dict)
+            else []
+        )
+        found += [positions for positions in said if isinstance(positions, int) and positions > 1]
+    return min(found)
+
+
+def check_positions(name: str, config: Any, context: int) -> None:
+    """Raise TextError if a model with a table of positions, not RoPE, has fewer than a window's."""
+    rows = getattr(config, "max_position_embeddings", None)
+    if getattr(config, "rope_parameters", None) is None and isinstance(rows, int) and context > rows:
+        raise TextError(f"--context {context} is longer than the {rows} positions of {name}; use {rows} or less")
+
+
 def evaluate(
     name: str,
     source: Source,
@@ -230,6 +252,7 @@ def evaluate(
     With `reference`, also mean KL(reference || checkpoint) in nats a token and top-1 agreement.
     """
     model, folder, dtype_name = load_model(name, dtype, device)
+    check_positions(name, model.config, protocol.context)
     windows = scoring_windows(load_tokenizer(folder), source, protocol, model.config.vocab_size)
     other = None
     if reference is not None:

@@ -15,6 +15,7 @@ Layouts: nanoGPT (out, in), GPT-2 (in, out). D d_model, K d_head, M d_mlp.
 
 import math
 import pickle
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,11 +110,15 @@ def read_nanogpt(path: Path) -> tuple[ModelArgs, dict[str, torch.Tensor]]:
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0]
-        )
+        named = re.search(r"Unsupported (?:global: GLOBAL (\S+)|.*)", str(error))
+        if named and named[1]:
+            raise CheckpointError(
+                f"{path} holds more than tensors and plain containers ({named[1]}); unpickling that can run code, so it "
+                "is not read"
+            ) from error
         raise CheckpointError(
-            f"{path} holds more than tensors and plain containers, and unpickling that can run code: {reason[:200]}"
+            f"{path} is not a checkpoint of tensors and plain containers that PyTorch can unpickle safely"
+            f"{f' ({named[0]})' if named else ''}"
         ) from error
     except FileNotFoundError as error:
         raise CheckpointError(f"no file {path}") from error
@@ -204,7 +209,7 @@ def gpt2_config(args: ModelArgs) -> dict[str, Any]:
         "tie_word_embeddings": args.tied,
         "bos_token_id": end,
         "eos_token_id": end,
-        **{name: args.dropout for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")},
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), args.dropout),
     }
 
 
