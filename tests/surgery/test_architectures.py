@@ -91,6 +91,28 @@ def test_one_layer_runs_as_in_the_whole_model(name):
     assert family.sliding_window(config) == raw.get("sliding_window")
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-inverse"])
+def test_one_layer_of_gpt2_runs_as_in_the_whole_model(name):
+    """Its layers know their own number, which may be part of the scale; positions come with the embedding."""
+    family, _ = family_and_config(name)
+    model, ids = tiny_model(name), torch.tensor([[5, 6, 7, 8]])
+    config, body = model.config, model.transformer
+    config._attn_implementation = "eager"
+    mask = torch.full((4, 4), -torch.inf).triu(1)[None, None]
+    states = body(ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(body.wte(ids) + body.wpe(torch.arange(4)), states[0])
+    norm = family.norm(config)
+    norm.load_state_dict(body.ln_f.state_dict())
+    hidden = states[0]
+    for i in range(2):
+        layer = family.stock_layer(config, i).eval()
+        layer.load_state_dict(body.h[i].state_dict())
+        hidden = layer(hidden, attention_mask=mask)
+    torch.testing.assert_close(norm(hidden), states[2], rtol=1e-5, atol=1e-5)  # the last is after the final norm
+    assert family.rotary(config) is None
+    assert family.sliding_window(config) is None
+
+
 def test_apply_rotary_turns_pairs_of_channels():
     """Channel i and i + K/2 of head h at position t are turned by the angle t θ_i."""
     family, raw = family_and_config("llama")
@@ -157,6 +179,66 @@ def test_absurd_sizes_are_named(field, value):
         family.dimensions({**raw, field: value})
     named = {"num_attention_heads": ("num_attention_heads", "head_dim")}.get(field, (field,))
     assert any(name in str(error.value) for name in named)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *[(field, value) for field in ("n_embd", "n_head", "n_layer", "n_inner") for value in (0, -1, 2**31, "32", [])],
+        ("vocab_size", 0),
+        ("n_positions", 0),
+        ("n_head", 3),  # 32 channels
+        ("tie_word_embeddings", "yes"),
+        ("add_cross_attention", 1),
+    ],
+)
+def test_absurd_sizes_of_gpt2_are_named(field, value):
+    family, raw = family_and_config("gpt2")
+    with pytest.raises(CheckpointError, match=rf"config.json: .*{field}"):
+        family.dimensions({**raw, field: value})
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    family, raw = family_and_config("gpt2")
+    with pytest.raises(CheckpointError, match="n_embd 32 is not a multiple of n_head 5"):
+        family.dimensions({**raw, "n_head": 5})
+    assert family.dimensions({**raw, "n_head": 8}).d_head == 4
+
+
+def test_cross_attention_is_refused():
+    family, raw = family_and_config("gpt2")
+    with pytest.raises(UnsupportedArchitecture, match=r"cross-attention \(add_cross_attention\)"):
+        family.dimensions({**raw, "add_cross_attention": True})
+    assert family.dimensions({**raw, "add_cross_attention": False}) == family.dimensions(raw)
+
+
+def test_defaults_of_gpt2_are_those_of_transformers():
+    """The hub's first GPT-2 names few of its fields: the rest are those of GPT2Config."""
+    family = FAMILIES["gpt2"]
+    dims, config = family.dimensions({"model_type": "gpt2"}), load_config(family, {"model_type": "gpt2"})
+    assert (dims.n_layers, dims.d_model, dims.n_heads) == (config.n_layer, config.n_embd, config.n_head)
+    assert (dims.vocab_size, dims.n_positions, dims.tied) == (config.vocab_size, config.n_positions, True)
+    assert (dims.d_mlp, dims.d_head, dims.n_kv_heads) == (4 * config.n_embd, 64, config.n_head)
+    with torch.device("meta"):
+        held = state_shapes(family.causal_class()(config))
+    assert expected_tensors(family, dims, (QueryMapSpec("dense"),) * 12) == without_tied_head(held, family, dims)
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan")])
+def test_a_softmax_scale_that_is_none_is_refused(scale):
+    family, raw = family_and_config("gpt2")
+    with pytest.raises(CheckpointError, match=r"config.json is not a valid gpt2 config: .*softmax_scale"):
+        load_config(family, {**raw, "softmax_scale": scale}, reduced=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_names_without_the_base_models_prefix(name):
+    """OpenAI's own file leaves `transformer.` out; Llama's base names have no prefix to leave out."""
+    family, raw = family_and_config(name, tie_word_embeddings=False)
+    full = list(expected_tensors(family, family.dimensions(raw), (QueryMapSpec("dense"),) * 2))
+    assert family.full_names(full) == {each: each for each in full}
+    short = [each.removeprefix("transformer.") for each in full]
+    assert family.full_names(short) == dict(zip(full, short, strict=True))
 
 
 def test_defaults_are_those_of_the_family():

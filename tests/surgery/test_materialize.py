@@ -86,6 +86,51 @@ def test_identity_and_select_are_exact(tiny_reduced, tmp_path):
             assert torch.equal(stock["model.layers.1.self_attn.q_proj.weight"], expected)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-one-head"])
+def test_gpt2s_queries_stand_before_its_keys_and_values(tiny_reduced, tmp_path, name):
+    """identity's and select's columns of c_attn are ones and zeros; keys and values are copied, their biases 0."""
+    folder = tiny_reduced(EVERY_MAP, name)
+    materialize(open_checkpoint(folder, reduced=True), tmp_path / "stock")
+    reduced, stock = load_file(folder / "model.safetensors"), load_file(tmp_path / "stock/model.safetensors")
+    for layer in range(4):
+        prefix = f"transformer.h.{layer}.attn.c_attn."
+        weight, bias = stock[prefix + "weight"], stock[prefix + "bias"]
+        assert torch.equal(weight[:, 32:], reduced[prefix + "weight"])
+        assert torch.equal(bias[32:], torch.zeros(64))
+        assert torch.equal(bias[:32], reduced.get(prefix + "query.bias", torch.zeros(32)))
+    assert torch.equal(stock["transformer.h.0.attn.c_attn.weight"][:, :32], torch.eye(32))
+    chosen = torch.zeros(32, 32)
+    chosen[reduced["transformer.h.1.attn.c_attn.query.index"].long(), torch.arange(32)] = 1
+    torch.testing.assert_close(stock["transformer.h.1.attn.c_attn.weight"][:, :32], chosen, rtol=0, atol=1e-15)
+    rest = {key for key in stock if ".attn.c_attn." not in key or ".h.4." in key}  # layer 4 is dense
+    assert len(rest) > 50
+    assert all(torch.equal(stock[key], reduced[key]) for key in rest)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-inverse", "gpt2-unscaled"])
+def test_softmax_scale_comes_back_in_the_queries(tiny_reduced, tmp_path, name):
+    """The stock model knows no such field: W_Q and b_Q take it, those of a dense layer too, and nothing else."""
+    plain, folder = tiny_reduced(EVERY_MAP, name), tmp_path / "reduced"
+    shutil.copytree(plain, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "softmax_scale": 0.15}))
+    for source, out in ((folder, "scaled"), (plain, "plain")):
+        materialize(open_checkpoint(source, reduced=True), tmp_path / out)
+    assert "softmax_scale" not in json.loads((tmp_path / "scaled/config.json").read_text())
+    factor = 0.15 / (1.0 if name == "gpt2-unscaled" else 8**-0.5)  # four heads of 8 channels
+    scaled, unscaled = (load_file(tmp_path / out / "model.safetensors") for out in ("scaled", "plain"))
+    for key, tensor in unscaled.items():
+        expected = tensor.clone()
+        if ".attn.c_attn." in key:
+            expected[..., :32] *= factor
+        torch.testing.assert_close(scaled[key], expected, rtol=1e-6, atol=1e-12, msg=key)
+    ids = tokens(2, 40)
+    with torch.no_grad():
+        expected = load_reduced(folder, torch.float64)(ids).logits
+        assert relative(load_stock(tmp_path / "scaled")(ids).logits, expected) < 1e-5
+        assert relative(load_stock(tmp_path / "plain")(ids).logits, expected) > 1e-3
+
+
 @pytest.mark.parametrize("name", HALF)
 def test_half_precision_is_kept(tiny_reduced, tmp_path, name):
     folder = tiny_reduced(EVERY_MAP, name)

@@ -5,6 +5,7 @@ import torch
 from tiny_models import EVERY_MAP, load_reduced, tiny_model, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+import qectomy
 from qectomy.surgery.modeling_qectomy_llama import (
     QectomyLlamaConfig,
     QectomyLlamaForCausalLM,
@@ -98,6 +99,7 @@ def test_a_fresh_model_is_usable(config_class):
         num_hidden_layers=5,
         query_maps=list(EVERY_MAP),
     )
+    qectomy.register()  # a config made by hand was looked up by nobody
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.to_empty(device="cpu")

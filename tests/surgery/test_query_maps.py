@@ -11,7 +11,7 @@ from qectomy.surgery.family import Dimensions
 from qectomy.surgery.query_maps import NAMES, QueryMapSpec, parse_query_map, parse_recipe, refusal
 
 
-def dimensions(n_layers=6, *, d_model=64, n_heads=4, n_kv_heads=2, d_head=16, attention_bias=False):
+def dimensions(n_layers=6, *, d_model=64, n_heads=4, n_kv_heads=2, d_head=16, attention_bias=False, **options):
     return Dimensions(
         n_layers=n_layers,
         d_model=d_model,
@@ -24,6 +24,7 @@ def dimensions(n_layers=6, *, d_model=64, n_heads=4, n_kv_heads=2, d_head=16, at
         tied=False,
         attention_bias=attention_bias,
         mlp_bias=False,
+        **options,
     )
 
 
@@ -154,3 +155,12 @@ def test_parameters_by_hand():
         ("dense", 4096),
     ):
         assert parse_query_map(spec).parameters(biased) == plain + 64
+    gpt2 = dimensions(n_kv_heads=4, attention_bias=True, rope=False, norm_shift=True)
+    for spec, stored in (  # the norm's shift holds identity's bias, and a free key takes select's gain in
+        ("identity", 0),
+        ("select", 2 * 64),
+        ("key-shared", 4 * 16 * 16 + 64),
+        ("low-rank:2", 64 + 4 * 64 + 64),
+        ("dense", 64 * 64 + 64),
+    ):
+        assert parse_query_map(spec).parameters(gpt2) == stored

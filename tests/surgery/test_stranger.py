@@ -54,8 +54,19 @@ for name, folder in job["folders"].items():
     }
 (out / "facts.json").write_text(json.dumps(facts))
 """
-NAMES = ("llama", "biases", "wide-heads", "tied", "bf16", "mistral")
+STEMS = dict.fromkeys(("llama", "biases", "wide-heads", "tied", "bf16"), "Llama")
+STEMS |= {"mistral": "Mistral", "gpt2": "GPT2", "gpt2-untied": "GPT2"}
+NAMES = tuple(STEMS)
 MANY = tokens(2, 24)
+GAIN = {  # of low-rank, layer 3
+    "modeling_qectomy_llama": "model.layers.3.self_attn.query.gain",
+    "modeling_qectomy_gpt2": "transformer.h.3.attn.c_attn.query.gain",
+}
+
+
+def code(name: str) -> str:
+    """The model file that travels with a folder, without .py."""
+    return "modeling_qectomy_gpt2" if name.startswith("gpt2") else "modeling_qectomy_llama"
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +115,10 @@ def test_the_stranger_has_no_qectomy(answers):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_auto_class_loads(answers, name):
     facts, _ = answers
-    stem = "QectomyMistral" if name == "mistral" else "QectomyLlama"
+    stem = f"Qectomy{STEMS[name]}"
     module, config, query_maps = facts[name]["config"]
     assert module.startswith("transformers_modules.")
+    assert module.endswith(code(name))
     assert (config, query_maps) == (f"{stem}Config", list(EVERY_MAP))
     assert facts[name]["class"] == [module, f"{stem}ForCausalLM"]
     assert facts[name]["base"] == f"{stem}Model"
@@ -121,10 +133,10 @@ def test_same_logits_as_here(answers, tiny_reduced, name):
     with torch.no_grad():
         logits = model(MANY).logits
         torch.testing.assert_close(theirs["logits"], logits, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(theirs["hidden"], model.model(MANY).last_hidden_state, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(theirs["hidden"], model.base_model(MANY).last_hidden_state, rtol=1e-5, atol=1e-5)
         text = model.generate(MANY, attention_mask=torch.ones_like(MANY), max_new_tokens=8, do_sample=False)
         assert torch.equal(theirs["text"], text)
-        model.model.layers[1].self_attn.query.gain[0] += 1
+        dict(model.named_parameters())[GAIN[code(name)]][0] += 1
         assert (model(MANY).logits - logits).abs().max() > 1e-4
 
 
@@ -133,9 +145,9 @@ def test_what_the_stranger_saves_travels_on(answers, name):
     facts, out = answers
     theirs = load_file(out / f"{name}.safetensors")
     assert torch.equal(theirs["again"], theirs["logits"])
-    assert "modeling_qectomy_llama.py" in facts[name]["saved"]
+    assert f"{code(name)}.py" in facts[name]["saved"]
     assert "tokenizer.json" in facts[name]["saved"]
-    stem = "modeling_qectomy_llama.Qectomy" + ("Mistral" if name == "mistral" else "Llama")
+    stem = f"{code(name)}.Qectomy{STEMS[name]}"
     assert facts[name]["auto_map"] == {
         "AutoConfig": f"{stem}Config",
         "AutoModel": f"{stem}Model",
@@ -143,9 +155,10 @@ def test_what_the_stranger_saves_travels_on(answers, name):
     }
 
 
-def test_the_model_file_stands_alone():
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_model_file_stands_alone(name):
     """It imports torch and transformers only, and travels unchanged."""
-    source = Path(qectomy.__file__).parent / "surgery/modeling_qectomy_llama.py"
+    source = Path(qectomy.__file__).parent / f"surgery/{code(name)}.py"
     imports = [line for line in source.read_text().splitlines() if line.lstrip().startswith(("import ", "from "))]
     assert imports
     for line in imports:
