@@ -11,12 +11,15 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from qectomy.calibrate.layer_fit import attended_moments
 from qectomy.calibrate.moments import Moments, MomentSums
 from qectomy.calibrate.refine import FitData
 from qectomy.calibrate.rope_pairs import Rope
 from qectomy.calibrate.starts import Projections, Start, make_start
+from qectomy.surgery import modeling_qectomy_gpt2, modeling_qectomy_llama
 from qectomy.surgery.family import Dimensions
-from qectomy.surgery.modeling_qectomy_llama import QUERY_MODULES, QectomyLlamaConfig
+from qectomy.surgery.modeling_qectomy_gpt2 import QectomyGPT2Config
+from qectomy.surgery.modeling_qectomy_llama import QectomyLlamaConfig
 from qectomy.surgery.query_maps import QueryMapSpec, parse_query_map
 
 
@@ -42,6 +45,7 @@ class AttentionBench:
     d_head: int = 8
     d_model: int = 32
     bias: bool = False
+    gpt2: bool = False  # every head its own key, no RoPE, biases, and a norm that has a shift
     window: int | None = None  # sliding
     theta: float = 500.0
     context: int = 24
@@ -51,6 +55,8 @@ class AttentionBench:
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
+        if self.gpt2:
+            self.n_kv_heads, self.bias, self.d_model = self.n_heads, True, self.n_heads * self.d_head
         n_query, n_key = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
         spread = self.normal(self.d_model, self.d_model) * self.d_model**-0.5 + torch.eye(self.d_model)
         self.hidden = (
@@ -60,18 +66,7 @@ class AttentionBench:
         self.W_K = self.normal(self.d_model, n_key) * self.d_model**-0.5
         self.b_Q = 0.5 * self.normal(n_query) if self.bias else None
         self.b_K = 0.5 * self.normal(n_key) if self.bias else None
-        options = dict(
-            hidden_size=self.d_model,
-            num_attention_heads=self.n_heads,
-            num_key_value_heads=self.n_kv_heads,
-            head_dim=self.d_head,
-            attention_bias=self.bias,
-            num_hidden_layers=1,
-            rope_parameters=dict(rope_type="default", rope_theta=self.theta),
-        )
-        self.config = QectomyLlamaConfig(**options)
-        rotary = LlamaRotaryEmbedding(LlamaConfig(**options))
-        self.cos, self.sin = rotary(torch.zeros(1), torch.arange(self.context)[None])
+        self._set_family()
         self.rope = Rope(self.cos[0].double(), self.sin[0].double(), self.n_kv_heads, self.n_heads // self.n_kv_heads)
         self.dims = Dimensions(
             n_layers=1,
@@ -85,9 +80,32 @@ class AttentionBench:
             tied=False,
             attention_bias=self.bias,
             mlp_bias=False,
+            rope=not self.gpt2,
+            norm_shift=self.gpt2,
         )
         distance = torch.arange(self.context)[:, None] - torch.arange(self.context)
         self.allowed = (distance >= 0) & (distance < (self.window or self.context))
+
+    def _set_family(self) -> None:
+        """Choose the query modules and their config, and the angles of RoPE; without it they turn nothing."""
+        if self.gpt2:
+            self.modules = modeling_qectomy_gpt2.QUERY_MODULES
+            self.config = QectomyGPT2Config(n_embd=self.d_model, n_head=self.n_heads, n_layer=1)
+            self.cos, self.sin = torch.ones(1, self.context, self.d_head), torch.zeros(1, self.context, self.d_head)
+            return
+        options = dict(
+            hidden_size=self.d_model,
+            num_attention_heads=self.n_heads,
+            num_key_value_heads=self.n_kv_heads,
+            head_dim=self.d_head,
+            attention_bias=self.bias,
+            num_hidden_layers=1,
+            rope_parameters=dict(rope_type="default", rope_theta=self.theta),
+        )
+        self.modules = modeling_qectomy_llama.QUERY_MODULES
+        self.config = QectomyLlamaConfig(**options)
+        rotary = LlamaRotaryEmbedding(LlamaConfig(**options))
+        self.cos, self.sin = rotary(torch.zeros(1), torch.arange(self.context)[None])
 
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
@@ -115,7 +133,8 @@ class AttentionBench:
 
     @property
     def projections(self) -> Projections:
-        return Projections(self.W_Q, self.b_Q, self.W_K, self.b_K)
+        b_K = None if self.gpt2 else self.b_K  # one vector added to every key: softmax ignores it
+        return Projections(self.W_Q, self.b_Q, self.W_K, b_K)
 
     @property
     def moments(self) -> Moments:
@@ -129,15 +148,16 @@ class AttentionBench:
         return FitData(self.hidden, query.float(), key.float(), self.allowed, self.scaling, self.turn)
 
     def module(self, spec: QueryMapSpec) -> torch.nn.Module:
-        return QUERY_MODULES[spec.name](self.config, spec.rank or 0)
+        return self.modules[spec.name](self.config, spec.rank or 0)
 
     def start(self, name: str, seed: int = 0) -> Start:
         moments = self.moments
         spread = moments.student - torch.outer(moments.student_mean, moments.student_mean)
+        attended = spread.expand(self.n_kv_heads, -1, -1) if name == "key-shared" else spread[None]
         return make_start(
             parse_query_map(name),
             moments,
-            spread.expand(self.n_kv_heads, -1, -1) if name == "key-shared" else spread[None],
+            attended_moments(self.data, self.n_kv_heads) if self.gpt2 else attended,
             self.projections,
             self.dims,
             self.rope,
@@ -150,6 +170,8 @@ class AttentionBench:
         if start.b_K is not None:
             key = key + start.b_K.double()
         seen = self.hidden.double() * (1.0 if start.norm_gain is None else start.norm_gain.double())
+        if start.norm_shift is not None:
+            seen = seen + start.norm_shift.double()
         tensors = {n: t.double() if t.is_floating_point() else t for n, t in start.query.items()}
         module = self.module(parse_query_map(name)).double()
         query = torch.func.functional_call(module, tensors, (seen, key), strict=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conversions import QUICK, convert_tiny, few_steps, hashes, reload_here, window_nll
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import ROPES, bos_tokenizer, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -17,9 +19,10 @@ from qectomy.calibrate import layer_fit
 from qectomy.calibrate.convert import convert
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.text import read_source
-from qectomy.errors import CheckpointError
+from qectomy.errors import CheckpointError, UnsupportedArchitecture
 from qectomy.eval.perplexity import Protocol, evaluate
 from qectomy.surgery.checkpoint import open_checkpoint, sha256
+from qectomy.surgery.modeling_qectomy_gpt2 import QectomyGPT2Model
 from qectomy.surgery.modeling_qectomy_llama import QectomyLlamaModel, QectomyMistralModel
 from qectomy.surgery.plan import scratch_bytes
 from qectomy.surgery.query_maps import parse_recipe
@@ -34,6 +37,13 @@ CASES = [
     *[(shape, name) for shape in ("llama", "tied", "biases", "narrow-heads", "mistral") for name in MAPS],
     ("wide-heads", "identity"),
     ("bf16", "identity"),
+    *[("gpt2", name) for name in MAPS],
+    ("gpt2-untied", "identity"),
+    ("gpt2-bf16", "identity"),
+    ("gpt2-sharded", "select"),
+    ("gpt2-inverse", "low-rank:3"),
+    ("gpt2-unscaled", "key-shared"),
+    ("gpt2-one-head", "select"),
 ]
 NBYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4}
 
@@ -68,6 +78,8 @@ def check_report(report, source, out, text, recipe):
     for key, folder in (("before", source), ("after", out)):
         assert (report["parameters"][key], report["bytes"][key]) == stored(folder)
     gone = report["query_parameters"]["before"] - report["query_parameters"]["after"]
+    if original.family.model_type == "gpt2":  # the biases of its keys and values go too
+        gone += sum(name != "dense" for name in recipe) * 2 * original.dims.d_model
     assert report["parameters"]["before"] - report["parameters"]["after"] == gone
 
     assert [(record["index"], record["map"]) for record in report["layers"]] == list(enumerate(recipe))
@@ -104,7 +116,8 @@ def test_every_shape_and_map(shape, query, tiny_checkpoint, raven, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     check_report(report, source, tmp_path / "out", raven, [query] * 2)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"config.json", "tokenizer.json", "README.md", "modeling_qectomy_llama.py"} <= names
+    code = f"modeling_qectomy_{'gpt2' if shape.startswith('gpt2') else 'llama'}.py"
+    assert {"config.json", "tokenizer.json", "README.md", code} <= names
     assert not [name for name in names if name.startswith(".")]
     if query == "dense":
         assert report["perplexity"]["ratio"] == pytest.approx(1.0, abs=1e-6)
@@ -116,7 +129,7 @@ def test_every_shape_and_map(shape, query, tiny_checkpoint, raven, tmp_path):
         assert report["perplexity"]["ratio"] < 5
 
 
-@pytest.mark.parametrize("shape", ["llama", "tied", "biases", "mistral"])
+@pytest.mark.parametrize("shape", ["llama", "tied", "biases", "mistral", "gpt2", "gpt2-untied", "gpt2-inverse"])
 def test_a_mixed_recipe(shape, tiny_checkpoint, raven, tmp_path):
     source = tiny_checkpoint(shape, num_hidden_layers=5)
     report = convert_tiny(source, tmp_path / "out", MIXED, raven)
@@ -125,24 +138,27 @@ def test_a_mixed_recipe(shape, tiny_checkpoint, raven, tmp_path):
     assert kls[3] > 1e-4  # a dense layer that reads a stream which has left the teacher's
 
 
-def test_dense_layers_before_the_first_converted_one_stay_as_they_were(tiny_checkpoint, raven, tmp_path):
-    source = tiny_checkpoint("llama", num_hidden_layers=3)
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+def test_dense_layers_before_the_first_converted_one_stay_as_they_were(shape, tiny_checkpoint, raven, tmp_path):
+    source = tiny_checkpoint(shape, num_hidden_layers=3)
     report = convert_tiny(source, tmp_path / "out", "0-1=dense,2=select", raven)
     old, new = open_checkpoint(source), open_checkpoint(tmp_path / "out", reduced=True)
     for layer in (0, 1):
         ours = new.read_layer(layer)
         assert all(torch.equal(tensor, ours[name]) for name, tensor in old.read_layer(layer).items())
         assert report["layers"][layer]["attention_kl"] == {"fitted": 0.0, "heldout": 0.0}
-    assert torch.equal(old.read("model.embed_tokens.weight"), new.read("model.embed_tokens.weight"))
+    for name in old.family.outer_shapes(old.dims):
+        assert torch.equal(old.read(name), new.read(name))
 
 
-def test_dense_layers_after_it_are_refitted_to_a_stream_that_drifts(tiny_checkpoint, raven, tmp_path):
-    source = tiny_checkpoint("llama", num_hidden_layers=3)
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+def test_dense_layers_after_it_are_refitted_to_a_stream_that_drifts(shape, tiny_checkpoint, raven, tmp_path):
+    source = tiny_checkpoint(shape, num_hidden_layers=3)
     convert_tiny(source, tmp_path / "out", "0=select,1-2=dense", raven)
     old, new = open_checkpoint(source).read_layer(1), open_checkpoint(tmp_path / "out", reduced=True).read_layer(1)
-    changed = {name for name, tensor in old.items() if not torch.equal(tensor, new[name])}
-    assert {"self_attn.o_proj.weight", "mlp.down_proj.weight"} <= changed
-    assert "self_attn.q_proj.weight" not in changed
+    changed = {name.partition(".")[2] for name, tensor in old.items() if not torch.equal(tensor, new[name])}
+    writers = {"c_proj.weight", "c_proj.bias"} if shape == "gpt2" else {"o_proj.weight", "down_proj.weight"}
+    assert changed == writers
 
 
 def test_the_first_layer_reads_a_scaled_embedding_as_before(tiny_checkpoint, raven, tmp_path):
@@ -203,17 +219,21 @@ def test_two_texts_and_an_evaluation_text(tiny_checkpoint, raven, tmp_path):
     assert str(tmp_path) not in json.dumps(report)  # no folder of the user's but in the command
 
 
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
 @pytest.mark.parametrize("query", ["identity", "select", "key-shared", "low-rank:3"])
-def test_the_same_seed_writes_the_same_bytes(query, tiny_checkpoint, raven, tmp_path):
+def test_the_same_seed_writes_the_same_bytes(query, shape, tiny_checkpoint, raven, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        convert_tiny(tiny_checkpoint(), tmp_path / name, query, raven, seed=seed)
+        convert_tiny(tiny_checkpoint(shape), tmp_path / name, query, raven, seed=seed)
     files = [hashes(tmp_path / name) for name in "abc"]
     same = {name for name in files[0] if files[0][name] == files[1][name]}
     assert files[0].keys() - same <= {"qectomy.json"}  # which holds the seconds it took
     assert files[0]["model.safetensors"] != files[2]["model.safetensors"]
 
 
-@pytest.mark.parametrize("shape, dtype, stored_as", [("llama", "bfloat16", "BF16"), ("bf16", "float32", "F32")])
+@pytest.mark.parametrize(
+    "shape, dtype, stored_as",
+    [("llama", "bfloat16", "BF16"), ("bf16", "float32", "F32"), ("gpt2", "bfloat16", "BF16")],
+)
 @pytest.mark.parametrize("query", ["key-shared", "identity", "dense"])
 def test_another_dtype(shape, dtype, stored_as, query, tiny_checkpoint, raven, tmp_path):
     source = tiny_checkpoint(shape)
@@ -234,6 +254,58 @@ def test_rope_that_depends_on_the_length(kind, tiny_checkpoint, raven, tmp_path)
     source = tiny_checkpoint(f"rope-{kind}", rope_parameters=parameters, max_position_embeddings=80)
     report = convert_tiny(source, tmp_path / "out", "select", raven, context=128, tokens=256, eval_tokens=128)
     assert report["perplexity"]["before"] == pytest.approx(measured(source, raven, 128, 128), rel=1e-4)
+
+
+@pytest.mark.parametrize("query", MAPS)
+def test_heads_of_an_odd_width(query, tiny_checkpoint, raven, tmp_path):
+    """Without RoPE nothing comes in pairs."""
+    source = tiny_checkpoint("gpt2", hidden_size=20)
+    report = convert_tiny(source, tmp_path / "out", query, raven)
+    check_report(report, source, tmp_path / "out", raven, [query] * 2)
+
+
+def as_openai_published(folder, mask_dtype):
+    """Rewrite a GPT-2 checkpoint as the hub's first one is: no `transformer.`, and the causal mask as buffers."""
+    tensors = load_file(folder / "model.safetensors")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    assert len(old) == len(tensors)
+    assert not set(old) & set(tensors)
+    for layer in range(2):
+        old[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 128, 128).tril().to(mask_dtype)
+        old[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(old, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bool, torch.uint8])
+def test_a_checkpoint_as_openai_published_it(mask_dtype, tiny_checkpoint, tiny_copy, raven, tmp_path):
+    """Its tensors are found under the names they have without a prefix; the result is the same to the byte."""
+    source = tiny_copy("gpt2")
+    as_openai_published(source, mask_dtype)
+    before = hashes(source)
+    report = convert_tiny(source, tmp_path / "out", "0=identity,1=select", raven)
+    assert hashes(source) == before
+    usual = convert_tiny(tiny_checkpoint("gpt2"), tmp_path / "usual", "0=identity,1=select", raven)
+    ours, theirs = hashes(tmp_path / "out"), hashes(tmp_path / "usual")
+    assert ours.keys() == theirs.keys()
+    assert {name for name in ours if ours[name] != theirs[name]} <= {"qectomy.json", "README.md"}  # names and times
+    assert report["perplexity"] == usual["perplexity"]
+    assert report["perplexity"]["before"] == pytest.approx(measured(source, raven), rel=1e-4)
+    assert report["parameters"] == usual["parameters"]  # a mask is no parameter
+    assert report["bytes"] == usual["bytes"]
+    assert report["source"]["sha256"]["model.safetensors"] == before["model.safetensors"]
+
+
+def test_a_gpt2_that_cannot_be_converted_is_refused(tiny_copy):
+    for field, value, error, message in (
+        ("add_cross_attention", True, UnsupportedArchitecture, "cross-attention"),
+        ("n_head", 5, CheckpointError, "n_embd 32 is not a multiple of n_head 5"),
+    ):
+        folder = tiny_copy("gpt2")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, field: value}))
+        with pytest.raises(error, match=message):
+            open_checkpoint(folder)
+        shutil.rmtree(folder)
 
 
 def test_a_tokenizer_that_adds_bos(tiny_copy, raven, tmp_path):
@@ -265,10 +337,10 @@ def test_the_reload_check_ran_in_a_fresh_process(tiny_checkpoint, raven, tmp_pat
     assert report["reload_check"]["largest_relative_logit_error"] < 1e-4
 
 
-@pytest.mark.parametrize("shape", ["llama", "mistral"])
+@pytest.mark.parametrize("shape", ["llama", "mistral", "gpt2"])
 def test_the_reload_check_runs_the_models_own_forward(shape, tiny_checkpoint, raven, tmp_path, monkeypatch):
     """What lies outside the layers, and so outside what the pass runs, must be right too."""
-    whole = {"llama": QectomyLlamaModel, "mistral": QectomyMistralModel}[shape]
+    whole = {"llama": QectomyLlamaModel, "mistral": QectomyMistralModel, "gpt2": QectomyGPT2Model}[shape]
     right = whole.forward
 
     def wrong(self, *arguments, **options):
@@ -281,8 +353,9 @@ def test_the_reload_check_runs_the_models_own_forward(shape, tiny_checkpoint, ra
         convert_tiny(tiny_checkpoint(shape), tmp_path / "out", "select", raven)
 
 
-def test_scratch_stays_within_what_the_plan_says(tiny_checkpoint, raven, tmp_path, monkeypatch):
-    source, sizes = open_checkpoint(tiny_checkpoint()), []
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+def test_scratch_stays_within_what_the_plan_says(shape, tiny_checkpoint, raven, tmp_path, monkeypatch):
+    source, sizes = open_checkpoint(tiny_checkpoint(shape)), []
 
     def watch(folder):
         hidden = [path for path in Path(folder).glob(".*") if path.is_file()]

@@ -20,6 +20,8 @@ SHAPES = {
     "wide-heads": dict(d_head=12),  # more query channels than the model is wide
     "narrow-heads": dict(d_head=6, bias=True),
     "one-window": dict(n_windows=1),
+    "gpt2": dict(gpt2=True),
+    "gpt2-odd-heads": dict(gpt2=True, d_head=5),
 }
 
 
@@ -44,13 +46,17 @@ def test_kl_goes_down(name, shape):
     before = {key: tensor.clone() for key, tensor in start.query.items()}
     found = run(bench, name, start)
     assert bench.kl(name, found) < 0.95 * bench.kl(name, start)
-    assert (found.b_K is None) == (not bench.bias)
+    assert (found.b_K is None) == (not bench.bias or bench.gpt2)
     assert found.query.keys() == start.query.keys()
     for key, tensor in before.items():
         assert torch.equal(start.query[key], tensor)  # the start is left alone
         assert found.query[key].shape == tensor.shape
     moved = {"mix", "gain", "down", "up", "bias"} & before.keys()
     assert all(not torch.equal(found.query[key].double(), before[key].double()) for key in moved)
+    for shared in ("norm_gain", "norm_shift"):
+        theirs, ours = getattr(start, shared), getattr(found, shared)
+        assert (ours is None) == (theirs is None) == (name != "identity" or bench.gpt2 == (shared == "norm_gain"))
+        assert theirs is None or not torch.equal(ours, theirs.float())
     if name == "select":
         assert torch.equal(found.query["index"], before["index"])
 
