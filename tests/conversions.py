@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from qectomy.calibrate import key_shared_start, refine, units
 from qectomy.calibrate.convert import convert
@@ -71,3 +74,10 @@ def window_nll(model: Any, windows: torch.Tensor) -> torch.Tensor:
             logits = model(input_ids=window[None]).logits[0].double()
         losses.append(torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="none"))
     return torch.cat(losses)
+
+
+def measured(folder: Path, text: Path, tokens: int = 160, context: int = 32) -> float:
+    """Perplexity by the stock class of transformers and a loop of our own."""
+    ids = torch.tensor(tiny_tokenizer()(text.read_text())["input_ids"][:tokens])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    return math.exp(window_nll(model, ids.view(-1, context)).mean())

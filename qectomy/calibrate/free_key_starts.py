@@ -51,10 +51,10 @@ def affine_start(
     for own, Q, mean, K, L in zip(channels, *heads, roots, strict=True):
         M = ridge(C[own][:, own], C[own] @ Q, RIDGE)
         keys.append(K @ M.T)
-        seen, rms = M @ L, channel_rms(C)[own]  # b' M L = wanted L, where it can be had
+        seen, rms = M @ L, channel_rms(C)[own]  # (mean x̂_S + b') M L = wanted L, where it can be had
         gram = rms[:, None] * (seen @ seen.T) * rms
-        solved = rms * ridge(gram, rms * (seen @ (mean @ L)), DAMPING)
-        biases.append(solved - moments.student_mean[own])
+        lack = mean @ L - moments.student_mean[own] @ seen
+        biases.append(rms * ridge(gram, rms * (seen @ lack), DAMPING))
     return torch.cat(keys, 1), torch.stack(biases)
 
 
@@ -76,8 +76,12 @@ def turned_for_slices(
         seen = Q @ L
         U, _, Vh = torch.linalg.svd((C[own] @ seen) / channel_rms(C)[own, None])
         N = L @ (Vh.mT @ U.mT)
-        N = N * ((Q * (C @ Q)).sum() / ((Q @ N) * (C @ (Q @ N))).sum().clamp_min(1e-30)).sqrt()
         queries.append(Q @ N)
         keys.append(K @ torch.linalg.inv(N).mT)
         changes.append(N)
     return torch.cat(queries, 1), torch.cat(keys, 1), torch.stack(changes)
+
+
+def key_change(W: torch.Tensor, K: torch.Tensor, C_k: torch.Tensor) -> torch.Tensor:
+    """Return N (K', K) with x̂ W N nearest to x̂ W_K under C_k: a query q of the old keys is q Nᵀ of the new."""
+    return ridge(W.T @ C_k @ W, W.T @ C_k @ K, RIDGE)

@@ -166,7 +166,6 @@ def _parameters(
     fixed_channels = not {"mix", "down"} & start.query.keys()
     lr_key = settings.lr_key_fixed_channels if fixed_channels else settings.lr_key
     W_K = start.W_K.float()
-    query_size = output_rms(C, W_Q)
     parameters = {"W_K": key_parameter(W_K, C, rope, power=0.125, lr=lr_key)}
 
     def scaled(origin: torch.Tensor, size: torch.Tensor, rate: float = lr) -> Parameter:
@@ -192,7 +191,17 @@ def _parameters(
         elif name == "up":
             parameters["query.up"] = scaled(tensor, tensor.float().square().mean().sqrt())
         elif name == "bias":
-            chosen = "index" in start.query and "gain" not in start.query  # then queries are channels as they are
-            size = C.diagonal().sqrt()[start.query["index"].long()] if chosen else query_size
-            parameters["query.bias"] = scaled(tensor, size)
+            parameters["query.bias"] = scaled(tensor, _query_size(start.query, C, W_Q))
     return parameters
+
+
+def _query_size(query: dict[str, torch.Tensor], C: torch.Tensor, W_Q: torch.Tensor) -> torch.Tensor:
+    """Return the rms (H*K,) of each query channel at the start, whose coordinates need not be those of W_Q."""
+    if "index" in query and "gain" not in query:  # chosen channels as they are
+        return C.diagonal().sqrt()[query["index"].long()]
+    if "down" in query:
+        W = (query["up"] @ query["down"]).T.float()
+        columns = torch.arange(W.shape[1], device=W.device)
+        W[columns % len(W), columns] += query["gain"].float()
+        return output_rms(C, W)
+    return output_rms(C, W_Q)

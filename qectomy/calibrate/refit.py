@@ -37,36 +37,46 @@ TURNED = RefitSettings(mlp_readers=0.01)  # in a turned stream, whose embedding 
 
 
 class _Regression:
-    """Gram matrix of what a projection reads, its product with what the student lacks, and the sums of both."""
+    """Gram matrix of what a projection reads, and its product with what the student lacks.
 
-    def __init__(self, n_in: int, n_out: int, device: torch.device):
+    With a bias both are taken about the first batch's means: products of low precision would lose a small spread about
+    a large mean.
+    """
+
+    def __init__(self, inputs: torch.Tensor, lack: torch.Tensor, with_bias: bool):
+        n_in, n_out, device = inputs.shape[-1], lack.shape[-1], inputs.device
         self.gram = torch.zeros(n_in, n_in, device=device)
         self.right = torch.zeros(n_in, n_out, device=device)
-        self.inputs = torch.zeros(n_in, dtype=torch.float64, device=device)
-        self.lack = torch.zeros(n_out, dtype=torch.float64, device=device)
+        self.with_bias = with_bias
+        self.origin = [part.flatten(0, 1).mean(0) * with_bias for part in (inputs, lack)]
+        self.sums = [torch.zeros(part.shape[-1], dtype=torch.float64, device=device) for part in (inputs, lack)]
         self.count = 0
 
     def add(self, inputs: torch.Tensor, lack: torch.Tensor) -> None:
-        dtype = fast_dtype(inputs.device)
-        self.inputs += inputs.flatten(0, 1).sum(0).double()
-        self.lack += lack.flatten(0, 1).sum(0).double()
-        self.count += inputs.shape[:2].numel()
-        a, b = inputs.flatten(0, 1).to(dtype), lack.flatten(0, 1).to(dtype)
+        """Take in a batch, (B, T, in) and (B, T, D)."""
+        dtype, products = fast_dtype(inputs.device), []
+        for part, origin, total in zip((inputs, lack), self.origin, self.sums, strict=True):
+            flat = part.flatten(0, 1) - origin if self.with_bias else part.flatten(0, 1)
+            total += flat.sum(0).double()
+            products.append(flat.to(dtype))
+        a, b = products
+        self.count += len(a)
         for start, stop in batches(0, a.shape[1], COLUMNS):  # a product takes another array before it is added
             self.gram[start:stop] += (a[:, start:stop].T @ a).float()
             self.right[start:stop] += (a[:, start:stop].T @ b).float()
 
-    def change(self, strength: float, with_bias: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def change(self, strength: float) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return ΔW (in, D) and Δb (D,), float32. Uses up the Gram matrix, which may weigh as much as the layer."""
         gram = self.gram.double()
         del self.gram
         release_freed()
-        if not with_bias:
+        if not self.with_bias:
             return ridge_(gram, self.right, strength), None
-        inputs, lack = self.inputs / self.count, self.lack / self.count
-        gram.addr_(self.inputs, inputs, alpha=-1)
-        right = self.right.double().addr_(self.inputs, lack, alpha=-1).float()
+        inputs, lack = (total / self.count for total in self.sums)
+        gram.addr_(self.sums[0], inputs, alpha=-1)
+        right = self.right.double().addr_(self.sums[0], lack, alpha=-1).float()
         change = ridge_(gram, right, strength)
+        inputs, lack = (mean + origin for mean, origin in zip((inputs, lack), self.origin, strict=True))
         return change, (lack - inputs @ change.double()).float()
 
 
@@ -88,6 +98,7 @@ def _refit_writer(runner: LayerRunner, student: nn.Module, streams: Streams, vie
     """Refit W_O, or W_down once W_O stands, on what the student's stream lacks after it."""
     after_mlp = view is runner.family.roles.mlp_out
     wanted = streams.teacher_after if after_mlp else streams.teacher_mid
+    linear = student.get_submodule(view.module)
     sums: _Regression | None = None
     for start, stop in batches(0, streams.fitted, streams.batch):
         ours = streams.student[start:stop].to(runner.device)
@@ -95,11 +106,11 @@ def _refit_writer(runner: LayerRunner, student: nn.Module, streams: Streams, vie
             ours, inputs = runner.attend(student, ours)
             if after_mlp:
                 ours, inputs = runner.think(student, ours)
-        sums = sums or _Regression(inputs.shape[-1], runner.dims.d_model, runner.device)
-        sums.add(inputs, wanted[start:stop].to(runner.device) - ours)
+        lack = wanted[start:stop].to(runner.device) - ours
+        sums = sums or _Regression(inputs, lack, with_bias=getattr(linear, "bias", None) is not None)
+        sums.add(inputs, lack)
     assert sums is not None
-    linear = student.get_submodule(view.module)
-    _add(linear, view, *sums.change(strength, with_bias=getattr(linear, "bias", None) is not None))
+    _add(linear, view, *sums.change(strength))
 
 
 def _refit_readers(runner: LayerRunner, student: nn.Module, streams: Streams, strength: float) -> None:

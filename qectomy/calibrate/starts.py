@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from qectomy.calibrate.free_key_starts import affine_start, choose_free, key_roots, slices, turned_for_slices
+from qectomy.calibrate.free_key_starts import (
+    affine_start,
+    choose_free,
+    key_change,
+    key_roots,
+    slices,
+    turned_for_slices,
+)
 from qectomy.calibrate.key_shared_start import joint_start
 from qectomy.calibrate.moments import Moments, ridge
 from qectomy.calibrate.rope_pairs import Rope, pair_power, rotate_pairs
@@ -56,8 +63,9 @@ def make_start(
     C, mean = plain.student, plain.student_mean
     W_Q, W_K = carry_over(plain, teacher.W_Q), carry_over(plain, teacher.W_K)
     gain = None
-    if not dims.rope and spec.name != "key-shared":
-        return _free_key_start(spec, moments, key_moments, Projections(W_Q, teacher.b_Q, W_K, None), teacher.W_Q)
+    if not dims.rope:
+        carried = Projections(W_Q, teacher.b_Q, W_K, None)
+        return _free_key_start(spec, moments, key_moments, carried, teacher.W_Q, rope, generator)
     if spec.name == "key-shared":
         W_K, mix = joint_start(C, key_moments, W_Q, W_K, rope, generator)
         query = {"mix": mix}
@@ -76,13 +84,26 @@ def make_start(
 
 
 def _free_key_start(
-    spec: QueryMapSpec, moments: Moments, key_moments: torch.Tensor, carried: Projections, teacher_W_Q: torch.Tensor
+    spec: QueryMapSpec,
+    moments: Moments,
+    key_moments: torch.Tensor,
+    carried: Projections,
+    teacher_W_Q: torch.Tensor,
+    rope: Rope,
+    generator: torch.Generator,
 ) -> Start:
     """Return the start of a model without RoPE: see `free_key_starts`. `carried` are W_Q and W_K on the student's x̂."""
     C, (W_Q, W_K, b_Q) = moments.centred().student, (carried.W_Q, carried.W_K, carried.b_Q)
     assert b_Q is not None
     wanted = moments.teacher_mean @ teacher_W_Q + b_Q
     roots = key_roots(W_K, key_moments)
+    if spec.name == "key-shared":
+        W, mix = (part.double() for part in joint_start(C, key_moments, W_Q, W_K, rope, generator))
+        heads = (part.unflatten(-1, (len(roots), -1)).movedim(-2, 0) for part in (W, W_K, wanted))
+        parts = zip(*heads, key_moments.double(), strict=True)
+        bias = torch.stack([mean @ key_change(own, K, C_k).T for own, K, mean, C_k in parts])
+        keys = (moments.student_mean @ W).view(len(roots), 1, -1)
+        return Start(W, {"mix": mix, "bias": (bias - (keys @ mix)[:, 0]).flatten()})
     if spec.name == "low-rank":
         assert spec.rank is not None
         W_Q, W_K, changes = turned_for_slices(C, W_Q, W_K, roots)

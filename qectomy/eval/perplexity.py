@@ -12,6 +12,7 @@ from qectomy.calibrate.settings import CONTEXT
 from qectomy.calibrate.text import Source, adds_bos, first_tokens, load_tokenizer
 from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, TextError
 from qectomy.eval.scores import Logits, TokenScores, join_scores, score_tokens
+from qectomy.surgery.architectures import FAMILIES
 from qectomy.surgery.checkpoint import locate
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.headers import TORCH_NAMES, read_json
@@ -159,9 +160,13 @@ def load_model(name: str, dtype: str | None, device: str) -> tuple[Any, Path, st
         raise CheckpointError(
             f"{folder} (model_type {config.get('model_type')!r}) cannot be loaded: {reason}"
         ) from error
+    family = FAMILIES.get(str(config.get("model_type")))
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(kind):
-            raise CheckpointError(f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}")
+        names = [str(name) for name in info.get(kind) or ()]
+        if kind == "unexpected_keys" and family is not None:
+            names = [name for name in names if not name.endswith(family.ignored_suffixes)]
+        if names:
+            raise CheckpointError(f"{folder}: {kind.replace('_', ' ')}: {sorted(names)[:3]}")
     return model.to(device).eval(), folder, str(model.dtype).removeprefix("torch.")
 
 
@@ -221,11 +226,8 @@ def common_context(names: list[str]) -> int:
     found = [CONTEXT]
     for name in names:
         config = read_json(locate(name) / "config.json")
-        said = (
-            [config.get(field) for field in ("max_position_embeddings", "n_positions")]
-            if isinstance(config, dict)
-            else []
-        )
+        fields = config if isinstance(config, dict) else {}
+        said = [fields.get(field) for field in ("max_position_embeddings", "n_positions")]
         found += [positions for positions in said if isinstance(positions, int) and positions > 1]
     return min(found)
 

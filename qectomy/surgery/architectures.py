@@ -172,7 +172,7 @@ class GPT2Family(Family):
     def check_config(self, config: Any) -> None:
         check_activation("activation_function", config.activation_function)
         scale = getattr(config, "softmax_scale", None)
-        if scale is not None and not 0 < scale < float("inf"):
+        if scale is not None and not (isinstance(scale, int | float) and 0 < scale < float("inf")):
             raise ValueError(f"softmax_scale must be a positive number, got {scale!r}")
 
     def query_factor(self, config: Any) -> float:

@@ -102,6 +102,7 @@ class Checkpoint:
         import torch
 
         info = self.tensors[name]
+        assert 0 <= start <= stop <= info.shape[0], (name, start, stop)
         row_bytes = info.nbytes // info.shape[0]
         data = bytearray((stop - start) * row_bytes)
         try:

@@ -29,6 +29,11 @@ from transformers.models.gpt2.modeling_gpt2 import (
 )
 
 
+def is_loaded(tensor: torch.Tensor) -> bool:
+    """Whether transformers has read this tensor from a file; of torch's own initialisers it takes care itself."""
+    return getattr(tensor, "_is_hf_initialized", False)
+
+
 class QueryMap(nn.Module):
     """What stands where W_Q stood: (x̂ (B, T, D), keys (B, T, D)) -> queries (B, T, D)."""
 
@@ -65,6 +70,8 @@ class SelectQuery(QueryMap):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
+        if is_loaded(self.index):
+            return
         with torch.no_grad():
             self.index.copy_(torch.arange(len(self.index)))
 
@@ -82,6 +89,8 @@ class KeySharedQuery(QueryMap):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
+        if is_loaded(self.mix):
+            return
         with torch.no_grad():
             self.mix.copy_(torch.eye(self.mix.shape[1]).expand_as(self.mix))
 

@@ -39,6 +39,11 @@ from transformers.models.mistral.modeling_mistral import (
 )
 
 
+def is_loaded(tensor: torch.Tensor) -> bool:
+    """Whether transformers has read this tensor from a file; of torch's own initialisers it takes care itself."""
+    return getattr(tensor, "_is_hf_initialized", False)
+
+
 class QueryMap(nn.Module):
     """What stands where W_Q stood: (x̂ (B, T, D), keys before RoPE (B, T, G*K)) -> queries (B, T, H*K)."""
 
@@ -86,6 +91,8 @@ class SelectQuery(QueryMap):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.ones_(self.gain)
+        if is_loaded(self.index):
+            return
         with torch.no_grad():
             self.index.copy_(torch.arange(self.n_query) % self.d_model)
 
@@ -103,6 +110,8 @@ class KeySharedQuery(QueryMap):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
+        if is_loaded(self.mix):
+            return
         with torch.no_grad():
             self.mix.copy_(torch.eye(self.d_head).expand_as(self.mix))
 

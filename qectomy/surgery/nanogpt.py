@@ -113,8 +113,8 @@ def read_nanogpt(path: Path) -> tuple[ModelArgs, dict[str, torch.Tensor]]:
         named = re.search(r"Unsupported (?:global: GLOBAL (\S+)|.*)", str(error))
         if named and named[1]:
             raise CheckpointError(
-                f"{path} holds more than tensors and plain containers ({named[1]}); unpickling that can run code, so it "
-                "is not read"
+                f"{path} holds more than tensors and plain containers ({named[1]}); unpickling that can run code, "
+                "so it is not read"
             ) from error
         raise CheckpointError(
             f"{path} is not a checkpoint of tensors and plain containers that PyTorch can unpickle safely"

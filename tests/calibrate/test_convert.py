@@ -2,24 +2,21 @@
 
 import json
 import math
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conversions import QUICK, convert_tiny, few_steps, hashes, reload_here, window_nll
+from conversions import QUICK, convert_tiny, few_steps, hashes, measured, reload_here
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tiny_models import ROPES, bos_tokenizer, tiny_tokenizer
-from transformers import AutoModelForCausalLM
 
 from qectomy import __version__
 from qectomy.calibrate import layer_fit
 from qectomy.calibrate.convert import convert
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.text import read_source
-from qectomy.errors import CheckpointError, UnsupportedArchitecture
+from qectomy.errors import CheckpointError
 from qectomy.eval.perplexity import Protocol, evaluate
 from qectomy.surgery.checkpoint import open_checkpoint, sha256
 from qectomy.surgery.modeling_qectomy_gpt2 import QectomyGPT2Model
@@ -58,13 +55,6 @@ def stored(folder):
                 numbers += math.prod(view.get_shape())
                 n_bytes += math.prod(view.get_shape()) * NBYTES[view.get_dtype()]
     return numbers, n_bytes
-
-
-def measured(folder, text, tokens=160, context=32):
-    """Perplexity by the stock class of transformers and a loop of our own."""
-    ids = torch.tensor(tiny_tokenizer()(text.read_text())["input_ids"][:tokens])
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    return math.exp(window_nll(model, ids.view(-1, context)).mean())
 
 
 def check_report(report, source, out, text, recipe):
@@ -262,50 +252,6 @@ def test_heads_of_an_odd_width(query, tiny_checkpoint, raven, tmp_path):
     source = tiny_checkpoint("gpt2", hidden_size=20)
     report = convert_tiny(source, tmp_path / "out", query, raven)
     check_report(report, source, tmp_path / "out", raven, [query] * 2)
-
-
-def as_openai_published(folder, mask_dtype):
-    """Rewrite a GPT-2 checkpoint as the hub's first one is: no `transformer.`, and the causal mask as buffers."""
-    tensors = load_file(folder / "model.safetensors")
-    old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    assert len(old) == len(tensors)
-    assert not set(old) & set(tensors)
-    for layer in range(2):
-        old[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 128, 128).tril().to(mask_dtype)
-        old[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
-    save_file(old, folder / "model.safetensors", {"format": "pt"})
-
-
-@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bool, torch.uint8])
-def test_a_checkpoint_as_openai_published_it(mask_dtype, tiny_checkpoint, tiny_copy, raven, tmp_path):
-    """Its tensors are found under the names they have without a prefix; the result is the same to the byte."""
-    source = tiny_copy("gpt2")
-    as_openai_published(source, mask_dtype)
-    before = hashes(source)
-    report = convert_tiny(source, tmp_path / "out", "0=identity,1=select", raven)
-    assert hashes(source) == before
-    usual = convert_tiny(tiny_checkpoint("gpt2"), tmp_path / "usual", "0=identity,1=select", raven)
-    ours, theirs = hashes(tmp_path / "out"), hashes(tmp_path / "usual")
-    assert ours.keys() == theirs.keys()
-    assert {name for name in ours if ours[name] != theirs[name]} <= {"qectomy.json", "README.md"}  # names and times
-    assert report["perplexity"] == usual["perplexity"]
-    assert report["perplexity"]["before"] == pytest.approx(measured(source, raven), rel=1e-4)
-    assert report["parameters"] == usual["parameters"]  # a mask is no parameter
-    assert report["bytes"] == usual["bytes"]
-    assert report["source"]["sha256"]["model.safetensors"] == before["model.safetensors"]
-
-
-def test_a_gpt2_that_cannot_be_converted_is_refused(tiny_copy):
-    for field, value, error, message in (
-        ("add_cross_attention", True, UnsupportedArchitecture, "cross-attention"),
-        ("n_head", 5, CheckpointError, "n_embd 32 is not a multiple of n_head 5"),
-    ):
-        folder = tiny_copy("gpt2")
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, field: value}))
-        with pytest.raises(error, match=message):
-            open_checkpoint(folder)
-        shutil.rmtree(folder)
 
 
 def test_a_tokenizer_that_adds_bos(tiny_copy, raven, tmp_path):

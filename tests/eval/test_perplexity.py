@@ -6,12 +6,13 @@ import pytest
 import torch
 from conversions import window_nll
 from damage import edit_json, edit_weights
+from safetensors.torch import load_file, save_file
 from tiny_models import RAVEN, VOCAB_SIZE, bos_tokenizer, scramble, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, PhiConfig
 
 from qectomy.calibrate.text import Source
 from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, TextError
-from qectomy.eval.perplexity import Protocol, evaluate, load_model, logits_reader, scoring_windows
+from qectomy.eval.perplexity import Protocol, common_context, evaluate, load_model, logits_reader, scoring_windows
 
 SOURCE = Source("raven", "hash", RAVEN * 2)
 CONTEXTS = [(16, 16), (16, 5), (16, 1), (33, 20)]
@@ -106,6 +107,27 @@ def test_heads_that_are_more_than_a_matrix(config, tmp_path):
     nats, _ = by_hand(model, token_ids(SOURCE.text), 32, 32)
     assert found["perplexity"] == pytest.approx(math.exp(nats.mean()), rel=1e-5)
     assert found["kl"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("buffer", ["attn.bias", "attn.masked_bias"])
+def test_buffers_that_old_checkpoints_hold_do_no_harm(buffer, tiny_copy):
+    folder = tiny_copy("gpt2")
+    expected = evaluate(str(folder), SOURCE, Protocol(context=32))
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file({**tensors, f"h.0.{buffer}": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"})
+    assert evaluate(str(folder), SOURCE, Protocol(context=32)) == expected
+    save_file({**tensors, "h.0.attn.other": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"unexpected keys: .*attn\.other"):
+        evaluate(str(folder), SOURCE, Protocol(context=32))
+
+
+def test_windows_longer_than_a_table_of_positions_are_refused(tiny_checkpoint):
+    name = str(tiny_checkpoint("gpt2", max_position_embeddings=24))
+    assert common_context([str(tiny_checkpoint()), name]) == 24
+    assert evaluate(name, SOURCE, Protocol(context=24))["perplexity"] > 1
+    with pytest.raises(TextError, match=f"--context 25 is longer than the 24 positions of {name}; use 24 or less"):
+        evaluate(name, SOURCE, Protocol(context=25))
 
 
 def test_a_plain_head_is_read_in_slices(tiny_checkpoint):

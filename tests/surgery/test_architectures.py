@@ -224,7 +224,7 @@ def test_defaults_of_gpt2_are_those_of_transformers():
     assert expected_tensors(family, dims, (QueryMapSpec("dense"),) * 12) == without_tied_head(held, family, dims)
 
 
-@pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan"), "half", [1.0]])
 def test_a_softmax_scale_that_is_none_is_refused(scale):
     family, raw = family_and_config("gpt2")
     with pytest.raises(CheckpointError, match=r"config.json is not a valid gpt2 config: .*softmax_scale"):
