@@ -1,4 +1,4 @@
-# make demo    convert SmolLM2-135M-Instruct and print what it cost
+# make demo    take W_Q out of the sample GPT-2 and print what it cost
 # make test    run the tests
 # make lint types format
 # Each makes its own virtual environment in .venv first. Needs Python 3.10 or newer: PYTHON=python3.12 make test
@@ -8,15 +8,14 @@ JOBS ?= 2
 ARGS =
 
 # The demo's settings, for the command line only (never taken from the environment):
-#   make demo QUERY=select MODEL=path/to/checkpoint TEXT=mine.txt EVAL_TEXT=other.txt OUT=reduced
-SMOLLM2 := .cache/smollm2-135m-instruct
-MODEL = $(SMOLLM2)
-QUERY = key-shared
-TEXT = samples/kjv_calibration.txt
-EVAL_TEXT = samples/kjv_heldout.txt
-TOKENS = 8192
-EVAL_TOKENS = 4096
-CONTEXT = 512
+#   make demo MODEL=path/to/checkpoint TEXT=mine.txt EVAL_TEXT=other.txt QUERY="select low-rank:32" OUT=reduced
+MODEL = samples/gpt2
+QUERY = key-shared identity
+TEXT = samples/kjv_train.txt
+EVAL_TEXT = $(if $(filter samples/kjv_train.txt,$(TEXT)),samples/kjv_heldout.txt)
+TOKENS = 16384
+EVAL_TOKENS = 8192
+CONTEXT =
 OUT =
 DEMO_OUT := .cache/demo
 
@@ -58,13 +57,10 @@ format: $(STAMP)
 
 # An output folder named by OUT is never removed; the demo's own one, from an earlier run, is.
 demo: $(STAMP)
-	@if [ "$(MODEL)" = "$(SMOLLM2)" ]; then $(BIN)/python benchmarks/fetch_smollm2.py "$(SMOLLM2)"; fi
-	@if [ -z "$(OUT)" ]; then rm -rf "$(DEMO_OUT)"; mkdir -p "$(dir $(DEMO_OUT))"; fi
-	$(BIN)/qectomy convert "$(MODEL)" --out "$(or $(OUT),$(DEMO_OUT))" --query "$(QUERY)" \
-	  --text "$(TEXT)" --tokens $(TOKENS) --context $(CONTEXT) \
-	  --eval-text "$(EVAL_TEXT)" --eval-tokens $(EVAL_TOKENS)
-	@echo
-	@echo "The reduced checkpoint lies in $(or $(OUT),$(DEMO_OUT)); its report is qectomy.json there."
+	@if [ -z "$(OUT)" ]; then rm -rf "$(DEMO_OUT)"; fi
+	$(BIN)/python samples/demo.py "$(MODEL)" --out "$(or $(OUT),$(DEMO_OUT))" --query $(QUERY) \
+	  --text "$(TEXT)" $(if $(EVAL_TEXT),--eval-text "$(EVAL_TEXT)") \
+	  --tokens $(TOKENS) --eval-tokens $(EVAL_TOKENS) $(if $(CONTEXT),--context $(CONTEXT))
 
 # .cache/ holds the fetched model and stays.
 clean:
