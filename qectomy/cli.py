@@ -175,7 +175,11 @@ def evaluate(
 
     check_device(device)
     source = read_source(text)
-    protocol = Protocol(context=context or common_context(checkpoints), stride=stride, tokens=tokens)
+    protocol = Protocol(
+        context=context or common_context([*checkpoints, *([reference] if reference else [])]),
+        stride=stride,
+        tokens=tokens,
+    )
     results = []
     for checkpoint in checkpoints:
         with _progress(f"evaluating {checkpoint}") as progress:
@@ -232,11 +236,12 @@ def import_nanogpt(
 ) -> None:
     """Read a nanoGPT checkpoint, one of the paper's repository too, into a folder that transformers loads."""
     from qectomy.surgery.checkpoint import locate
+    from qectomy.surgery.config_files import TOKENIZER_FILES
     from qectomy.surgery.nanogpt import import_nanogpt as run
     from qectomy.surgery.output import check_absent
 
     check_absent(out)
-    result = run(checkpoint, out, locate(tokenizer) if tokenizer else None)
+    result = run(checkpoint, out, locate(tokenizer, TOKENIZER_FILES) if tokenizer else None)
     if as_json:
         _print_json(result)
     else:

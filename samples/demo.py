@@ -10,6 +10,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,9 +18,9 @@ from rich.table import Table
 from qectomy.calibrate.convert import convert
 from qectomy.calibrate.settings import ConvertSettings, default_context
 from qectomy.errors import QectomyError
-from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.output import check_absent
-from qectomy.surgery.query_maps import parse_recipe
+from qectomy.surgery.query_maps import QueryMapSpec, parse_recipe
 
 
 def main() -> int:
@@ -42,41 +43,52 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Convert with each map in turn; print the table."""
+    """Convert with each map in turn; print the table of those that were done, also when a later one fails."""
     source = open_checkpoint(options.checkpoint)
     check_absent(options.out)
-    recipes = [(name, tuple(parse_recipe(name, source.dims))) for name in options.query]
+    recipes = {name: tuple(parse_recipe(name, source.dims)) for name in options.query}
+    reports: dict[str, dict[str, Any]] = {}
+    try:
+        for name, recipe in recipes.items():
+            settings = ConvertSettings(
+                texts=(options.text,),
+                tokens=options.tokens,
+                context=options.context or default_context(source),
+                eval_text=options.eval_text or None,
+                eval_tokens=options.eval_tokens,
+                command=shlex.join(["python", *sys.argv]),
+            )
+            out = options.out / name.replace(":", "-")
+            reports[name] = convert(source, out, recipe, settings, progress(name))
+    finally:
+        if reports:
+            show(source, recipes, reports, options.out)
+
+
+def show(source: Checkpoint, recipes: dict[str, Any], reports: dict[str, dict[str, Any]], out: Path) -> None:
+    """Print the table, what was measured and where everything lies."""
+    dense = source.dims.n_layers * QueryMapSpec("dense").parameters(source.dims)
     table = Table("query map", "parameters", "W_Q removed", "perplexity", "ratio", "seconds")
-    for name, recipe in recipes:
-        out = options.out / name.replace(":", "-")
-        settings = ConvertSettings(
-            texts=(options.text,),
-            tokens=options.tokens,
-            context=options.context or default_context(source),
-            eval_text=options.eval_text or None,
-            eval_tokens=options.eval_tokens,
-            command=shlex.join(["python", *sys.argv]),
-        )
-        report = convert(source, out, recipe, settings, progress(name))
-        perplexity, queries = report["perplexity"], report["query_parameters"]
-        sizes = report["parameters"]
-        if not table.rows:
-            table.add_row("(original)", f"{sizes['before']:,}", "", f"{perplexity['before']:.3f}", "1", "")
+    first = next(iter(reports.values()))
+    table.add_row(
+        "(original)", f"{first['parameters']['before']:,}", "", f"{first['perplexity']['before']:.3f}", "1", ""
+    )
+    for name, report in reports.items():
+        kept = sum(spec.parameters(source.dims) for spec in recipes[name])
         table.add_row(
             name,
-            f"{sizes['after']:,}",
-            f"{1 - queries['after'] / queries['before']:.1%}",
-            f"{perplexity['after']:.3f}",
-            f"{perplexity['ratio']:.3f}",
+            f"{report['parameters']['after']:,}",
+            f"{1 - kept / dense:.1%}",
+            f"{report['perplexity']['after']:.3f}",
+            f"{report['perplexity']['ratio']:.3f}",
             f"{report['seconds']['total']:.0f}",
         )
-    protocol = report["perplexity"]["protocol"]
-    console = Console(highlight=False)
+    protocol, console = first["perplexity"]["protocol"], Console(highlight=False)
     console.print(table)
     console.print(
         f"{source.family.model_type}, {source.dims.n_layers} layers; perplexity on {protocol['scored_tokens']:,} "
         f"tokens of {protocol['text']},\nwhich is not fitted on, in windows of {protocol['context']}.",
-        f"Each reduced checkpoint, its report (qectomy.json) and its model card (README.md):\n{options.out}/MAP",
+        f"Each reduced checkpoint, its report (qectomy.json) and its model card (README.md):\n{out}/MAP",
         sep="\n",
         markup=False,
         soft_wrap=True,

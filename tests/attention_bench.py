@@ -154,10 +154,13 @@ class AttentionBench:
         moments = self.moments
         spread = moments.student - torch.outer(moments.student_mean, moments.student_mean)
         attended = spread.expand(self.n_kv_heads, -1, -1) if name == "key-shared" else spread[None]
+        if self.gpt2:
+            W_K = None if name == "key-shared" else self.W_K
+            attended = attended_moments(self.data, self.n_kv_heads, W_K)
         return make_start(
             parse_query_map(name),
             moments,
-            attended_moments(self.data, self.n_kv_heads) if self.gpt2 else attended,
+            attended,
             self.projections,
             self.dims,
             self.rope,

@@ -75,7 +75,7 @@ def test_training_writes_a_checkpoint_that_converts(name, tmp_path, monkeypatch)
     figures = train.train(name, tmp_path / "out", steps=4, learning_rate=1e-3, seed=0)
     assert figures["steps"] == 4
     assert figures["validation_loss"] < 6
-    assert not (tmp_path / "out.training").exists()
+    assert not [path for path in tmp_path.iterdir() if ".training" in path.name]
     assert len((tmp_path / "out/training.csv").read_text().splitlines()) == 3
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.num_parameters() == figures["parameters"]
@@ -100,6 +100,12 @@ def test_training_does_not_overwrite(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.strip() == f"error: {tmp_path} exists"
+
+
+def test_a_last_step_that_is_not_evaluated_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "gpt2", "--out", str(tmp_path / "out"), "--steps", "130"])
+    assert train.main() == 1
+    assert "--steps must be a multiple of 125" in capsys.readouterr().err
 
 
 def test_the_demo_prints_a_row_a_map(tiny_checkpoint, raven, tmp_path, monkeypatch, capsys):

@@ -13,14 +13,19 @@ from qectomy.calibrate.moments import Moments, ridge
 from qectomy.calibrate.select_start import JointChoice, channel_rms
 
 RIDGE = 1e-4
-DAMPING = 1e-2  # of the bias: a channel that the keys hardly see is not moved far
+DAMPING = 1e-3  # of the bias: a channel that the keys hardly see is not moved far
 
 
-def key_roots(W_K: torch.Tensor, C_k: torch.Tensor) -> torch.Tensor:
-    """Return L (H, K, K) with L Lᵀ = W_Kᵀ C_k W_K for each head; C_k is (H, D, D)."""
-    heads = W_K.view(len(W_K), len(C_k), -1).transpose(0, 1)  # (H, D, K)
-    values, vectors = torch.linalg.eigh(heads.mT @ C_k.to(heads.dtype) @ heads)
-    return vectors * values.clamp_min(1e-6 * values.amax(-1, keepdim=True)).sqrt()[:, None]
+def roots(grams: torch.Tensor) -> torch.Tensor:
+    """Return L (H, K, K) with L Lᵀ = W_Kᵀ C_k W_K, each head's `grams`; a head of zeros has a tiny one."""
+    values, vectors = torch.linalg.eigh(grams.double())
+    least = (1e-6 * values.amax(-1, keepdim=True)).clamp_min(1e-30)
+    return vectors * values.clamp_min(least).sqrt()[:, None]
+
+
+def per_head(W: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """Return (H, D, K) of W (D, H*K), or (H, K) of a bias (H*K,)."""
+    return W.unflatten(-1, (n_heads, -1)).movedim(-2, 0)
 
 
 def slices(d_model: int, n_heads: int, device: torch.device) -> torch.Tensor:
@@ -30,8 +35,8 @@ def slices(d_model: int, n_heads: int, device: torch.device) -> torch.Tensor:
 
 def choose_free(C: torch.Tensor, W_Q: torch.Tensor, roots: torch.Tensor) -> torch.Tensor:
     """Return the channels (H, K) that together explain each head's logits best; C is centred."""
-    queries = W_Q.view(len(C), len(roots), -1)
-    return torch.stack([JointChoice(C, [C @ (queries[:, h] @ L)]).run()[0][0] for h, L in enumerate(roots)])
+    queries = per_head(W_Q, len(roots))
+    return torch.stack([JointChoice(C, [C @ (Q @ L)]).run()[0][0] for Q, L in zip(queries, roots, strict=True)])
 
 
 def affine_start(
@@ -47,7 +52,7 @@ def affine_start(
     `wanted` (D,) is the mean of the queries, x̂ W_Q + b.
     """
     C, keys, biases = moments.centred().student, [], []
-    heads = (part.unflatten(-1, (len(roots), -1)).movedim(-2, 0) for part in (W_Q, wanted, W_K))
+    heads = (per_head(part, len(roots)) for part in (W_Q, wanted, W_K))
     for own, Q, mean, K, L in zip(channels, *heads, roots, strict=True):
         M = ridge(C[own][:, own], C[own] @ Q, RIDGE)
         keys.append(K @ M.T)
@@ -66,13 +71,8 @@ def turned_for_slices(
     In the key's whitened coordinates W_Q L, the rotation R is the orthogonal Procrustes solution (Schönemann 1966).
     """
     queries, keys, changes = [], [], []
-    n_heads = len(roots)
-    for own, Q, K, L in zip(
-        slices(len(C), n_heads, C.device),
-        *(W.view(len(C), n_heads, -1).transpose(0, 1) for W in (W_Q, W_K)),
-        roots,
-        strict=True,
-    ):
+    heads = (per_head(W, len(roots)) for W in (W_Q, W_K))
+    for own, Q, K, L in zip(slices(len(C), len(roots), C.device), *heads, roots, strict=True):
         seen = Q @ L
         U, _, Vh = torch.linalg.svd((C[own] @ seen) / channel_rms(C)[own, None])
         N = L @ (Vh.mT @ U.mT)

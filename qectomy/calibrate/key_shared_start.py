@@ -48,7 +48,7 @@ def joint_start(
     queries = W_Q.view(d_model, groups, per, K).permute(1, 2, 0, 3)  # (G, r, D, K)
     C_queries, C_theirs = C @ queries, C_k @ theirs
     query_gram, key_gram = queries.mT @ C_queries, theirs.mT @ C_theirs
-    scale = (query_gram * key_gram[:, None]).sum()
+    scale, turns = (query_gram * key_gram[:, None]).sum(), bool(rope.sin.any())
 
     def loss(values: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         ours = values[0].view(d_model, groups, K).transpose(0, 1)
@@ -57,6 +57,9 @@ def joint_start(
         own = A.mT @ (ours.mT @ (C @ ours))[:, None] @ A
         query_blocks = _blocks(query_gram, -cross, own)  # (G, r, 2K, 2K)
         key_blocks = _blocks(key_gram, C_theirs.mT @ ours, ours.mT @ (C_k @ ours))  # (G, 2K, 2K)
+        if not turns:
+            yield (query_blocks * key_blocks[:, None]).sum() / scale
+            return
         draws = torch.rand(OFFSETS_A_STEP, generator=generator)  # log-uniform: octaves of distance weigh alike
         offsets = (torch.exp(draws * math.log(len(rope.cos))) - 1).long().to(C.device)
         yield (query_blocks * mean_turn(key_blocks, offsets, rope)[:, None]).sum() / scale

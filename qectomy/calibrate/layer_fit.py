@@ -18,6 +18,8 @@ from qectomy.surgery.family import Family
 from qectomy.surgery.linear_views import read_view, store_views
 from qectomy.surgery.query_maps import QueryMapSpec
 
+EIGEN_CHANNELS = 4096  # over all KV heads: up to so many, small eigenvalues are raised; beyond, the diagonal
+
 
 def fit_layer(
     runner: LayerRunner,
@@ -39,8 +41,11 @@ def fit_layer(
         reduced = runner.family.reduced_layer(runner.reduced_config, layer)
         query_module = reduced.get_submodule(runner.family.roles.query_map)
     with _collected(runner, teacher, streams) as (moments, data):
-        weighs_keys = spec.name == "key-shared" or not dims.rope
-        attended = attended_moments(data, dims.n_kv_heads) if weighs_keys else moments.student[None]
+        attended = moments.student[None]  # what the key's channels weigh, where the start asks
+        if spec.name == "key-shared":
+            attended = attended_moments(data, dims.n_kv_heads)
+        elif not dims.rope:
+            attended = attended_moments(data, dims.n_kv_heads, projections.W_K)
         release_freed()
         start = make_start(spec, moments, attended, projections, dims, rope, generator)
         del attended
@@ -61,9 +66,9 @@ def fit_layer(
 def fold(family: Family, tensors: dict[str, torch.Tensor], fitted: Start) -> dict[str, torch.Tensor]:
     """Return the layer's tensors with the fit put in: W_Q gone, and the identity's gain and shift in the norm.
 
-    x̂ ⊙ g + b is what the norm gives once its gain is γ ⊙ g and its shift β ⊙ g + b; W_K and W_V divide by g and read
-    on as before. What that adds to all keys of a head, softmax does not see; what it adds to all values, and the
-    value's own bias in a family that stores none, goes through W_O into the output's bias.
+    x̂ ⊙ g is what an RMSNorm gives once its gain is γ ⊙ g, x̂ + b what a LayerNorm gives once its shift is β + b; W_K and
+    W_V divide by g and read on as before. What b adds to all keys of a head, softmax does not see; what it adds to all
+    values, and the value's own bias in a family that stores none, goes through W_O into the output's bias.
     """
     roles = family.roles
     gone = {view.module for view in (roles.query, roles.key, roles.value)}
@@ -77,7 +82,7 @@ def fold(family: Family, tensors: dict[str, torch.Tensor], fitted: Start) -> dic
         out[f"{norm}.weight"] = (out[f"{norm}.weight"].double() * gain).float()
         W_K, W_V = W_K / gain[:, None], W_V / gain[:, None]
     if fitted.norm_shift is not None:
-        assert fitted.norm_gain is None
+        assert fitted.norm_gain is None, "a gain would multiply β too"
         assert added is not None
         shift = fitted.norm_shift.double().cpu()
         out[f"{norm}.bias"] = (out[f"{norm}.bias"].double() + shift).float()
@@ -136,12 +141,18 @@ def _collect(runner: LayerRunner, teacher: nn.Module, streams: Streams, data: Fi
     return sums.moments()
 
 
-def attended_moments(data: FitData, n_kv_heads: int, windows: int = 12, stride: int = 8) -> torch.Tensor:
-    """Return E_i Var_p_i(x̂_j), x̂'s covariance under the teacher's attention, for each KV head: (G, D, D) float32."""
+def attended_moments(
+    data: FitData, n_kv_heads: int, W_K: torch.Tensor | None = None, windows: int = 12, stride: int = 8
+) -> torch.Tensor:
+    """Return E_i Var_p_i(x̂_j), x̂'s covariance under the teacher's attention, for each KV head: (G, D, D) float32.
+
+    With W_K (D, G*K), of that head's keys x̂ W_K instead: (G, K, K).
+    """
     n, context, d_model = data.hidden.shape
     device = data.allowed.device
     rows = torch.arange(stride - 1, context, stride, device=device)
-    total = torch.zeros(n_kv_heads, d_model, d_model, device=device)
+    width = d_model if W_K is None else W_K.shape[1] // n_kv_heads
+    total = torch.zeros(n_kv_heads, width, width, device=device)
     chosen = range(0, n, max(1, n // windows))
     for i in chosen:
         logits = attention_logits(
@@ -150,13 +161,20 @@ def attended_moments(data: FitData, n_kv_heads: int, windows: int = 12, stride: 
         p = logits.float().softmax(-1).view(n_kv_heads, -1, context)  # (G, H/G*R, T)
         hidden = data.hidden[i : i + 1][0].float()
         hidden = hidden - hidden.mean(0)
+        keys = None if W_K is None else (hidden @ W_K.float()).chunk(n_kv_heads, 1)
         for g in range(n_kv_heads):
-            mean = p[g] @ hidden
-            spread = (hidden * p[g].sum(0)[:, None]).T @ hidden - mean.T @ mean
+            seen = hidden if keys is None else keys[g]
+            mean = p[g] @ seen
+            spread = (seen * p[g].sum(0)[:, None]).T @ seen - mean.T @ mean
             total[g] += spread / len(p[g])
-    for g in range(n_kv_heads):  # one at a time: a float64 copy of all of them would outweigh the layer
-        values, vectors = torch.linalg.eigh(total[g].double() / len(chosen))
-        total[g] = ((vectors * values.clamp_min(1e-3 * values.mean())) @ vectors.T).float()
+    for own in total:  # one at a time: a float64 copy of all of them would outweigh the layer
+        own /= len(chosen)
+        least = 1e-3 * own.diagonal().mean()
+        if n_kv_heads * width > EIGEN_CHANNELS:
+            own.diagonal().add_(least)  # an eigendecomposition for every head would take longer than the fit
+            continue
+        values, vectors = torch.linalg.eigh(own.double())
+        own.copy_((vectors * values.clamp_min(least)) @ vectors.T)
     return total
 
 

@@ -57,7 +57,7 @@ class _Regression:
         dtype, products = fast_dtype(inputs.device), []
         for part, origin, total in zip((inputs, lack), self.origin, self.sums, strict=True):
             flat = part.flatten(0, 1) - origin if self.with_bias else part.flatten(0, 1)
-            total += flat.sum(0).double()
+            total += flat.sum(0, dtype=torch.float64)
             products.append(flat.to(dtype))
         a, b = products
         self.count += len(a)
@@ -74,8 +74,8 @@ class _Regression:
             return ridge_(gram, self.right, strength), None
         inputs, lack = (total / self.count for total in self.sums)
         gram.addr_(self.sums[0], inputs, alpha=-1)
-        right = self.right.double().addr_(self.sums[0], lack, alpha=-1).float()
-        change = ridge_(gram, right, strength)
+        self.right.addr_(self.sums[0].float(), lack.float(), alpha=-1)
+        change = ridge_(gram, self.right, strength)
         inputs, lack = (mean + origin for mean, origin in zip((inputs, lack), self.origin, strict=True))
         return change, (lack - inputs @ change.double()).float()
 

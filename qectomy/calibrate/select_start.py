@@ -33,7 +33,7 @@ def choose_channels(
         spread = C - torch.outer(mean, mean)
         K = W_K[:, columns]
         values, vectors = torch.linalg.eigh(K.T @ spread @ K)
-        root = values.clamp_min(1e-6 * values.max()).sqrt()
+        root = values.clamp_min(1e-6 * values.max()).clamp_min(1e-30).sqrt()
         choice = JointChoice(C, [C @ (W_Q[:, c] @ (vectors * root)) for c in own])
         channels, gains, directions = choice.run()
         W_K[:, columns] = K @ (vectors / root) @ directions.T

@@ -36,6 +36,8 @@ class ConvertSettings:
 
     def check_context(self, source: Checkpoint) -> None:
         """Raise TextError if windows of `context` tokens are too short to fit on, or too long for the model."""
+        if source.family.positions is not None and source.dims.n_positions < MIN_CONTEXT:
+            raise TextError(f"the model has {source.dims.n_positions} positions; a fit needs {MIN_CONTEXT} or more")
         if self.context < MIN_CONTEXT:
             raise TextError(f"--context {self.context} leaves too little to attend to; use {MIN_CONTEXT} or more")
         if source.family.positions is not None and self.context > source.dims.n_positions:
@@ -47,4 +49,4 @@ class ConvertSettings:
 
 def default_context(source: Checkpoint) -> int:
     """Return the tokens a window that suit a model: CONTEXT, or as many as it was made for if those are fewer."""
-    return min(CONTEXT, source.dims.n_positions)
+    return max(MIN_CONTEXT, min(CONTEXT, source.dims.n_positions))

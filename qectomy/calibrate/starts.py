@@ -11,7 +11,8 @@ from qectomy.calibrate.free_key_starts import (
     affine_start,
     choose_free,
     key_change,
-    key_roots,
+    per_head,
+    roots,
     slices,
     turned_for_slices,
 )
@@ -58,7 +59,11 @@ def make_start(
     rope: Rope,
     generator: torch.Generator,
 ) -> Start:
-    """Return the start of one layer; `key_moments` (G, D, D) is the covariance of x̂ under the teacher's attention."""
+    """Return the start of one layer.
+
+    `key_moments` is the covariance under the teacher's attention of x̂, (G, D, D), for `key-shared`; of each head's
+    keys, (H, K, K), for the other maps of a model without RoPE; else of no use.
+    """
     plain = moments.centred() if dims.attention_bias else moments
     C, mean = plain.student, plain.student_mean
     W_Q, W_K = carry_over(plain, teacher.W_Q), carry_over(plain, teacher.W_K)
@@ -96,27 +101,27 @@ def _free_key_start(
     C, (W_Q, W_K, b_Q) = moments.centred().student, (carried.W_Q, carried.W_K, carried.b_Q)
     assert b_Q is not None
     wanted = moments.teacher_mean @ teacher_W_Q + b_Q
-    roots = key_roots(W_K, key_moments)
     if spec.name == "key-shared":
         W, mix = (part.double() for part in joint_start(C, key_moments, W_Q, W_K, rope, generator))
-        heads = (part.unflatten(-1, (len(roots), -1)).movedim(-2, 0) for part in (W, W_K, wanted))
-        parts = zip(*heads, key_moments.double(), strict=True)
-        bias = torch.stack([mean @ key_change(own, K, C_k).T for own, K, mean, C_k in parts])
-        keys = (moments.student_mean @ W).view(len(roots), 1, -1)
+        heads = (per_head(part, rope.n_kv_heads) for part in (W, W_K, wanted))
+        parts = zip(*heads, key_moments, strict=True)  # one head's moments in float64 at a time
+        bias = torch.stack([mean @ key_change(own, K, C_k.double()).T for own, K, mean, C_k in parts])
+        keys = (moments.student_mean @ W).view(rope.n_kv_heads, 1, -1)
         return Start(W, {"mix": mix, "bias": (bias - (keys @ mix)[:, 0]).flatten()})
+    L = roots(key_moments)
     if spec.name == "low-rank":
         assert spec.rank is not None
-        W_Q, W_K, changes = turned_for_slices(C, W_Q, W_K, roots)
-        wanted = torch.einsum("hi,hij->hj", wanted.view(len(roots), -1), changes).flatten()
+        W_Q, W_K, changes = turned_for_slices(C, W_Q, W_K, L)
+        wanted = torch.einsum("hi,hij->hj", per_head(wanted, len(L)), changes).flatten()
         query = low_rank(C, W_Q, spec.rank)
         mean = moments.student_mean
         query["bias"] = wanted - mean * query["gain"] - query["up"] @ (query["down"] @ mean)
         return Start(W_K, query)
     if spec.name == "select":
-        index = choose_free(C, W_Q, roots)
-        W_K, bias = affine_start(moments, index, W_Q, wanted, W_K, roots)
+        index = choose_free(C, W_Q, L)
+        W_K, bias = affine_start(moments, index, W_Q, wanted, W_K, L)
         return Start(W_K, {"index": index.flatten().to(torch.int32), "bias": bias.flatten()})
-    W_K, bias = affine_start(moments, slices(len(C), len(roots), C.device), W_Q, wanted, W_K, roots)
+    W_K, bias = affine_start(moments, slices(len(C), len(L), C.device), W_Q, wanted, W_K, L)
     return Start(W_K, {}, norm_shift=bias.flatten())
 
 

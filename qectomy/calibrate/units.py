@@ -96,7 +96,7 @@ def mix_parameter(
     whiteners = []
     for W in W_K.split(rope.d_head, dim=1):
         values, vectors = torch.linalg.eigh(W.T @ C @ W)
-        whiteners.append(vectors * (values.clamp_min(0) + DAMPING * values.mean()).rsqrt())
+        whiteners.append(vectors * (values.clamp_min(0) + DAMPING * values.mean()).clamp_min(1e-30).rsqrt())
     whitener = torch.stack(whiteners).repeat_interleave(rope.per_group, 0)
     size = output_rms(C, W_Q).view(len(A), -1).square().mean(1).sqrt()[:, None, None]
     return Parameter(A, lambda u: whitener @ u * size, lr)

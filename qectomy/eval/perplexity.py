@@ -259,6 +259,7 @@ def evaluate(
     other = None
     if reference is not None:
         other, other_folder, _ = load_model(reference, dtype, device)
+        check_positions(reference, other.config, protocol.context)
         theirs = scoring_windows(load_tokenizer(other_folder), source, protocol, other.config.vocab_size)
         if not torch.equal(theirs.tokens, windows.tokens) or other.config.vocab_size != model.config.vocab_size:
             raise CheckpointError(

@@ -46,7 +46,7 @@ class LlamaFamily(Family):
             n_kv_heads=n_kv_heads,
             d_head=d_head,
             vocab_size=size(fields, "vocab_size"),
-            n_positions=size(fields, "max_position_embeddings", 2048),
+            n_positions=_reach(fields.get("max_position_embeddings")),
             tied=flag(fields, "tie_word_embeddings"),
             attention_bias=self.has_attention_bias and flag(fields, "attention_bias"),
             mlp_bias=self.has_attention_bias and flag(fields, "mlp_bias"),
@@ -191,6 +191,12 @@ class GPT2Family(Family):
         from torch import nn
 
         return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+
+def _reach(positions: Any) -> int:
+    """Return how far RoPE was trained, as far as config.json says: nothing here depends on it."""
+    told = isinstance(positions, int) and not isinstance(positions, bool) and positions > 0
+    return positions if told else 2048
 
 
 def check_activation(field: str, name: Any) -> None:

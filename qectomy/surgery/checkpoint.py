@@ -7,7 +7,7 @@ that return tensors; opening a checkpoint and reading its headers need none.
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -146,7 +146,7 @@ class Checkpoint:
         return {name: sha256(self.folder / name) for name in ["config.json", *self.files]}
 
 
-def locate(name: str | os.PathLike[str]) -> Path:
+def locate(name: str | os.PathLike[str], patterns: Sequence[str] = HUB_PATTERNS) -> Path:
     """Return the folder of a checkpoint given as a local folder or a hub id.
 
     A hub id is fetched into the hub's cache (weights as safetensors and text files only).
@@ -165,7 +165,7 @@ def locate(name: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED))
+        return Path(snapshot_download(str(name), allow_patterns=list(patterns), ignore_patterns=HUB_IGNORED))
     except Exception as error:  # the hub raises a dozen kinds; each means: not there, or not reachable
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"no folder {path}, and the hub did not give {name!r}: {reason}") from error

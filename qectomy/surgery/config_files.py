@@ -11,7 +11,7 @@ from qectomy.surgery.family import Family
 from qectomy.surgery.headers import TORCH_NAMES
 from qectomy.surgery.query_maps import QueryMapSpec
 
-CARRIED = (
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -21,10 +21,8 @@ CARRIED = (
     "*.tiktoken",
     "tekken.json",
     "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
 )
+CARRIED = (*TOKENIZER_FILES, "generation_config.json", "LICENSE*", "NOTICE*")
 MAX_CARRIED_BYTES = 200_000_000
 DROPPED = (  # of an original's or a reduced model's config.json: written anew, or of no use to the other
     "architectures",
@@ -84,9 +82,9 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path, patterns: tuple[str, ...] = CARRIED) -> None:
     """Copy tokenizer, generation config and licence files; never code, never weights."""
-    for pattern in CARRIED:
+    for pattern in patterns:
         for file in sorted(source.glob(pattern)):
             carried = file.is_file() and file.suffix not in (".py", ".bin", ".pt", ".pth", ".safetensors")
             if carried and file.stat().st_size <= MAX_CARRIED_BYTES:

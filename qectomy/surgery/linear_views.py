@@ -33,6 +33,8 @@ def store_views(projections: list[tuple[LinearView, Projection]]) -> dict[str, t
         assert [view.part for view, _ in parts] == [(i, len(parts)) for i in range(len(parts))], module
         W = torch.cat([W for _, (W, _) in parts], 1)
         tensors[f"{module}.weight"] = oriented(W, parts[0][0]).contiguous()
-        if all(bias is not None for _, (_, bias) in parts):
-            tensors[f"{module}.bias"] = torch.cat([bias for _, (_, bias) in parts if bias is not None])
+        biases = [bias for _, (_, bias) in parts if bias is not None]
+        assert len(biases) in (0, len(parts)), f"{module}: some parts have a bias and some have none"
+        if biases:
+            tensors[f"{module}.bias"] = torch.cat(biases)
     return tensors

@@ -57,10 +57,10 @@ def dense_layer(
     return dense | store_views(projections)
 
 
-def _check_fits(tensors: dict[str, torch.Tensor], dtype: str, layer: int) -> None:
+def _check_fits(tensors: dict[str, torch.Tensor], dtypes: dict[str, str], layer: int) -> None:
     for name, tensor in tensors.items():
-        if not all_finite(tensor.to(DTYPES[dtype])):
-            raise NonFiniteError(f"layer {layer}: {name} does not fit in {dtype} once it is written out")
+        if not all_finite(tensor.to(DTYPES[dtypes[name]])):
+            raise NonFiniteError(f"layer {layer}: {name} does not fit in {dtypes[name]} once it is written out")
 
 
 def materialize(
@@ -88,7 +88,7 @@ def materialize(
                 writer.write(name, checkpoint.read(name))
             for layer in range(dims.n_layers):
                 tensors = dense_layer(checkpoint, config, layer, checkpoint.read_layer(layer))
-                _check_fits(tensors, dtype, layer)
+                _check_fits(tensors, {name: specs[family.prefix(layer) + name].dtype for name in tensors}, layer)
                 for name in family.layer_shapes(dims):
                     writer.write(family.prefix(layer) + name, tensors[name])
                 if progress:

@@ -183,6 +183,8 @@ class ReducedGPT2Attention(GPT2Attention):
         if query is not None:
             self.c_attn = ReducedProjection(config, query)
         if config.softmax_scale is not None:
+            if not hasattr(self, "scaling"):
+                raise ImportError("a GPT-2 with a softmax_scale of its own needs transformers 5.4 or newer")
             own = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
             self.scaling *= config.softmax_scale / own
 
@@ -191,6 +193,7 @@ class ReducedGPT2Block(GPT2Block):
     def __init__(self, config: QectomyGPT2Config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.attn = ReducedGPT2Attention(config, layer_idx)
+        self.attn.c_proj.writes_stream = self.mlp.c_proj.writes_stream = True
 
 
 class QectomyGPT2PreTrainedModel(GPT2PreTrainedModel):
@@ -204,6 +207,9 @@ class QectomyGPT2PreTrainedModel(GPT2PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, ReducedProjection):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif getattr(module, "writes_stream", False):
+            # GPT-2 draws these smaller; transformers does it from modules that it leaves out in other people's classes.
+            nn.init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.n_layer) ** 0.5)
 
 
 class QectomyGPT2Model(QectomyGPT2PreTrainedModel, GPT2Model):

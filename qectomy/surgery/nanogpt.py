@@ -17,7 +17,9 @@ import math
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ import torch
 from qectomy.errors import CheckpointError, NonFiniteError, UnsupportedArchitecture
 from qectomy.surgery.architectures import FAMILIES
 from qectomy.surgery.checkpoint import MAX_LAYERS, expected_tensors, open_checkpoint
-from qectomy.surgery.config_files import copy_companions, copy_model_code, reduced_fields, write_config
+from qectomy.surgery.config_files import TOKENIZER_FILES, copy_companions, copy_model_code, reduced_fields, write_config
 from qectomy.surgery.family import flag, size
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.output import check_room, new_folder
@@ -69,8 +71,8 @@ def import_nanogpt(path: Path, out: Path, tokenizer: Path | None = None) -> dict
     unknown tensors and for sizes that make no sense, UnsupportedArchitecture for a query mode that is not linear.
     """
     args, state = read_nanogpt(path)
-    tensors = gpt2_tensors(args, state)
-    dtype = safetensors_dtype(tensors["transformer.wte.weight"])
+    check_state(args, state)
+    dtype = safetensors_dtype(state["transformer.wte.weight"])
     family = FAMILIES["gpt2"]
     identity = args.query_mode == "identity"
     config = gpt2_config(args)
@@ -80,8 +82,8 @@ def import_nanogpt(path: Path, out: Path, tokenizer: Path | None = None) -> dict
     check_room(out, sum(spec.nbytes for spec in specs.values()))
     with new_folder(out) as work:
         with ShardWriter(work, specs) as writer:
-            for name in specs:
-                stored = tensors[name].to(DTYPES[dtype])
+            for name, tensor in gpt2_tensors(args, state):
+                stored = tensor.to(DTYPES[dtype])
                 if not all_finite(stored):
                     raise NonFiniteError(f"{path}: {name} holds NaN or Inf; no output of this model would be usable")
                 writer.write(name, stored)
@@ -92,7 +94,7 @@ def import_nanogpt(path: Path, out: Path, tokenizer: Path | None = None) -> dict
             copy_model_code(family, work)
         write_config(work, config)
         if tokenizer is not None:
-            copy_companions(tokenizer, work)
+            copy_companions(tokenizer, work, TOKENIZER_FILES)
         written = open_checkpoint(work, reduced=identity)
     return {
         "out": str(out),
@@ -129,9 +131,8 @@ def read_nanogpt(path: Path) -> tuple[ModelArgs, dict[str, torch.Tensor]]:
         if not isinstance(held, dict) or not isinstance(held.get(key), dict):
             raise CheckpointError(f"{path} is not a nanoGPT checkpoint: it holds no dictionary {key!r}")
     state = {str(name).removeprefix(COMPILED): tensor for name, tensor in held["model"].items()}
-    strange = [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
-    if strange:
-        raise CheckpointError(f"{path}: model[{strange[0]!r}] is not a tensor")
+    if strange := [name for name, tensor in state.items() if not _is_plain(tensor)]:
+        raise CheckpointError(f"{path}: model[{strange[0]!r}] is not a plain tensor")
     state = {name: tensor for name, tensor in state.items() if not name.endswith(MASK)}
     return model_args(held["model_args"], "transformer.ln_f.bias" in state), state
 
@@ -139,8 +140,9 @@ def read_nanogpt(path: Path) -> tuple[ModelArgs, dict[str, torch.Tensor]]:
 def model_args(found: dict[str, Any], has_bias: bool) -> ModelArgs:
     """Read `model_args`; what plain nanoGPT does not say has nanoGPT's value. Raises CheckpointError naming a field."""
     fields = {name: value for name, value in found.items() if value is not None}
+    read = partial(size, fields, where="model_args")
     heads = "num_heads" if "num_heads" in fields else "n_head"
-    n_embd, n_head = size(fields, "n_embd", where="model_args"), size(fields, heads, where="model_args")
+    n_embd, n_head = read("n_embd"), read(heads)
     if n_embd % n_head:
         raise CheckpointError(f"model_args: n_embd {n_embd} is not a multiple of {heads} {n_head}")
     mode = fields.get("query_mode", "original")
@@ -151,37 +153,36 @@ def model_args(found: dict[str, Any], has_bias: bool) -> ModelArgs:
         )
     if mode not in QUERY_MODES:
         raise UnsupportedArchitecture(f"model_args: unknown query_mode {mode!r}; known: {', '.join(QUERY_MODES)}")
-    n_layer = size(fields, "n_layer", where="model_args")
+    n_layer = read("n_layer")
     if n_layer > MAX_LAYERS:
         raise CheckpointError(f"model_args: n_layer {n_layer} is beyond any model ({MAX_LAYERS})")
     return ModelArgs(
         n_layer=n_layer,
         n_head=n_head,
         n_embd=n_embd,
-        n_positions=size(fields, "block_size", where="model_args"),
-        vocab_size=size(fields, "vocab_size", where="model_args"),
-        n_inner=size(fields, "mlp_hidden_size", 4 * n_embd, where="model_args"),
+        n_positions=read("block_size"),
+        vocab_size=read("vocab_size"),
+        n_inner=read("mlp_hidden_size", 4 * n_embd),
         bias=flag(fields, "bias", has_bias, where="model_args"),
         tied=flag(fields, "tie_weights", True, where="model_args"),
-        dropout=_number(fields, "dropout", 0.0),
-        scale=_number(fields, "scale", (n_embd // n_head) ** -0.5, above=0.0),
+        dropout=_number(fields, "dropout", 0.0, least=0.0, below=1.0),
+        scale=_number(fields, "scale", (n_embd // n_head) ** -0.5, least=1e-12, below=1e6),
         query_mode=mode,
     )
 
 
-def gpt2_tensors(args: ModelArgs, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return GPT-2's tensors, stock or reduced, by their names. Raises CheckpointError naming a tensor at fault."""
-    state = dict(state)
-    _check_shapes(args, state)
-    tensors = {name: state[name] for name in ("transformer.wte.weight", "transformer.wpe.weight")}
+def gpt2_tensors(args: ModelArgs, state: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield GPT-2's tensors, stock or reduced, with their names, one layer at a time."""
+    for name in ("transformer.wte.weight", "transformer.wpe.weight"):
+        yield name, state[name]
     for layer in range(args.n_layer):
         prefix = f"transformer.h.{layer}."
         part = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        tensors |= {prefix + name: tensor for name, tensor in _gpt2_layer(args, part).items()}
-    tensors |= _norm(state, "transformer.ln_f")
+        for name, tensor in _gpt2_layer(args, part).items():
+            yield prefix + name, tensor
+    yield from _norm(state, "transformer.ln_f").items()
     if not args.tied:
-        tensors["lm_head.weight"] = state["lm_head.weight"]
-    return tensors
+        yield "lm_head.weight", state["lm_head.weight"]
 
 
 def safetensors_dtype(tensor: torch.Tensor) -> str:
@@ -242,7 +243,7 @@ def _norm(state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
     return {f"{name}.weight": weight, f"{name}.bias": state.get(f"{name}.bias", torch.zeros_like(weight))}
 
 
-def _check_shapes(args: ModelArgs, state: dict[str, torch.Tensor]) -> None:
+def check_state(args: ModelArgs, state: dict[str, torch.Tensor]) -> None:
     """Raise CheckpointError unless the state dict holds what `model_args` call for, and nothing else."""
     D, M = args.n_embd, args.n_inner
     expected: dict[str, tuple[int, ...]] = {
@@ -273,14 +274,23 @@ def _check_shapes(args: ModelArgs, state: dict[str, torch.Tensor]) -> None:
                 f"for {shape}"
             )
         safetensors_dtype(state[name])
-    if args.tied and not torch.equal(state.get("lm_head.weight", wte := state["transformer.wte.weight"]), wte):
+    wte, head = state["transformer.wte.weight"], state.get("lm_head.weight")
+    if args.tied and head is not None and not torch.equal(head.nan_to_num(), wte.nan_to_num()):
         raise CheckpointError("model_args say tie_weights, but lm_head.weight is not transformer.wte.weight")
     if extra := [name for name in state if name not in expected and name != "lm_head.weight"]:
         raise CheckpointError(f"{len(extra)} tensor(s) have no place in a GPT-2 and would be lost, first {extra[0]}")
 
 
-def _number(fields: dict[str, Any], name: str, default: float, above: float = -1.0) -> float:
+def _is_plain(tensor: Any) -> bool:
+    """Whether this is a tensor whose numbers all lie in the file: a stride of 0 can make terabytes of a few bytes."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_nested:
+        return False
+    return tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+
+
+def _number(fields: dict[str, Any], name: str, default: float, least: float, below: float) -> float:
     value = fields.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
-        raise CheckpointError(f"model_args: {name} must be a number above {above:g}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < below:
+        got = repr(value)[:80]
+        raise CheckpointError(f"model_args: {name} must be a number from {least:g} to below {below:g}, got {got}")
     return float(value)

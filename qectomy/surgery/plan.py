@@ -87,7 +87,7 @@ def inspect(checkpoint: Checkpoint, *, tokens: int, eval_tokens: int, context: i
                 "removed_parameters": removed,
                 "removed_bytes": sizes["bytes"]["before"] - sizes["bytes"]["after"],
                 "share_of_model": removed / sizes["parameters"]["before"],
-                "share_of_W_Q": removed / (dense * dims.n_layers),
+                "share_of_W_Q": 1 - spec.parameters(dims) / dense,
             }
         maps.append(row)
     reason = (

@@ -1,11 +1,13 @@
 """Without RoPE a head's queries are known up to an invertible change: starts find any form of a teacher's attention."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attention_bench import AttentionBench
 
 from qectomy.calibrate import free_key_starts, starts
-from qectomy.calibrate.free_key_starts import choose_free, key_roots, slices, turned_for_slices
+from qectomy.calibrate.free_key_starts import choose_free, per_head, roots, slices, turned_for_slices
 from qectomy.calibrate.starts import Start, low_rank
 
 # D d_model, H n_heads, K d_head; H*K = D
@@ -125,7 +127,7 @@ def test_a_start_does_not_depend_on_the_gauge(shape, name, spread):
 
 def test_without_the_keys_weights_it_does(monkeypatch):
     """The check above can fail: errors that are not weighed by the keys belong to one gauge."""
-    monkeypatch.setattr(starts, "key_roots", lambda W_K, C_k: torch.eye(8, dtype=torch.float64).expand(4, 8, 8))
+    monkeypatch.setattr(starts, "roots", lambda grams: torch.eye(8, dtype=torch.float64).expand(4, 8, 8))
     bench = bench_of({})
     before = bench.start("select").query["index"]
     kl = bench.kl("select", bench.start("select"))
@@ -138,6 +140,12 @@ def test_without_the_keys_weights_it_does(monkeypatch):
 # Errors weighed by the keys
 
 
+def key_roots(W_K, C_k):
+    """Roots of the keys' covariance W_Kᵀ C_k W_K; C_k is (H, D, D)."""
+    keys = per_head(W_K, len(C_k))
+    return roots(keys.mT @ C_k.to(W_K.dtype) @ keys)
+
+
 def test_key_roots_are_roots_of_the_keys_covariance():
     bench = bench_of({})
     spread = bench.normal(4, 32, 32)
@@ -147,6 +155,16 @@ def test_key_roots_are_roots_of_the_keys_covariance():
         K = bench.W_K[:, 8 * h : 8 * h + 8]
         torch.testing.assert_close(L @ L.T, K.T @ C_k[h] @ K, rtol=1e-9, atol=1e-9)
         assert not torch.allclose(L @ L.T, K.T @ C_k[h - 1] @ K, rtol=0.1)
+
+
+def test_a_head_whose_keys_are_zero_is_no_trouble():
+    """Heads are pruned by zeroing them: their attention is even, whatever the queries."""
+    for name in ("identity", "select", "low-rank:3", "key-shared"):
+        bench = bench_of({})
+        bench.W_K[:, :8] = 0.0
+        start = bench.start(name)
+        assert all(tensor.isfinite().all() for tensor in (start.W_K, *start.query.values()))
+        assert bench.kl(name, start) < bench.kl(name, replace(start, W_K=start.W_K.flip(0)))
 
 
 def test_a_key_that_sees_few_directions_has_an_invertible_root():
@@ -184,7 +202,7 @@ def test_a_bias_that_no_key_sees_is_not_chased(monkeypatch):
         bench.W_K[:, 3] *= 1e-3
         bench.b_Q[3] = 1000.0
         start = bench.start("identity")
-        assert bench.kl("identity", start) < 0.02
+        assert bench.kl("identity", start) < 0.05
         sizes.append((start.norm_shift + bench.moments.student_mean)[:8].abs().max())
     assert sizes[0] < 10
     assert sizes[1] > 100
@@ -197,8 +215,7 @@ def test_a_bias_that_no_key_sees_is_not_chased(monkeypatch):
 def test_turned_queries_and_keys_give_the_same_logits(shape):
     bench = bench_of(shape)
     C, C_k = bench.moments.centred().student, bench.normal(bench.n_heads, bench.d_model, bench.d_model)
-    roots = key_roots(bench.W_K, C_k @ C_k.mT)
-    W_Q, W_K, changes = turned_for_slices(C, bench.W_Q, bench.W_K, roots)
+    W_Q, W_K, changes = turned_for_slices(C, bench.W_Q, bench.W_K, key_roots(bench.W_K, C_k @ C_k.mT))
     torch.testing.assert_close(W_Q, changed(bench, bench.W_Q, changes), rtol=1e-9, atol=1e-9)
     expected = head_logits(bench, bench.W_Q, bench.W_K)
     torch.testing.assert_close(head_logits(bench, W_Q, W_K), expected, rtol=1e-9, atol=1e-9)
@@ -217,8 +234,7 @@ def test_no_rotation_brings_the_queries_nearer_to_their_slices():
     bench = bench_of({})
     C = bench.moments.centred().student
     rms = C.diagonal().sqrt()
-    roots = key_roots(bench.W_K, C.expand(4, 32, 32))
-    W_Q, _, _ = turned_for_slices(C, bench.W_Q, bench.W_K, roots)
+    W_Q, _, _ = turned_for_slices(C, bench.W_Q, bench.W_K, key_roots(bench.W_K, C.expand(4, 32, 32)))
 
     def nearness(W):
         """Sum over query channels of the covariance with the slice's own channel, of unit rms."""

@@ -197,7 +197,9 @@ def test_an_old_pickle_is_not_run_either(tmp_path, capfd):
         (dict(bias=False), CheckpointError, r"no place.*bias"),
         (dict(bias="yes"), CheckpointError, "bias must be true or false"),
         (dict(tie_weights=False, vocab_size=321), CheckpointError, r"wte\.weight has shape"),
-        (dict(scale=0.0), CheckpointError, "scale must be a number above 0, got 0.0"),
+        (dict(scale=0.0), CheckpointError, "scale must be a number from 1e-12 to below 1e\\+06, got 0.0"),
+        (dict(scale=10**400), CheckpointError, "scale must be a number"),
+        (dict(dropout=-0.5), CheckpointError, "dropout must be a number from 0 to below 1, got -0.5"),
         (dict(scale=math.nan), CheckpointError, "scale must be a number"),
         (dict(dropout="x"), CheckpointError, "dropout must be a number"),
     ],
@@ -227,7 +229,7 @@ def test_tensors_that_no_model_can_use(tmp_path):
     source.state["lm_head.weight"] = source.state["transformer.wte.weight"] + 1
     refused(tmp_path, source, CheckpointError, "tie_weights, but lm_head.weight is not")
     source.state = {"transformer.wte.weight": [1.0]}
-    refused(tmp_path, source, CheckpointError, "is not a tensor")
+    refused(tmp_path, source, CheckpointError, "is not a plain tensor")
 
 
 @pytest.mark.parametrize("content", [{"model": {}}, {"model_args": {}}, [1, 2], {"model": [], "model_args": {}}])
@@ -271,3 +273,27 @@ def test_a_damaged_file_is_refused_or_read_whole(tmp_path, place, value, cut):
     except QectomyError:
         return
     assert not cut
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(96, 32),  # of any size, in a few bytes
+        torch.eye(96, 32).to_sparse(),
+        torch.empty(96, 32, device="meta"),
+        torch.nested.nested_tensor([torch.zeros(32)]),
+    ],
+    ids=["stride-0", "sparse", "meta", "nested"],
+)
+def test_tensors_that_are_not_what_they_seem(tensor, tmp_path):
+    source = made()
+    source.state["transformer.h.0.attn.c_attn.weight"] = tensor
+    refused(
+        tmp_path, source, CheckpointError, r"c_attn\.weight'\] is not a plain tensor|is not a checkpoint of tensors"
+    )
+
+
+def test_a_nan_in_a_tied_embedding_is_called_one(tmp_path):
+    source = made()
+    source.state["transformer.wte.weight"][3, 4] = math.nan
+    refused(tmp_path, source, NonFiniteError, r"wte\.weight holds NaN or Inf")
