@@ -13,7 +13,7 @@ from qectomy.calibrate.moments import Moments, ridge
 from qectomy.calibrate.select_start import JointChoice, channel_rms
 
 RIDGE = 1e-4
-DAMPING = 1e-3  # of the bias: a channel that the keys hardly see is not moved far
+DAMPING = 1e-2  # of the bias: a channel that the keys hardly see is not moved far
 
 
 def roots(grams: torch.Tensor) -> torch.Tensor:
