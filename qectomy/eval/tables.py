@@ -30,8 +30,11 @@ def show_inspection(result: dict[str, Any]) -> None:
                 f"{row['share_of_model']:.2%}",
             )
         else:
-            table.add_row(row["map"], "not possible", row["why_not"], "", "")
+            table.add_row(row["map"], "not possible", "-", "-", "-")
     console.print(table)
+    for row in result["query_maps"]:
+        if not row["possible"]:
+            console.print(row["why_not"], markup=False)
     hows: dict[str, list[int]] = {}
     for layer in result["layers"]:
         hows.setdefault(layer["how"], []).append(layer["index"])
@@ -101,7 +104,8 @@ def _show_sizes(report: dict[str, Any]) -> None:
 
 
 def _show_needs(needs: dict[str, Any]) -> None:
+    minutes = needs["seconds"] / 60
     console.print(
         f"a conversion here needs about {size(needs['peak_memory_bytes'])} of memory, {size(needs['disk_bytes'])} of "
-        f"disk and {needs['seconds'] / 60:.0f} minutes"
+        f"disk and {f'{minutes:.0f} minutes' if minutes >= 1.5 else 'a minute or two'}"
     )
