@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qectomy.calibrate.convert import convert
+from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.settings import ConvertSettings, default_context
 from qectomy.errors import QectomyError
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
@@ -95,7 +96,7 @@ def show(source: Checkpoint, recipes: dict[str, Any], reports: dict[str, dict[st
     )
 
 
-def progress(name: str):  # type: ignore[no-untyped-def]
+def progress(name: str) -> Progress:
     """Return what prints a line a layer on stderr."""
     return lambda done, total, note: print(f"{name} {done}/{total} {note}", file=sys.stderr, flush=True)
 

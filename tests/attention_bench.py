@@ -13,9 +13,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from qectomy.calibrate.layer_fit import attended_moments
 from qectomy.calibrate.moments import Moments, MomentSums
+from qectomy.calibrate.projections import Projections, Start
 from qectomy.calibrate.refine import FitData
 from qectomy.calibrate.rope_pairs import Rope
-from qectomy.calibrate.starts import Projections, Start, make_start
+from qectomy.calibrate.starts import make_start
 from qectomy.surgery import modeling_qectomy_gpt2, modeling_qectomy_llama
 from qectomy.surgery.family import Dimensions
 from qectomy.surgery.modeling_qectomy_gpt2 import QectomyGPT2Config
@@ -153,7 +154,7 @@ class AttentionBench:
     def start(self, name: str, seed: int = 0) -> Start:
         moments = self.moments
         spread = moments.student - torch.outer(moments.student_mean, moments.student_mean)
-        attended = spread.expand(self.n_kv_heads, -1, -1) if name == "key-shared" else spread[None]
+        attended = spread.expand(self.n_kv_heads, -1, -1) if name == "key-shared" else None
         if self.gpt2:
             W_K = None if name == "key-shared" else self.W_K
             attended = attended_moments(self.data, self.n_kv_heads, W_K)

@@ -9,11 +9,52 @@ Weights are (D, out). Dimensions: D d_model, H n_heads, K d_head.
 
 import torch
 
+from qectomy.calibrate.key_shared_start import joint_start
+from qectomy.calibrate.low_rank_start import low_rank, low_rank_bias
 from qectomy.calibrate.moments import Moments, ridge
+from qectomy.calibrate.projections import Projections, Start
+from qectomy.calibrate.rope_pairs import Rope
 from qectomy.calibrate.select_start import JointChoice, channel_rms
+from qectomy.surgery.query_maps import QueryMapSpec
 
 RIDGE = 1e-4
 DAMPING = 1e-2  # of the bias: a channel that the keys hardly see is not moved far
+
+
+def free_key_start(
+    spec: QueryMapSpec,
+    moments: Moments,
+    key_moments: torch.Tensor,
+    carried: Projections,
+    teacher_W_Q: torch.Tensor,
+    rope: Rope,
+    generator: torch.Generator,
+) -> Start:
+    """Return the start of one layer of a model without RoPE; `carried` are W_Q and W_K on the student's x̂."""
+    C, (W_Q, W_K, b_Q) = moments.centred().student, (carried.W_Q, carried.W_K, carried.b_Q)
+    assert b_Q is not None
+    wanted = moments.teacher_mean @ teacher_W_Q + b_Q
+    if spec.name == "key-shared":
+        W, mix = (part.double() for part in joint_start(C, key_moments, W_Q, W_K, rope, generator))
+        heads = (per_head(part, rope.n_kv_heads) for part in (W, W_K, wanted))
+        parts = zip(*heads, key_moments, strict=True)  # one head's moments in float64 at a time
+        bias = torch.stack([mean @ key_change(own, K, C_k.double()).T for own, K, mean, C_k in parts])
+        keys = (moments.student_mean @ W).view(rope.n_kv_heads, 1, -1)
+        return Start(W, {"mix": mix, "bias": (bias - (keys @ mix)[:, 0]).flatten()})
+    L = roots(key_moments)
+    if spec.name == "low-rank":
+        assert spec.rank is not None
+        W_Q, W_K, changes = turned_for_slices(C, W_Q, W_K, L)
+        wanted = torch.einsum("hi,hij->hj", per_head(wanted, len(L)), changes).flatten()
+        query = low_rank(C, W_Q, spec.rank)
+        query["bias"] = low_rank_bias(wanted, moments.student_mean, query)
+        return Start(W_K, query)
+    if spec.name == "select":
+        index = choose_free(C, W_Q, L)
+        W_K, bias = affine_start(moments, index, W_Q, wanted, W_K, L)
+        return Start(W_K, {"index": index.flatten().to(torch.int32), "bias": bias.flatten()})
+    W_K, bias = affine_start(moments, slices(len(C), len(L), C.device), W_Q, wanted, W_K, L)
+    return Start(W_K, {}, norm_shift=bias.flatten())
 
 
 def roots(grams: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,12 @@ from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.memory import release_freed
 from qectomy.calibrate.moments import Moments, MomentSums
 from qectomy.calibrate.precision import fast_dtype, fast_math
+from qectomy.calibrate.projections import Projections, Start
 from qectomy.calibrate.refine import FitData, RefineSettings, refine
-from qectomy.calibrate.starts import Projections, Start, make_start
+from qectomy.calibrate.starts import make_start
 from qectomy.calibrate.states import Streams, WindowFile, batches, scratch_file
 from qectomy.surgery.family import Family
-from qectomy.surgery.linear_views import read_view, store_views
+from qectomy.surgery.linear_views import add_through, read_view, store_views, without_views
 from qectomy.surgery.query_maps import QueryMapSpec
 
 EIGEN_CHANNELS = 4096  # over all KV heads: up to so many, small eigenvalues are raised; beyond, the diagonal
@@ -41,7 +42,7 @@ def fit_layer(
         reduced = runner.family.reduced_layer(runner.reduced_config, layer)
         query_module = reduced.get_submodule(runner.family.roles.query_map)
     with _collected(runner, teacher, streams) as (moments, data):
-        attended = moments.student[None]  # what the key's channels weigh, where the start asks
+        attended = None
         if spec.name == "key-shared":
             attended = attended_moments(data, dims.n_kv_heads)
         elif not dims.rope:
@@ -71,8 +72,7 @@ def fold(family: Family, tensors: dict[str, torch.Tensor], fitted: Start) -> dic
     values, and the value's own bias in a family that stores none, goes through W_O into the output's bias.
     """
     roles = family.roles
-    gone = {view.module for view in (roles.query, roles.key, roles.value)}
-    out = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in gone}
+    out = without_views(tensors, (roles.query, roles.key, roles.value))
     W_V, b_V = read_view(tensors, roles.value)
     W_K, b_K, W_V = fitted.W_K.double().cpu(), fitted.b_K, W_V.double()
     added = b_V.double() if family.folds_kv_bias and b_V is not None else None
@@ -88,9 +88,7 @@ def fold(family: Family, tensors: dict[str, torch.Tensor], fitted: Start) -> dic
         out[f"{norm}.bias"] = (out[f"{norm}.bias"].double() + shift).float()
         added = added - shift @ W_V
     if added is not None:
-        W_O, b_O = read_view(tensors, roles.output)
-        assert b_O is not None
-        out |= store_views([(roles.output, (W_O, (b_O.double() + added @ W_O.double()).float()))])
+        out |= add_through(tensors, roles.output, added)
         b_V = None
     out |= store_views([(roles.reduced_key, (W_K.float(), b_K)), (roles.reduced_value, (W_V.float(), b_V))])
     for name, tensor in fitted.query.items():

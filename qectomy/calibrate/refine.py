@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from qectomy.calibrate.attention_kl import MeanAttentionKL
+from qectomy.calibrate.projections import Start
 from qectomy.calibrate.rope_pairs import Rope
-from qectomy.calibrate.starts import Start
 from qectomy.calibrate.states import WindowFile, batches
 from qectomy.calibrate.units import Parameter, adam, key_parameter, mix_parameter, output_rms
 

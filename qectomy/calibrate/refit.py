@@ -48,19 +48,19 @@ class _Regression:
         self.gram = torch.zeros(n_in, n_in, device=device)
         self.right = torch.zeros(n_in, n_out, device=device)
         self.with_bias = with_bias
-        self.origin = [part.flatten(0, 1).mean(0) * with_bias for part in (inputs, lack)]
+        self.origin = [part.flatten(0, 1).mean(0) for part in (inputs, lack)]
         self.sums = [torch.zeros(part.shape[-1], dtype=torch.float64, device=device) for part in (inputs, lack)]
         self.count = 0
 
     def add(self, inputs: torch.Tensor, lack: torch.Tensor) -> None:
         """Take in a batch, (B, T, in) and (B, T, D)."""
-        dtype, products = fast_dtype(inputs.device), []
-        for part, origin, total in zip((inputs, lack), self.origin, self.sums, strict=True):
-            flat = part.flatten(0, 1) - origin if self.with_bias else part.flatten(0, 1)
-            total += flat.sum(0, dtype=torch.float64)
-            products.append(flat.to(dtype))
-        a, b = products
-        self.count += len(a)
+        parts = [inputs.flatten(0, 1), lack.flatten(0, 1)]
+        if self.with_bias:
+            parts = [part - origin for part, origin in zip(parts, self.origin, strict=True)]
+            for part, total in zip(parts, self.sums, strict=True):
+                total += part.sum(0, dtype=torch.float64)
+            self.count += len(parts[0])
+        a, b = (part.to(fast_dtype(inputs.device)) for part in parts)
         for start, stop in batches(0, a.shape[1], COLUMNS):  # a product takes another array before it is added
             self.gram[start:stop] += (a[:, start:stop].T @ a).float()
             self.right[start:stop] += (a[:, start:stop].T @ b).float()

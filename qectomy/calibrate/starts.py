@@ -3,21 +3,13 @@
 Weights are (D, out), as in x̂ W. Dimensions: D d_model, H n_heads, G n_kv_heads, K d_head.
 """
 
-from dataclasses import dataclass
-
 import torch
 
-from qectomy.calibrate.free_key_starts import (
-    affine_start,
-    choose_free,
-    key_change,
-    per_head,
-    roots,
-    slices,
-    turned_for_slices,
-)
+from qectomy.calibrate.free_key_starts import free_key_start
 from qectomy.calibrate.key_shared_start import joint_start
+from qectomy.calibrate.low_rank_start import low_rank, low_rank_bias
 from qectomy.calibrate.moments import Moments, ridge
+from qectomy.calibrate.projections import Projections, Start
 from qectomy.calibrate.rope_pairs import Rope, pair_power, rotate_pairs
 from qectomy.calibrate.select_start import channel_rms, choose_channels, correlations
 from qectomy.surgery.family import Dimensions
@@ -26,34 +18,10 @@ from qectomy.surgery.query_maps import QueryMapSpec
 SHRINKAGE = 1e-3  # of the mean diagonal: how strongly weights carried over to the student's stream keep to the old
 
 
-@dataclass(frozen=True)
-class Projections:
-    """The teacher's query and key: W (D, out) and bias (out,) or None, float64."""
-
-    W_Q: torch.Tensor
-    b_Q: torch.Tensor | None
-    W_K: torch.Tensor
-    b_K: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Start:
-    """The new W_K (D, G*K), the query map's tensors by the names its module stores, and the key's bias if one stays.
-
-    `identity` has a gain (D,) or a shift (D,) of the norm's output, which go into the norm.
-    """
-
-    W_K: torch.Tensor
-    query: dict[str, torch.Tensor]
-    b_K: torch.Tensor | None = None
-    norm_gain: torch.Tensor | None = None
-    norm_shift: torch.Tensor | None = None
-
-
 def make_start(
     spec: QueryMapSpec,
     moments: Moments,
-    key_moments: torch.Tensor,
+    key_moments: torch.Tensor | None,
     teacher: Projections,
     dims: Dimensions,
     rope: Rope,
@@ -62,16 +30,18 @@ def make_start(
     """Return the start of one layer.
 
     `key_moments` is the covariance under the teacher's attention of x̂, (G, D, D), for `key-shared`; of each head's
-    keys, (H, K, K), for the other maps of a model without RoPE; else of no use.
+    keys, (H, K, K), for the other maps of a model without RoPE; else None.
     """
     plain = moments.centred() if dims.attention_bias else moments
     C, mean = plain.student, plain.student_mean
     W_Q, W_K = carry_over(plain, teacher.W_Q), carry_over(plain, teacher.W_K)
     gain = None
     if not dims.rope:
+        assert key_moments is not None
         carried = Projections(W_Q, teacher.b_Q, W_K, None)
-        return _free_key_start(spec, moments, key_moments, carried, teacher.W_Q, rope, generator)
+        return free_key_start(spec, moments, key_moments, carried, teacher.W_Q, rope, generator)
     if spec.name == "key-shared":
+        assert key_moments is not None
         W_K, mix = joint_start(C, key_moments, W_Q, W_K, rope, generator)
         query = {"mix": mix}
     elif spec.name == "select":
@@ -88,62 +58,9 @@ def make_start(
     return Start(W_K, query, teacher.b_K, gain)
 
 
-def _free_key_start(
-    spec: QueryMapSpec,
-    moments: Moments,
-    key_moments: torch.Tensor,
-    carried: Projections,
-    teacher_W_Q: torch.Tensor,
-    rope: Rope,
-    generator: torch.Generator,
-) -> Start:
-    """Return the start of a model without RoPE: see `free_key_starts`. `carried` are W_Q and W_K on the student's x̂."""
-    C, (W_Q, W_K, b_Q) = moments.centred().student, (carried.W_Q, carried.W_K, carried.b_Q)
-    assert b_Q is not None
-    wanted = moments.teacher_mean @ teacher_W_Q + b_Q
-    if spec.name == "key-shared":
-        W, mix = (part.double() for part in joint_start(C, key_moments, W_Q, W_K, rope, generator))
-        heads = (per_head(part, rope.n_kv_heads) for part in (W, W_K, wanted))
-        parts = zip(*heads, key_moments, strict=True)  # one head's moments in float64 at a time
-        bias = torch.stack([mean @ key_change(own, K, C_k.double()).T for own, K, mean, C_k in parts])
-        keys = (moments.student_mean @ W).view(rope.n_kv_heads, 1, -1)
-        return Start(W, {"mix": mix, "bias": (bias - (keys @ mix)[:, 0]).flatten()})
-    L = roots(key_moments)
-    if spec.name == "low-rank":
-        assert spec.rank is not None
-        W_Q, W_K, changes = turned_for_slices(C, W_Q, W_K, L)
-        wanted = torch.einsum("hi,hij->hj", per_head(wanted, len(L)), changes).flatten()
-        query = low_rank(C, W_Q, spec.rank)
-        mean = moments.student_mean
-        query["bias"] = wanted - mean * query["gain"] - query["up"] @ (query["down"] @ mean)
-        return Start(W_K, query)
-    if spec.name == "select":
-        index = choose_free(C, W_Q, L)
-        W_K, bias = affine_start(moments, index, W_Q, wanted, W_K, L)
-        return Start(W_K, {"index": index.flatten().to(torch.int32), "bias": bias.flatten()})
-    W_K, bias = affine_start(moments, slices(len(C), len(L), C.device), W_Q, wanted, W_K, L)
-    return Start(W_K, {}, norm_shift=bias.flatten())
-
-
 def carry_over(moments: Moments, W: torch.Tensor) -> torch.Tensor:
     """Return W' (D, out) that gives on the student's x̂ what W gives on the teacher's, shrunk towards W."""
     return W + ridge(moments.student, (moments.cross - moments.student) @ W, SHRINKAGE)
-
-
-def low_rank(C: torch.Tensor, W_Q: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
-    """Return gain (H*K,), down (R, D), up (H*K, R): diagonal by least squares, the rest by SVD of C^½ (W_Q - diag)."""
-    d_model, n_query = W_Q.shape
-    columns = torch.arange(n_query, device=C.device)
-    channels = columns % d_model
-    gain = correlations(C, W_Q)[channels, columns] / channel_rms(C)[channels]
-    rest = W_Q.clone()
-    rest[channels, columns] -= gain
-    values, vectors = torch.linalg.eigh(C)
-    root = values.clamp_min(1e-4 * values.mean()).sqrt()
-    U, S, V = torch.linalg.svd(root[:, None] * (vectors.T @ rest), full_matrices=False)
-    scale = S[:rank].sqrt()
-    down = (vectors / root) @ U[:, :rank] * scale
-    return {"gain": gain, "down": down.T.contiguous(), "up": (V[:rank] * scale[:, None]).T.contiguous()}
 
 
 def identity_gain(
@@ -203,6 +120,6 @@ def _query_bias(
         mix = query["mix"].to(mean.dtype).view(dims.n_kv_heads, -1, dims.d_head, dims.d_head)
         return wanted - torch.einsum("goi,ghij->ghj", keys, mix).flatten()
     if spec.name == "low-rank":
-        return wanted - mean[channels] * query["gain"] - query["up"] @ (query["down"] @ mean)
+        return low_rank_bias(wanted, mean, query)
     assert start.norm_gain is not None
     return wanted - (mean * start.norm_gain)[channels]

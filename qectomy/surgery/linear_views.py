@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from qectomy.surgery.family import LinearView, Orientation
+from qectomy.surgery.family import LayerRoles, LinearView, Orientation
 
 Tensors = Mapping[str, torch.Tensor]
 Projection = tuple[torch.Tensor, torch.Tensor | None]  # W (in, out) and its bias (out,)
@@ -38,3 +38,22 @@ def store_views(projections: list[tuple[LinearView, Projection]]) -> dict[str, t
         if biases:
             tensors[f"{module}.bias"] = torch.cat(biases)
     return tensors
+
+
+def without_views(tensors: Tensors, views: tuple[LinearView, ...]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a layer that hold none of the projections, nor anything inside their modules."""
+    prefixes = tuple(f"{view.module}." for view in views)
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+
+
+def add_through(tensors: Tensors, output: LinearView, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the tensors of `output` whose bias takes in what adding `value` (in,) to its input does; in float64."""
+    W, bias = read_view(tensors, output)
+    assert bias is not None
+    return store_views([(output, (W, (bias.double() + value.double() @ W.double()).to(bias.dtype)))])
+
+
+def with_query(tensors: Tensors, roles: LayerRoles, query: Projection) -> dict[str, torch.Tensor]:
+    """Return a stock layer's tensors with another query; keys and values, fused with it or not, stay."""
+    rest = [(view, read_view(tensors, view)) for view in (roles.key, roles.value)]
+    return {**tensors, **store_views([(roles.query, query), *rest])}

@@ -13,8 +13,9 @@ import torch
 from qectomy.errors import NonFiniteError
 from qectomy.surgery.checkpoint import Checkpoint, expected_tensors
 from qectomy.surgery.config_files import copy_companions, load_config, stock_config, write_config
+from qectomy.surgery.family import LinearView
 from qectomy.surgery.finite import all_finite
-from qectomy.surgery.linear_views import read_view, store_views
+from qectomy.surgery.linear_views import read_view, store_views, with_query, without_views
 from qectomy.surgery.output import check_room, new_folder
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.writer import DTYPES, MAX_SHARD_BYTES, ShardWriter, TensorSpec
@@ -29,10 +30,10 @@ def dense_layer(
     family, dims, roles = checkpoint.family, checkpoint.dims, checkpoint.family.roles
     factor = family.query_factor(config)
     if checkpoint.recipe[layer].name == "dense":
+        if factor == 1.0:
+            return tensors
         W_Q, b_Q = read_view(tensors, roles.query)
-        scaled = (W_Q.double() * factor, None if b_Q is None else b_Q.double() * factor)
-        rest = [(view, read_view(tensors, view)) for view in (roles.key, roles.value)]
-        return tensors | store_views([(roles.query, scaled), *rest])
+        return with_query(tensors, roles, (W_Q.double() * factor, None if b_Q is None else b_Q.double() * factor))
     with torch.device("meta"):
         module = family.reduced_layer(config, layer)
     query = module.get_submodule(roles.query_map)
@@ -45,9 +46,7 @@ def dense_layer(
     with torch.no_grad():
         rows = query(inputs[None], (inputs @ W_K.double() + (0 if b_K is None else b_K.double()))[None])[0]
     rows = rows * factor
-    gone = {view.module for view in (roles.query, roles.key, roles.value)}
-    dense = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in gone}
-    dense = {name: tensor for name, tensor in dense.items() if not name.startswith(prefix)}
+    dense = without_views(tensors, (LinearView(roles.query_map), roles.key, roles.value))
     projections = [(roles.query, (rows[:-1] - rows[-1], rows[-1])), (roles.key, (W_K, b_K)), (roles.value, value)]
     if not dims.attention_bias:
         projections[0] = (roles.query, (rows[:-1], None))

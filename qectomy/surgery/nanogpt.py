@@ -10,10 +10,9 @@ A checkpoint is a pickled dictionary whose `model_args` say the sizes and whose 
 
 The softmax scale s of a stock GPT-2 is 1/√K, so another one goes into W_Q as s √K; a reduced GPT-2 keeps it.
 nanoGPT's GELU is the exact one. Only tensors and plain containers are unpickled (`weights_only`): no code runs.
-Layouts: nanoGPT (out, in), GPT-2 (in, out). D d_model, K d_head, M d_mlp.
+Layouts: nanoGPT (out, in), GPT-2 (in, out). D d_model, K d_head.
 """
 
-import math
 import pickle
 import re
 import zipfile
@@ -29,12 +28,15 @@ from qectomy.errors import CheckpointError, NonFiniteError, UnsupportedArchitect
 from qectomy.surgery.architectures import FAMILIES
 from qectomy.surgery.checkpoint import MAX_LAYERS, expected_tensors, open_checkpoint
 from qectomy.surgery.config_files import TOKENIZER_FILES, copy_companions, copy_model_code, reduced_fields, write_config
-from qectomy.surgery.family import flag, size
+from qectomy.surgery.family import Dimensions, flag, size
 from qectomy.surgery.finite import all_finite
+from qectomy.surgery.headers import TORCH_NAMES
+from qectomy.surgery.linear_views import add_through, read_view, with_query
 from qectomy.surgery.output import check_room, new_folder
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.writer import DTYPES, ShardWriter, TensorSpec
 
+GPT2 = FAMILIES["gpt2"]
 QUERY_MODES = ("original", "identity", "residual")
 COMPILED = "_orig_mod."  # what torch.compile puts before every name
 MASK = ".attn.bias"  # the causal mask, where flash attention was not to be had
@@ -58,9 +60,9 @@ class ModelArgs:
     query_mode: str
 
     @property
-    def own_scale(self) -> float:
-        """The softmax scale of a stock GPT-2, 1/√K."""
-        return (self.n_embd // self.n_head) ** -0.5
+    def reduced(self) -> bool:
+        """Whether this is a model without W_Q."""
+        return self.query_mode == "identity"
 
 
 def import_nanogpt(path: Path, out: Path, tokenizer: Path | None = None) -> dict[str, Any]:
@@ -71,31 +73,29 @@ def import_nanogpt(path: Path, out: Path, tokenizer: Path | None = None) -> dict
     unknown tensors and for sizes that make no sense, UnsupportedArchitecture for a query mode that is not linear.
     """
     args, state = read_nanogpt(path)
-    check_state(args, state)
-    dtype = safetensors_dtype(state["transformer.wte.weight"])
-    family = FAMILIES["gpt2"]
-    identity = args.query_mode == "identity"
     config = gpt2_config(args)
-    dims = family.dimensions(config)
-    recipe = (QueryMapSpec("identity" if identity else "dense"),) * dims.n_layers
-    specs = {name: TensorSpec(shape, dtype) for name, shape in expected_tensors(family, dims, recipe).items()}
+    dims = GPT2.dimensions(config)
+    check_state(args, dims, state)
+    dtype = safetensors_dtype(state[GPT2.embedding])
+    recipe = (QueryMapSpec("identity" if args.reduced else "dense"),) * dims.n_layers
+    specs = {name: TensorSpec(shape, dtype) for name, shape in expected_tensors(GPT2, dims, recipe).items()}
     check_room(out, sum(spec.nbytes for spec in specs.values()))
     with new_folder(out) as work:
         with ShardWriter(work, specs) as writer:
-            for name, tensor in gpt2_tensors(args, state):
+            for name, tensor in gpt2_tensors(args, dims, state):
                 stored = tensor.to(DTYPES[dtype])
                 if not all_finite(stored):
                     raise NonFiniteError(f"{path}: {name} holds NaN or Inf; no output of this model would be usable")
                 writer.write(name, stored)
             writer.finish()
-        config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
-        if identity:
-            config |= {**reduced_fields(family, recipe), "softmax_scale": args.scale}
-            copy_model_code(family, work)
+        config["dtype"] = TORCH_NAMES[dtype]
+        if args.reduced:
+            config |= {**reduced_fields(GPT2, recipe), "softmax_scale": args.scale}
+            copy_model_code(GPT2, work)
         write_config(work, config)
         if tokenizer is not None:
             copy_companions(tokenizer, work, TOKENIZER_FILES)
-        written = open_checkpoint(work, reduced=identity)
+        written = open_checkpoint(work, reduced=args.reduced)
     return {
         "out": str(out),
         "model_type": config["model_type"],
@@ -134,7 +134,7 @@ def read_nanogpt(path: Path) -> tuple[ModelArgs, dict[str, torch.Tensor]]:
     if strange := [name for name, tensor in state.items() if not _is_plain(tensor)]:
         raise CheckpointError(f"{path}: model[{strange[0]!r}] is not a plain tensor")
     state = {name: tensor for name, tensor in state.items() if not name.endswith(MASK)}
-    return model_args(held["model_args"], "transformer.ln_f.bias" in state), state
+    return model_args(held["model_args"], f"{GPT2.final_norm}.bias" in state), state
 
 
 def model_args(found: dict[str, Any], has_bias: bool) -> ModelArgs:
@@ -171,18 +171,17 @@ def model_args(found: dict[str, Any], has_bias: bool) -> ModelArgs:
     )
 
 
-def gpt2_tensors(args: ModelArgs, state: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def gpt2_tensors(
+    args: ModelArgs, dims: Dimensions, state: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield GPT-2's tensors, stock or reduced, with their names, one layer at a time."""
-    for name in ("transformer.wte.weight", "transformer.wpe.weight"):
-        yield name, state[name]
-    for layer in range(args.n_layer):
-        prefix = f"transformer.h.{layer}."
+    for name, shape in GPT2.outer_shapes(dims).items():
+        yield name, _or_zeros(state, name, shape)
+    for layer in range(dims.n_layers):
+        prefix = GPT2.prefix(layer)
         part = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        for name, tensor in _gpt2_layer(args, part).items():
+        for name, tensor in _gpt2_layer(args, dims, part).items():
             yield prefix + name, tensor
-    yield from _norm(state, "transformer.ln_f").items()
-    if not args.tied:
-        yield "lm_head.weight", state["lm_head.weight"]
 
 
 def safetensors_dtype(tensor: torch.Tensor) -> str:
@@ -214,57 +213,36 @@ def gpt2_config(args: ModelArgs) -> dict[str, Any]:
     }
 
 
-def _gpt2_layer(args: ModelArgs, part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _gpt2_layer(args: ModelArgs, dims: Dimensions, part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return one layer's tensors, by name inside the layer; what changes is computed in float64 and cast once."""
-    tensors = {**_norm(part, "ln_1"), **_norm(part, "ln_2")}
-    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-        weight = part[f"{name}.weight"].T.contiguous()
-        tensors[f"{name}.weight"] = weight
-        tensors[f"{name}.bias"] = part.get(f"{name}.bias", weight.new_zeros(weight.shape[1]))
-    W, b = tensors["attn.c_attn.weight"], tensors["attn.c_attn.bias"]
-    if args.query_mode == "identity":  # softmax ignores the key's bias; the value's reaches the output as it is
-        value_bias = b[args.n_embd :].double() @ tensors["attn.c_proj.weight"].double()
-        tensors["attn.c_proj.bias"] = (tensors["attn.c_proj.bias"].double() + value_bias).to(b.dtype)
-        del tensors["attn.c_attn.bias"]
+    roles, shapes = GPT2.roles, GPT2.layer_shapes(dims, reduced=args.reduced)
+    tensors = {name: _or_zeros(part, name, shape[::-1]).t().contiguous() for name, shape in shapes.items()}
+    if args.reduced:  # softmax ignores the key's bias; the value's reaches the output as it is
+        if args.bias:
+            tensors |= add_through(tensors, roles.output, part[f"{roles.value.module}.bias"][dims.d_model :])
         return tensors
-    factor = args.scale / args.own_scale
-    if args.query_mode == "original" and math.isclose(factor, 1.0, rel_tol=1e-12):
-        return tensors
-    identity = torch.eye(args.n_embd).double() if args.query_mode == "residual" else 0.0
-    D = args.n_embd
-    W_Q, b_Q = (W[:, :D].double() + identity) * factor, b[:D].double() * factor
-    tensors["attn.c_attn.weight"] = torch.cat([W_Q.to(W.dtype), W[:, D:]], 1)
-    tensors["attn.c_attn.bias"] = torch.cat([b_Q.to(b.dtype), b[D:]])
-    return tensors
+    (W_Q, b_Q), factor = read_view(tensors, roles.query), args.scale * dims.d_head**0.5
+    assert b_Q is not None
+    identity = torch.eye(dims.d_model) if args.query_mode == "residual" else torch.zeros(())
+    query = ((W_Q.double() + identity) * factor).to(W_Q.dtype), (b_Q.double() * factor).to(b_Q.dtype)
+    return with_query(tensors, roles, query)
 
 
-def _norm(state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    weight = state[f"{name}.weight"]
-    return {f"{name}.weight": weight, f"{name}.bias": state.get(f"{name}.bias", torch.zeros_like(weight))}
+def _or_zeros(state: dict[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a tensor, or the zeros that a model without biases amounts to."""
+    return state[name] if name in state else next(iter(state.values())).new_zeros(shape)
 
 
-def check_state(args: ModelArgs, state: dict[str, torch.Tensor]) -> None:
+def check_state(args: ModelArgs, dims: Dimensions, state: dict[str, torch.Tensor]) -> None:
     """Raise CheckpointError unless the state dict holds what `model_args` call for, and nothing else."""
-    D, M = args.n_embd, args.n_inner
-    expected: dict[str, tuple[int, ...]] = {
-        "transformer.wte.weight": (args.vocab_size, D),
-        "transformer.wpe.weight": (args.n_positions, D),
-        "transformer.ln_f.weight": (D,),
-    }
-    projections = {
-        "attn.c_attn": ((2 if args.query_mode == "identity" else 3) * D, D),
-        "attn.c_proj": (D, D),
-        "mlp.c_fc": (M, D),
-        "mlp.c_proj": (D, M),
-    }
-    for layer in range(args.n_layer):
-        prefix = f"transformer.h.{layer}."
-        expected |= {f"{prefix}{norm}.weight": (D,) for norm in ("ln_1", "ln_2")}
-        expected |= {f"{prefix}{name}.weight": shape for name, shape in projections.items()}
-    biased = [name for name in expected if not name.endswith(("wte.weight", "wpe.weight"))] if args.bias else []
-    expected |= {f"{name.removesuffix('weight')}bias": expected[name][:1] for name in biased}
-    if not args.tied:
-        expected["lm_head.weight"] = (args.vocab_size, D)
+    expected = GPT2.outer_shapes(dims)
+    for layer in range(dims.n_layers):
+        shapes = {name: shape[::-1] for name, shape in GPT2.layer_shapes(dims, reduced=args.reduced).items()}
+        if args.reduced:
+            shapes[f"{GPT2.roles.value.module}.bias"] = (2 * dims.d_model,)
+        expected |= {GPT2.prefix(layer) + name: shape for name, shape in shapes.items()}
+    if not args.bias:
+        expected = {name: shape for name, shape in expected.items() if not name.endswith(".bias")}
     if missing := [name for name in expected if name not in state]:
         raise CheckpointError(f"{len(missing)} tensor(s) that model_args call for are missing, first {missing[0]}")
     for name, shape in expected.items():
@@ -274,10 +252,10 @@ def check_state(args: ModelArgs, state: dict[str, torch.Tensor]) -> None:
                 f"for {shape}"
             )
         safetensors_dtype(state[name])
-    wte, head = state["transformer.wte.weight"], state.get("lm_head.weight")
+    wte, head = state[GPT2.embedding], state.get(GPT2.head)
     if args.tied and head is not None and not torch.equal(head.nan_to_num(), wte.nan_to_num()):
         raise CheckpointError("model_args say tie_weights, but lm_head.weight is not transformer.wte.weight")
-    if extra := [name for name in state if name not in expected and name != "lm_head.weight"]:
+    if extra := [name for name in state if name not in expected and name != GPT2.head]:
         raise CheckpointError(f"{len(extra)} tensor(s) have no place in a GPT-2 and would be lost, first {extra[0]}")
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from attention_bench import AttentionBench
 
-from qectomy.calibrate import free_key_starts, starts
+from qectomy.calibrate import free_key_starts
 from qectomy.calibrate.free_key_starts import choose_free, per_head, roots, slices, turned_for_slices
-from qectomy.calibrate.starts import Start, low_rank
+from qectomy.calibrate.low_rank_start import low_rank
+from qectomy.calibrate.projections import Start
 
 # D d_model, H n_heads, K d_head; H*K = D
 SHAPES = [dict(), dict(d_head=12), dict(d_head=5), dict(n_heads=2, d_head=16)]
@@ -127,7 +128,7 @@ def test_a_start_does_not_depend_on_the_gauge(shape, name, spread):
 
 def test_without_the_keys_weights_it_does(monkeypatch):
     """The check above can fail: errors that are not weighed by the keys belong to one gauge."""
-    monkeypatch.setattr(starts, "roots", lambda grams: torch.eye(8, dtype=torch.float64).expand(4, 8, 8))
+    monkeypatch.setattr(free_key_starts, "roots", lambda grams: torch.eye(8, dtype=torch.float64).expand(4, 8, 8))
     bench = bench_of({})
     before = bench.start("select").query["index"]
     kl = bench.kl("select", bench.start("select"))

@@ -8,8 +8,8 @@ from tiny_models import tokens
 
 from qectomy.calibrate.layer_fit import attended_moments, fit_layer, fold
 from qectomy.calibrate.layers import LayerRunner
+from qectomy.calibrate.projections import Start
 from qectomy.calibrate.refine import RefineSettings
-from qectomy.calibrate.starts import Start
 from qectomy.calibrate.states import Streams
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.linear_views import read_view

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from qectomy.calibrate.key_shared_start import least_squares_mix, mean_turn
+from qectomy.calibrate.low_rank_start import low_rank
 from qectomy.calibrate.moments import Moments, MomentSums, ridge
+from qectomy.calibrate.projections import Start
 from qectomy.calibrate.refine import RefineSettings, refine
 from qectomy.calibrate.rope_pairs import rotate_pairs
-from qectomy.calibrate.starts import Start, carry_over, low_rank
+from qectomy.calibrate.starts import carry_over
 from qectomy.surgery.query_maps import parse_query_map
 
 SHAPES = [dict(), dict(n_kv_heads=4), dict(n_kv_heads=1), dict(d_head=12), dict(d_head=6)]
