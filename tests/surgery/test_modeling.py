@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny_models import EVERY_MAP, LLAMA_SHAPES, load_reduced, tiny_model, tokens
-from transformers import AutoConfig, GenerationConfig, StaticCache
+from transformers import AutoConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -117,52 +117,6 @@ def test_equals_the_stock_model_with_that_matrix(tiny_reduced, name, query_map):
         assert relative(reduced(ids).logits, expected) < 1e-12
         attention.k_proj.weight[0, 0] *= 1.01
         assert relative(reduced(ids).logits, expected) > 1e-7
-
-
-@pytest.mark.parametrize("name", ["llama", "biases", "mistral", "rope-dynamic", "rope-longrope"])
-def test_cache_gives_the_same_text(tiny_reduced, name):
-    model = load_reduced(tiny_reduced(EVERY_MAP, name), torch.float64)
-    options = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False)
-    ids = tokens(2, 9)
-    plain = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **options)
-    cached = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True, **options)
-    assert plain.shape == (2, 29)
-    assert torch.equal(plain, cached)
-    assert torch.equal(plain[:, 9], model(ids).logits[:, -1].argmax(-1)) or plain[0, 9] != model.config.eos_token_id
-
-
-def test_static_cache(tiny_reduced):
-    model = load_reduced(tiny_reduced(EVERY_MAP), torch.float64)
-    options = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=2, eos_token_id=None)
-    ids = tokens(2, 9)
-    mask = torch.ones_like(ids)
-    plain = model.generate(ids, attention_mask=mask, generation_config=options, use_cache=False)
-    cache = StaticCache(config=model.config, max_cache_len=32)
-    static = model.generate(ids, attention_mask=mask, generation_config=options, past_key_values=cache)
-    assert torch.equal(plain, static)
-
-
-@pytest.mark.parametrize("name", ["llama", "narrow-heads", "mistral"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_left_padding(tiny_reduced, name, attention):
-    """Padded on the left and masked, each sequence of a batch has the logits it has alone."""
-    # eager attention takes its softmax in float32, where float64's mask value is -inf
-    dtype, tolerance = (torch.float32, 1e-5) if attention == "eager" else (torch.float64, 1e-12)
-    model = load_reduced(tiny_reduced(EVERY_MAP, name), dtype)
-    model.set_attn_implementation(attention)
-    ids = tokens(3, 12)
-    lengths = (12, 7, 3)
-    padded, mask = torch.full_like(ids, 2), torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        padded[row, 12 - length :], mask[row, 12 - length :] = ids[row, :length], 1
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    with torch.no_grad():
-        logits = model(padded, attention_mask=mask, position_ids=positions).logits
-        for row, length in enumerate(lengths):
-            alone = model(ids[row : row + 1, :length]).logits[0]
-            assert relative(logits[row, 12 - length :], alone) < tolerance
-        unmasked = model(padded, position_ids=positions).logits
-    assert relative(unmasked[2, -1], logits[2, -1]) > 1e-3
 
 
 @pytest.mark.parametrize("name, window", [("mistral", 5), ("mistral-full", None), ("llama", None)])

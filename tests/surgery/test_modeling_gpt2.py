@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from tiny_models import EVERY_MAP, GPT2_SHAPES, load_reduced, tiny_model, tokens
-from transformers import AutoConfig, GenerationConfig, StaticCache
+from transformers import AutoConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -170,61 +170,6 @@ def test_eager_with_reordering_equals_sdpa(tiny_reduced, monkeypatch, name):
         assert calls == [0, 1, 2, 3, 4]
         model.transformer.h[0].attn.scaling *= 1.01
         assert relative(model(ids).logits, expected) > 1e-4
-
-
-@pytest.mark.parametrize("name", FULL)
-def test_cache_gives_the_same_text(tiny_reduced, name):
-    model = load_reduced(tiny_reduced(EVERY_MAP, name), torch.float64)
-    options = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False)
-    ids = tokens(2, 9)
-    plain = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **options)
-    cached = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True, **options)
-    assert plain.shape == (2, 29)
-    assert torch.equal(plain, cached)
-    with torch.no_grad():  # and the same logits, a few tokens at a time
-        whole = model(plain).logits
-        first = model(plain[:, :11], use_cache=True)
-        second = model(plain[:, 11:], past_key_values=first.past_key_values).logits
-        assert relative(torch.cat([first.logits, second], 1), whole) < 1e-12
-        assert relative(model(plain[:, 11:]).logits, whole[:, 11:]) > 1e-3
-
-
-def test_static_cache(tiny_reduced):
-    model = load_reduced(tiny_reduced(EVERY_MAP, "gpt2"), torch.float64)
-    options = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=2, eos_token_id=None)
-    ids = tokens(2, 9)
-    mask = torch.ones_like(ids)
-    plain = model.generate(ids, attention_mask=mask, generation_config=options, use_cache=False)
-    cache = StaticCache(config=model.config, max_cache_len=32)
-    static = model.generate(ids, attention_mask=mask, generation_config=options, past_key_values=cache)
-    assert plain.shape == (2, 21)
-    assert torch.equal(plain, static)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-inverse"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_left_padding(tiny_reduced, name, attention):
-    """Padded on the left and masked, each sequence of a batch has the logits it has alone, and goes on alike."""
-    # eager attention adds the mask's lowest number to the logits: in float64 as in float32
-    model = load_reduced(tiny_reduced(EVERY_MAP, name), torch.float64)
-    model.set_attn_implementation(attention)
-    ids = tokens(3, 12)
-    lengths = (12, 7, 3)
-    padded, mask = torch.full_like(ids, 2), torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        padded[row, 12 - length :], mask[row, 12 - length :] = ids[row, :length], 1
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    text = model.generate(padded, attention_mask=mask, **options)
-    with torch.no_grad():
-        logits = model(padded, attention_mask=mask, position_ids=positions).logits
-        for row, length in enumerate(lengths):
-            alone = ids[row : row + 1, :length]
-            assert relative(logits[row, 12 - length :], model(alone).logits[0]) < 1e-12
-            own = model.generate(alone, attention_mask=torch.ones_like(alone), **options)
-            assert torch.equal(text[row, 12:], own[0, length:])
-        unmasked = model(padded, position_ids=positions).logits
-    assert relative(unmasked[2, -1], logits[2, -1]) > 1e-3
 
 
 def test_names_agree():
