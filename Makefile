@@ -55,10 +55,9 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# An output folder named by OUT is never removed; the demo's own one, from an earlier run, is.
+# An output folder named by OUT is never removed; the demo's own one, from an earlier run, is once all else is in order.
 demo: $(STAMP)
-	@if [ -z "$(OUT)" ]; then rm -rf "$(DEMO_OUT)"; fi
-	$(BIN)/python samples/demo.py "$(MODEL)" --out "$(or $(OUT),$(DEMO_OUT))" --query $(QUERY) \
+	$(BIN)/python samples/demo.py "$(MODEL)" --out "$(or $(OUT),$(DEMO_OUT))" $(if $(OUT),,--replace) --query $(QUERY) \
 	  --text "$(TEXT)" $(if $(EVAL_TEXT),--eval-text "$(EVAL_TEXT)") \
 	  --tokens $(TOKENS) --eval-tokens $(EVAL_TOKENS) $(if $(CONTEXT),--context $(CONTEXT))
 

@@ -235,13 +235,17 @@ def import_nanogpt(
     as_json: Json = False,
 ) -> None:
     """Read a nanoGPT checkpoint, one of the paper's repository too, into a folder that transformers loads."""
+    from qectomy.calibrate.text import load_tokenizer
     from qectomy.surgery.checkpoint import locate
     from qectomy.surgery.config_files import TOKENIZER_FILES
     from qectomy.surgery.nanogpt import import_nanogpt as run
     from qectomy.surgery.output import check_absent
 
     check_absent(out)
-    result = run(checkpoint, out, locate(tokenizer, TOKENIZER_FILES) if tokenizer else None)
+    folder = locate(tokenizer, TOKENIZER_FILES) if tokenizer else None
+    if folder is not None:
+        load_tokenizer(folder)  # one that does not load is refused before anything is written
+    result = run(checkpoint, out, folder)
     if as_json:
         _print_json(result)
     else:

@@ -8,6 +8,7 @@ Each map's folder under --out is a whole checkpoint, with its report in qectomy.
 
 import argparse
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rich.table import Table
 from qectomy.calibrate.convert import convert
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.settings import ConvertSettings, default_context
+from qectomy.calibrate.text import read_source
 from qectomy.errors import QectomyError
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.output import check_absent
@@ -34,11 +36,12 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--eval-tokens", type=int, default=16_384)
     parser.add_argument("--context", type=int)
+    parser.add_argument("--replace", action="store_true", help="remove --out first, once everything else is in order")
     options = parser.parse_args()
     try:
         run(options)
-    except QectomyError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (QectomyError, KeyboardInterrupt) as error:
+        print(f"error: {error}" if str(error) else "error: interrupted", file=sys.stderr)
         return 1
     return 0
 
@@ -46,8 +49,12 @@ def main() -> int:
 def run(options: argparse.Namespace) -> None:
     """Convert with each map in turn; print the table of those that were done, also when a later one fails."""
     source = open_checkpoint(options.checkpoint)
-    check_absent(options.out)
     recipes = {name: tuple(parse_recipe(name, source.dims)) for name in options.query}
+    for text in filter(None, (options.text, options.eval_text)):
+        read_source(text)
+    if options.replace:
+        shutil.rmtree(options.out, ignore_errors=True)
+    check_absent(options.out)
     reports: dict[str, dict[str, Any]] = {}
     try:
         for name, recipe in recipes.items():

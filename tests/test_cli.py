@@ -184,6 +184,7 @@ def test_usage_errors_exit_with_2(cli, arguments, tmp_path, monkeypatch):
         ("import-nanogpt raven.txt --out new", r"raven.txt is not a checkpoint of tensors and plain containers"),
         ("import-nanogpt raven.txt --out there", r"there exists"),
         ("import-nanogpt raven.txt --out new --tokenizer nosuchfolder", r"no folder nosuchfolder"),
+        ("import-nanogpt raven.txt --out new --tokenizer there", r"there holds no tokenizer that can be loaded"),
         ("convert gpt2 --out new --text raven.txt --context 129", r"longer than the model's 128 positions; use 128"),
         ("convert gpt2 --out new --dry-run --context 129", r"longer than the model's 128 positions"),
         ("eval gpt2 --text raven.txt --context 129", r"longer than the 128 positions of gpt2; use 128 or less"),

@@ -129,6 +129,24 @@ def test_the_demo_prints_a_row_a_map(tiny_checkpoint, raven, tmp_path, monkeypat
     assert "exists; nothing is overwritten" in capsys.readouterr().err
 
 
+def test_the_demo_removes_an_earlier_result_only_for_a_run_that_can_begin(
+    tiny_checkpoint, raven, tmp_path, monkeypatch
+):
+    few_steps(monkeypatch)
+    reload_here(monkeypatch)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precious").touch()
+    model, small = tiny_checkpoint("gpt2"), ["--tokens", "320", "--eval-tokens", "160", "--context", "32"]
+    wrong = [("nosuchfolder", raven, "select"), (model, "nosuch.txt", "select"), (model, raven, "selekt")]
+    for checkpoint, text, query in [*wrong, (model, raven, "select")]:
+        options = ["--out", tmp_path / "out", "--text", text, "--query", query, "--replace", *small]
+        monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, [checkpoint, *options])])
+        right = (checkpoint, text, query) not in wrong
+        assert demo.main() == (0 if right else 1)
+        assert (tmp_path / "out/precious").exists() == (not right)
+    assert (tmp_path / "out/select/qectomy.json").is_file()
+
+
 def test_the_demo_names_what_is_wrong(tmp_path, monkeypatch, capsys):
     shutil.copytree(SAMPLES / "gpt2", tmp_path / "model")
     monkeypatch.setattr(

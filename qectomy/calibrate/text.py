@@ -18,6 +18,7 @@ import torch
 from qectomy.errors import CheckpointError, TextError
 
 JOIN = "\n\n"
+FILE_ENDINGS = (".txt", ".jsonl", ".ndjson", ".json", ".md")  # of a name mistyped, not of a dataset's
 TEXT_FIELDS = ("text", "page", "content", "document")
 CHARACTERS_A_TOKEN = 6  # how much text is read at first for each token wanted; more is read when it falls short
 
@@ -71,10 +72,14 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here; all mean the same to the user
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{folder} holds no tokenizer that can be loaded: {reason}") from error
+    # Where the files of GPT-2's tokenizer are missing, transformers makes one of special tokens alone.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise CheckpointError(f"{folder} holds no tokenizer that can be loaded: files are missing, or have no tokens")
+    return tokenizer
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -167,6 +172,8 @@ def _read_jsonl(path: Path, text: str) -> Iterator[str]:
 
 def _read_dataset(name: str) -> Source:
     """Read a dataset from the hub: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (split `train` by default)."""
+    if name.endswith(FILE_ENDINGS):
+        raise TextError(f"no file {name!r}, and no dataset of that name could be read: its ending is a file's")
     repo, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
     try:

@@ -149,6 +149,23 @@ def test_a_dataset_without_text(monkeypatch):
         read_source("some/data")
 
 
+@pytest.mark.parametrize("name", ["mistyped.txt", "some/where.jsonl"])
+def test_a_file_that_is_mistyped_is_not_looked_for_on_the_hub(name, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(TextError, match=f"no file '{name}', and no dataset of that name"):
+        read_source(name)
+
+
+def test_a_gpt2_without_its_tokenizer_files(tiny_copy):
+    """transformers makes an empty tokenizer for it, which would give a text of no tokens."""
+    folder = tiny_copy("gpt2")
+    assert load_tokenizer(folder)("a")["input_ids"]
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="holds no tokenizer that can be loaded: files are missing"):
+        load_tokenizer(folder)
+
+
 def test_no_tokenizer(tmp_path):
     with pytest.raises(CheckpointError, match="holds no tokenizer that can be loaded"):
         load_tokenizer(tmp_path)
