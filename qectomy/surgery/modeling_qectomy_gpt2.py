@@ -10,9 +10,12 @@ values alone and puts the queries of the layer's query map in front. A query map
     select         q = x̂[index] + b              chosen channels; their gains lie in W_K
     key-shared     q_h = (x̂ W_K^h) A_h + b       the head's own key, mixed
     low-rank:R     q = x̂ * gain + (x̂ U) V + b    U: D x R, V: R x D
+    gauge          q = x̂ W_Q + b                  each head's block of W_Q at K pivot channels is the identity
     dense          the stock c_attn
 
-Keys need no bias, since softmax does not see it, and values none, since it lies in the output's bias.
+Keys need no bias, since softmax does not see it, and values none, since it lies in the output's bias. W_V may have
+such identity blocks too (`value_maps`), and W_O may be merged into the MLP (`output_maps`). A config can also leave
+out norms or skips, or let all layers share one layer's weights: there W_Q goes exactly.
 Theory: Karbevski & Mijoski, "Key and Value Weights Are Probably All You Need", arXiv 2510.23912.
 Dimensions: B batch, T positions, D d_model, H n_heads, K d_head, R rank; H*K = D.
 """
@@ -49,16 +52,19 @@ class QueryMap(nn.Module):
 
 
 class IdentityQuery(QueryMap):
-    """q = x̂. Stores nothing."""
+    """q = x̂. Stores a bias only where no norm's shift and no writer's bias can hold it."""
 
     def __init__(self, config, rank: int = 0):
         nn.Module.__init__(self)
+        kept = config.shared_layers and not config.norms
+        self.bias = nn.Parameter(torch.zeros(config.hidden_size)) if kept else None
 
     def reset_parameters(self) -> None:
-        pass
+        if self.bias is not None:
+            super().reset_parameters()
 
     def forward(self, hidden, key):
-        return hidden
+        return hidden if self.bias is None else hidden + self.bias
 
 
 class SelectQuery(QueryMap):
@@ -129,49 +135,112 @@ QUERY_MODULES = {
 
 
 def build_query(config, layer_idx: int) -> nn.Module | None:
-    """The query module of a layer as `config.query_maps[layer_idx]` names it; None for `dense`."""
+    """The query module of a layer as `config.query_maps[layer_idx]` names it; None for `dense` and `gauge`."""
     name, _, rank = config.query_maps[layer_idx].partition(":")
-    if name == "dense":
+    if name in ("dense", "gauge"):
         return None
     if name not in QUERY_MODULES:
-        raise ValueError(f"layer {layer_idx}: unknown query map {name!r}; known: {', '.join(QUERY_MODULES)}, dense")
+        known = ", ".join(QUERY_MODULES)
+        raise ValueError(f"layer {layer_idx}: unknown query map {name!r}; known: {known}, gauge, dense")
     return QUERY_MODULES[name](config, int(rank or 0))
 
 
+class GaugedProjections(nn.Module):
+    """x̂ (B, T, D) -> n projections side by side (B, T, n*D); the K x K block of each head at the pivots is the identity.
+
+    `order` (D,): the K pivot channels, then all others. `weight` (D - K, n*D): the others' rows, in GPT-2's layout.
+    """
+
+    def __init__(self, config, n_projections: int, bias: bool):
+        super().__init__()
+        d_model = config.hidden_size
+        self.d_head = d_model // config.num_attention_heads
+        self.order = nn.Buffer(torch.arange(d_model, dtype=torch.int32))
+        self.weight = nn.Parameter(torch.empty(d_model - self.d_head, n_projections * d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None  # of the first projection, the queries
+
+    def reset_parameters(self, std: float) -> None:
+        nn.init.normal_(self.weight, std=std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if not is_loaded(self.order):
+            with torch.no_grad():
+                self.order.copy_(torch.arange(len(self.order)))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        ordered = hidden.index_select(-1, self.order)
+        out = torch.matmul(ordered[..., self.d_head :], self.weight)
+        out.unflatten(-1, (-1, self.d_head)).add_(ordered[..., None, : self.d_head])
+        if self.bias is not None:
+            out[..., : len(self.bias)].add_(self.bias)
+        return out
+
+
 class QectomyGPT2Config(GPT2Config):
-    """GPT2Config plus `query_maps`, one query-map name a layer, and `softmax_scale`.
+    """GPT2Config plus `query_maps`, one query-map name a layer, and what else can differ from GPT-2.
 
     `softmax_scale` is the factor on the logits before the softmax in place of 1/√K; None keeps GPT-2's own. The
-    paper's models take half of it.
+    paper's models take half of it. `value_maps` names `dense` or `gauge` a layer, `output_maps` `dense` or `merged`
+    (no W_O: the MLP reads the heads); None: all dense. `norms`, `attention_skip` and `mlp_skip` leave out what they
+    name when false; with `shared_layers` all layers compute with the first one's weights, stored once.
     """
 
     model_type = "qectomy_gpt2"
     query_maps: list[str] | None = None
+    value_maps: list[str] | None = None
+    output_maps: list[str] | None = None
     softmax_scale: float | None = None
+    norms: bool = True
+    attention_skip: bool = True
+    mlp_skip: bool = True
+    shared_layers: bool = False
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if not self.query_maps:
-            self.query_maps = ["dense"] * self.n_layer
-        if len(self.query_maps) != self.n_layer:
-            raise ValueError(f"query_maps names {len(self.query_maps)} layers, the model has {self.n_layer}")
+        for field, known in (("query_maps", None), ("value_maps", "gauge"), ("output_maps", "merged")):
+            names = getattr(self, field) or ["dense"] * self.n_layer
+            setattr(self, field, names)
+            if len(names) != self.n_layer:
+                raise ValueError(f"{field} names {len(names)} layers, the model has {self.n_layer}")
+            if known is not None and set(names) - {"dense", known}:
+                raise ValueError(f"{field} must name dense or {known} for each layer, got {names}")
+            if self.shared_layers and len(set(names)) > 1:
+                raise ValueError(f"{field} must name the same for all layers, which share their weights")
+        if self.shared_layers and self.scale_attn_by_inverse_layer_idx:
+            raise ValueError("layers that share their weights cannot scale their logits by their place")
+        for layer, (query, value) in enumerate(zip(self.query_maps, self.value_maps, strict=True)):
+            if query == "dense" and value == "gauge":
+                raise ValueError(f"layer {layer}: c_attn is whole while queries are dense, so its values are too")
+        if "merged" in self.output_maps and (self.attention_skip or self.norms):
+            raise ValueError("W_O can be merged into the MLP only where no norm and no skip stand between them")
 
 
 class ReducedProjection(nn.Module):
     """Stands where `c_attn` stood: x̂ (B, T, D) -> queries, keys and values side by side, (B, T, 3D).
 
-    `weight` is W_K and W_V side by side, (D, 2D), in GPT-2's layout (in, out).
+    `weight` is W_K, and W_V beside it unless it is gauged, (D, D or 2D), in GPT-2's layout (in, out).
     """
 
-    def __init__(self, config: QectomyGPT2Config, query: nn.Module):
+    def __init__(self, config: QectomyGPT2Config, layer_idx: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.hidden_size, 2 * config.hidden_size))
-        self.query = query
+        gauged_query, gauged_value = (
+            maps[layer_idx] == "gauge" for maps in (config.query_maps, config.value_maps)
+        )
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, (1 if gauged_value else 2) * config.hidden_size))
+        self.query = build_query(config, layer_idx)
+        self.gauge = None
+        if gauged_query or gauged_value:
+            self.gauge = GaugedProjections(config, gauged_query + gauged_value, bias=gauged_query)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        key_value = torch.matmul(hidden, self.weight)
-        key = key_value[..., : self.weight.shape[0]]
-        return torch.cat([self.query(hidden, key), key_value], dim=-1)
+        dense = torch.matmul(hidden, self.weight)
+        d_model = len(self.weight)
+        if self.gauge is None:
+            return torch.cat([self.query(hidden, dense[..., :d_model]), dense], dim=-1)
+        gauged = self.gauge(hidden)
+        if self.query is not None:
+            return torch.cat([self.query(hidden, dense), dense, gauged], dim=-1)
+        return torch.cat([gauged[..., :d_model], dense, gauged[..., d_model:]], dim=-1)
 
 
 class ReducedGPT2Attention(GPT2Attention):
@@ -179,9 +248,10 @@ class ReducedGPT2Attention(GPT2Attention):
 
     def __init__(self, config: QectomyGPT2Config, layer_idx: int):
         super().__init__(config, layer_idx=layer_idx)
-        query = build_query(config, layer_idx)
-        if query is not None:
-            self.c_attn = ReducedProjection(config, query)
+        if config.query_maps[layer_idx] != "dense":
+            self.c_attn = ReducedProjection(config, layer_idx)
+        if config.output_maps[layer_idx] == "merged":
+            self.c_proj = nn.Identity()
         if config.softmax_scale is not None:
             if not hasattr(self, "scaling"):
                 raise ImportError("a GPT-2 with a softmax_scale of its own needs transformers 5.4 or newer")
@@ -193,7 +263,28 @@ class ReducedGPT2Block(GPT2Block):
     def __init__(self, config: QectomyGPT2Config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.attn = ReducedGPT2Attention(config, layer_idx)
+        self.attention_skip, self.mlp_skip = config.attention_skip, config.mlp_skip
         self.attn.c_proj.writes_stream = self.mlp.c_proj.writes_stream = True
+        if not config.norms:
+            self.ln_1, self.ln_2 = nn.Identity(), nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor, past_key_values=None, attention_mask=None, *_, **kwargs):
+        attended, _ = self.attn(
+            self.ln_1(hidden_states), past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+        )
+        middle = hidden_states + attended if self.attention_skip else attended
+        thought = self.mlp(self.ln_2(middle))
+        return middle + thought if self.mlp_skip else thought
+
+
+def share_first(layers: nn.ModuleList, attention: str) -> None:
+    """Let every layer compute with the first one's modules; only the place of its keys in the cache is its own."""
+    for layer in layers[1:]:
+        for name, _ in list(layers[0].named_children()):
+            if name != attention:
+                setattr(layer, name, getattr(layers[0], name))
+        for name, module in list(getattr(layers[0], attention).named_children()):
+            setattr(getattr(layer, attention), name, module)
 
 
 class QectomyGPT2PreTrainedModel(GPT2PreTrainedModel):
@@ -207,7 +298,9 @@ class QectomyGPT2PreTrainedModel(GPT2PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, ReducedProjection):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif getattr(module, "writes_stream", False):
+        elif isinstance(module, GaugedProjections):
+            module.reset_parameters(self.config.initializer_range)
+        elif getattr(module, "writes_stream", False) and hasattr(module, "weight"):
             # GPT-2 draws these smaller; transformers does it from modules that it leaves out in other people's classes.
             nn.init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.n_layer) ** 0.5)
 
@@ -216,7 +309,18 @@ class QectomyGPT2Model(QectomyGPT2PreTrainedModel, GPT2Model):
     def __init__(self, config: QectomyGPT2Config):
         super().__init__(config)
         self.h = nn.ModuleList(ReducedGPT2Block(config, i) for i in range(config.n_layer))
+        if not config.norms:
+            self.ln_f = nn.Identity()
+        if config.shared_layers:
+            share_first(self.h, "attn")
+            self._tied_weights_keys = {f"h.{i}.": "h.0." for i in range(1, config.n_layer)}
         self.post_init()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict:
+        if not self.config.shared_layers:
+            return super().get_expanded_tied_weights_keys(all_submodels)
+        names = [name for name, _ in self.h[0].named_parameters()]
+        return {f"h.{i}.{name}": f"h.0.{name}" for i in range(1, len(self.h)) for name in names}
 
 
 class QectomyGPT2ForCausalLM(QectomyGPT2PreTrainedModel, GPT2LMHeadModel):

@@ -11,6 +11,8 @@ A layer's query map is one of (x̂ is the hidden state after the input norm, n_h
     low-rank:R     q = x̂ * gain + (x̂ U) V              U: d_model x R, V: R x n_heads*d_head
     dense          q = x̂ W_Q                           the stock projection
 
+W_V may have a K x K identity block in each head (`value_maps`), and W_O may be merged into the MLP (`output_maps`). A
+config can also leave out norms or skips, or let all layers share one layer's weights: there W_Q goes exactly.
 Theory: Karbevski & Mijoski, "Key and Value Weights Are Probably All You Need", arXiv 2510.23912.
 Dimensions: B batch, T positions, D d_model, H n_heads, G n_kv_heads, K d_head, R rank.
 """
@@ -160,11 +162,48 @@ def build_query(config, layer_idx: int) -> nn.Module | None:
     return QUERY_MODULES[name](config, int(rank or 0))
 
 
-def check_query_maps(config) -> None:
-    if not config.query_maps:
-        config.query_maps = ["dense"] * config.num_hidden_layers
-    if len(config.query_maps) != config.num_hidden_layers:
-        raise ValueError(f"query_maps names {len(config.query_maps)} layers, the model has {config.num_hidden_layers}")
+def check_layers(config) -> None:
+    """Fill in and check what the config says of each layer. Raises ValueError naming the field."""
+    n_layers = config.num_hidden_layers
+    for field, known in (("query_maps", None), ("value_maps", "gauge"), ("output_maps", "merged")):
+        names = getattr(config, field) or ["dense"] * n_layers
+        setattr(config, field, names)
+        if len(names) != n_layers:
+            raise ValueError(f"{field} names {len(names)} layers, the model has {n_layers}")
+        if known is not None and set(names) - {"dense", known}:
+            raise ValueError(f"{field} must name dense or {known} for each layer, got {names}")
+        if config.shared_layers and len(set(names)) > 1:
+            raise ValueError(f"{field} must name the same for all layers, which share their weights")
+    if "merged" in config.output_maps:
+        if config.attention_skip or config.norms:
+            raise ValueError("W_O can be merged into the MLP only where no norm and no skip stand between them")
+        if config.num_attention_heads * config.head_dim != config.hidden_size:
+            raise ValueError("W_O can be merged into the MLP only where n_heads * d_head is d_model")
+
+
+class GaugedValue(nn.Module):
+    """x̂ (B, T, D) -> values (B, T, G*K); the K x K block of each head at the pivots is the identity.
+
+    `order` (D,): the K pivot channels, then all others. `weight` (G*K, D - K): the others' columns. A bias lies in W_O's.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        d_model, self.d_head = config.hidden_size, config.head_dim
+        self.order = nn.Buffer(torch.arange(d_model, dtype=torch.int32))
+        self.weight = nn.Parameter(torch.empty(config.num_key_value_heads * self.d_head, d_model - self.d_head))
+
+    def reset_parameters(self, std: float) -> None:
+        nn.init.normal_(self.weight, std=std)
+        if not is_loaded(self.order):
+            with torch.no_grad():
+                self.order.copy_(torch.arange(len(self.order)))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        ordered = hidden.index_select(-1, self.order)
+        out = nn.functional.linear(ordered[..., self.d_head :], self.weight)
+        out.unflatten(-1, (-1, self.d_head)).add_(ordered[..., None, : self.d_head])
+        return out
 
 
 class ReducedAttention(LlamaAttention):
@@ -176,6 +215,10 @@ class ReducedAttention(LlamaAttention):
         if query is not None:
             del self.q_proj
             self.query = query
+        if config.value_maps[layer_idx] == "gauge":
+            self.v_proj = GaugedValue(config)
+        if config.output_maps[layer_idx] == "merged":
+            self.o_proj = nn.Identity()
 
     def project_query(self, hidden_states: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Queries before RoPE, (B, T, H*K), from x̂ (B, T, D) and the keys before RoPE (B, T, G*K)."""
@@ -221,40 +264,101 @@ class ReducedAttention(LlamaAttention):
         return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
 
 
-class QectomyLlamaConfig(LlamaConfig):
-    """LlamaConfig plus `query_maps`: one query-map name a layer."""
+class ReducedLayer:
+    """What a reduced decoder layer is beside the stock one of its family."""
 
-    model_type = "qectomy_llama"
-    query_maps: list[str] | None = None
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        check_query_maps(self)
-
-
-class ReducedLlamaDecoderLayer(LlamaDecoderLayer):
-    def __init__(self, config: QectomyLlamaConfig, layer_idx: int):
+    def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.self_attn = ReducedAttention(config, layer_idx)
+        self.attention_skip, self.mlp_skip = config.attention_skip, config.mlp_skip
+        if not config.norms:
+            self.input_layernorm, self.post_attention_layernorm = nn.Identity(), nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        middle = hidden_states + attended if self.attention_skip else attended
+        thought = self.mlp(self.post_attention_layernorm(middle))
+        return middle + thought if self.mlp_skip else thought
 
 
-class QectomyLlamaPreTrainedModel(LlamaPreTrainedModel):
-    config: QectomyLlamaConfig
-    _no_split_modules = ["ReducedLlamaDecoderLayer"]
-    _can_record_outputs = {"hidden_states": ReducedLlamaDecoderLayer, "attentions": ReducedAttention}
+class ReducedPreTrained:
+    """The start of new weights in what is not stock."""
 
     def _init_weights(self, module):
         if isinstance(module, QueryMap):
             module.reset_parameters()
+        elif isinstance(module, GaugedValue):
+            module.reset_parameters(self.config.initializer_range)
         else:
             super()._init_weights(module)
 
 
-class QectomyLlamaModel(QectomyLlamaPreTrainedModel, LlamaModel):
-    def __init__(self, config: QectomyLlamaConfig):
+class ReducedModel:
+    """A base model of reduced layers."""
+
+    layer_class: type
+
+    def __init__(self, config):
         super().__init__(config)
-        self.layers = nn.ModuleList(ReducedLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
+        if not config.norms:
+            self.norm = nn.Identity()
+        if config.shared_layers:
+            share_first(self.layers, "self_attn")
+            self._tied_weights_keys = {f"layers.{i}.": "layers.0." for i in range(1, len(self.layers))}
         self.post_init()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict:
+        if not self.config.shared_layers:
+            return super().get_expanded_tied_weights_keys(all_submodels)
+        names = [name for name, _ in self.layers[0].named_parameters()]
+        return {f"layers.{i}.{name}": f"layers.0.{name}" for i in range(1, len(self.layers)) for name in names}
+
+
+def share_first(layers: nn.ModuleList, attention: str) -> None:
+    """Let every layer compute with the first one's modules; only the place of its keys in the cache is its own."""
+    for layer in layers[1:]:
+        for name, _ in list(layers[0].named_children()):
+            if name != attention:
+                setattr(layer, name, getattr(layers[0], name))
+        for name, module in list(getattr(layers[0], attention).named_children()):
+            setattr(getattr(layer, attention), name, module)
+
+
+class QectomyLlamaConfig(LlamaConfig):
+    """LlamaConfig plus `query_maps`, one query-map name a layer, and what else can differ from Llama.
+
+    `value_maps` names `dense` or `gauge` a layer, `output_maps` `dense` or `merged` (no W_O: the MLP reads the heads);
+    None: all dense. `norms`, `attention_skip` and `mlp_skip` leave out what they name when false; with `shared_layers`
+    all layers compute with the first one's weights, stored once.
+    """
+
+    model_type = "qectomy_llama"
+    query_maps: list[str] | None = None
+    value_maps: list[str] | None = None
+    output_maps: list[str] | None = None
+    norms: bool = True
+    attention_skip: bool = True
+    mlp_skip: bool = True
+    shared_layers: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        check_layers(self)
+
+
+class ReducedLlamaDecoderLayer(ReducedLayer, LlamaDecoderLayer):
+    pass
+
+
+class QectomyLlamaPreTrainedModel(ReducedPreTrained, LlamaPreTrainedModel):
+    config: QectomyLlamaConfig
+    _no_split_modules = ["ReducedLlamaDecoderLayer"]
+    _can_record_outputs = {"hidden_states": ReducedLlamaDecoderLayer, "attentions": ReducedAttention}
+
+
+class QectomyLlamaModel(ReducedModel, QectomyLlamaPreTrainedModel, LlamaModel):
+    layer_class = ReducedLlamaDecoderLayer
 
 
 class QectomyLlamaForCausalLM(QectomyLlamaPreTrainedModel, LlamaForCausalLM):
@@ -265,41 +369,36 @@ class QectomyLlamaForCausalLM(QectomyLlamaPreTrainedModel, LlamaForCausalLM):
 
 
 class QectomyMistralConfig(MistralConfig):
-    """MistralConfig plus `query_maps`: one query-map name a layer."""
+    """MistralConfig plus the fields of QectomyLlamaConfig."""
 
     model_type = "qectomy_mistral"
     query_maps: list[str] | None = None
+    value_maps: list[str] | None = None
+    output_maps: list[str] | None = None
+    norms: bool = True
+    attention_skip: bool = True
+    mlp_skip: bool = True
+    shared_layers: bool = False
     attention_bias: bool = False  # ReducedAttention builds on Llama's, which asks
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.attention_bias = False  # stock Mistral has none, whatever config.json says
-        check_query_maps(self)
+        check_layers(self)
 
 
-class ReducedMistralDecoderLayer(MistralDecoderLayer):
-    def __init__(self, config: QectomyMistralConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.self_attn = ReducedAttention(config, layer_idx)
+class ReducedMistralDecoderLayer(ReducedLayer, MistralDecoderLayer):
+    pass
 
 
-class QectomyMistralPreTrainedModel(MistralPreTrainedModel):
+class QectomyMistralPreTrainedModel(ReducedPreTrained, MistralPreTrainedModel):
     config: QectomyMistralConfig
     _no_split_modules = ["ReducedMistralDecoderLayer"]
     _can_record_outputs = {"hidden_states": ReducedMistralDecoderLayer, "attentions": ReducedAttention}
 
-    def _init_weights(self, module):
-        if isinstance(module, QueryMap):
-            module.reset_parameters()
-        else:
-            super()._init_weights(module)
 
-
-class QectomyMistralModel(QectomyMistralPreTrainedModel, MistralModel):
-    def __init__(self, config: QectomyMistralConfig):
-        super().__init__(config)
-        self.layers = nn.ModuleList(ReducedMistralDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.post_init()
+class QectomyMistralModel(ReducedModel, QectomyMistralPreTrainedModel, MistralModel):
+    layer_class = ReducedMistralDecoderLayer
 
 
 class QectomyMistralForCausalLM(QectomyMistralPreTrainedModel, MistralForCausalLM):
