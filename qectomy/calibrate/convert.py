@@ -18,7 +18,7 @@ from qectomy.calibrate.layer_pass import LayerPass, Progress, Stopwatch
 from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.text import Windows, load_tokenizer, make_windows, read_source
-from qectomy.errors import QectomyError, TextError
+from qectomy.errors import QectomyError, TextError, UnsupportedArchitecture
 from qectomy.eval.perplexity import Protocol, ScoringWindows, scoring_windows, summarize
 from qectomy.eval.reload import check_reload
 from qectomy.eval.report import conversion_report, write_report
@@ -42,6 +42,11 @@ def convert(
     finite, an output folder that exists, a full disk, and a result that a fresh process cannot reload.
     """
     watch = Stopwatch()
+    if source.reduced:
+        raise UnsupportedArchitecture(
+            f"{source.folder} is of a class of this package ({source.config['model_type']}), and query maps are fitted "
+            "to stock models: use --query exact"
+        )
     settings.check_context(source)
     device = check_device(settings.device)
     written = totals(source, recipe, settings.stored_dtype)["bytes"]["after"]

@@ -6,10 +6,13 @@ write an entry and put it in `FAMILIES`. Torch and transformers are imported onl
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qectomy.errors import CheckpointError, UnsupportedArchitecture
-from qectomy.surgery.family import Dimensions, Family, LayerRoles, LinearView, Orientation, Shapes, flag, size
+from qectomy.surgery.family import Dimensions, Family, LayerRoles, LinearView, Orientation, Shapes, flag, size, variant
+
+if TYPE_CHECKING:
+    from qectomy.surgery.query_maps import QueryMapSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +53,10 @@ class LlamaFamily(Family):
             tied=flag(fields, "tie_word_embeddings"),
             attention_bias=self.has_attention_bias and flag(fields, "attention_bias"),
             mlp_bias=self.has_attention_bias and flag(fields, "mlp_bias"),
+            **variant(fields),
         )
 
-    def layer_shapes(self, dims: Dimensions, reduced: bool = False) -> Shapes:
+    def layer_shapes(self, dims: Dimensions, spec: "QueryMapSpec") -> Shapes:
         n_query, n_key = dims.n_heads * dims.d_head, dims.n_kv_heads * dims.d_head
         projections = {
             "self_attn.q_proj": (n_query, dims.d_model, dims.attention_bias),
@@ -63,9 +67,13 @@ class LlamaFamily(Family):
             "mlp.up_proj": (dims.d_mlp, dims.d_model, dims.mlp_bias),
             "mlp.down_proj": (dims.d_model, dims.d_mlp, dims.mlp_bias),
         }
-        if reduced:
+        if spec.name != "dense":
             del projections["self_attn.q_proj"]
-        shapes: Shapes = {}
+        if spec.value == "gauge":  # its bias lies in W_O's
+            projections["self_attn.v_proj"] = (n_key, dims.d_model - dims.d_head, False)
+        if spec.output == "merged":
+            del projections["self_attn.o_proj"]
+        shapes: Shapes = {"self_attn.v_proj.order": (dims.d_model,)} if spec.value == "gauge" else {}
         for name, (n_out, n_in, bias) in projections.items():
             shapes[f"{name}.weight"] = (n_out, n_in)
             if bias:
@@ -135,6 +143,7 @@ class GPT2Family(Family):
         if flag(fields, "add_cross_attention"):
             raise UnsupportedArchitecture("the checkpoint has cross-attention (add_cross_attention), not only its own")
         d_model, n_heads = size(fields, "n_embd", 768), size(fields, "n_head", 12)
+        without = variant(fields)
         if d_model % n_heads:
             raise CheckpointError(f"config.json: n_embd {d_model} is not a multiple of n_head {n_heads}")
         return Dimensions(
@@ -150,21 +159,32 @@ class GPT2Family(Family):
             mlp_bias=True,
             n_positions=size(fields, "n_positions", 1024),
             rope=False,
-            norm_shift=True,
+            norm_shift=without["norms"],
+            absorbs_query_bias=without["norms"] or not without["shared_layers"],
+            **without,
         )
 
-    def layer_shapes(self, dims: Dimensions, reduced: bool = False) -> Shapes:
+    def layer_shapes(self, dims: Dimensions, spec: "QueryMapSpec") -> Shapes:
+        d_model, gauged = dims.d_model, (spec.name, spec.value).count("gauge")
+        parts = 3 if spec.name == "dense" else 1 if spec.value == "gauge" else 2
         projections = {
-            "attn.c_attn": (dims.d_model, (2 if reduced else 3) * dims.d_model),
-            "attn.c_proj": (dims.d_model, dims.d_model),
-            "mlp.c_fc": (dims.d_model, dims.d_mlp),
-            "mlp.c_proj": (dims.d_mlp, dims.d_model),
+            "attn.c_attn": (d_model, parts * d_model),
+            "attn.c_proj": (d_model, d_model),
+            "mlp.c_fc": (d_model, dims.d_mlp),
+            "mlp.c_proj": (dims.d_mlp, d_model),
         }
+        if spec.output == "merged":
+            del projections["attn.c_proj"]
         shapes: Shapes = {}
         for name, (n_in, n_out) in projections.items():
             shapes[f"{name}.weight"] = (n_in, n_out)
-            if not (reduced and name == "attn.c_attn"):
+            if name != "attn.c_attn" or spec.name == "dense":
                 shapes[f"{name}.bias"] = (n_out,)
+        if gauged:
+            gauge = self.roles.gauge
+            shapes |= {f"{gauge}.order": (d_model,), f"{gauge}.weight": (d_model - dims.d_head, gauged * d_model)}
+            if spec.name == "gauge":
+                shapes[f"{gauge}.bias"] = (d_model,)
         for norm in (self.roles.attention_norm, self.roles.mlp_norm):
             shapes |= self.norm_shapes(norm, dims)
         return shapes
@@ -221,6 +241,7 @@ LLAMA_ROLES = LayerRoles(
     query_map="self_attn.query",
     reduced_key=LinearView("self_attn.k_proj"),
     reduced_value=LinearView("self_attn.v_proj"),
+    gauge="self_attn.v_proj",
 )
 
 GPT2_ROLES = LayerRoles(
@@ -237,6 +258,7 @@ GPT2_ROLES = LayerRoles(
     query_map="attn.c_attn.query",
     reduced_key=LinearView("attn.c_attn", Orientation.IN_OUT, (0, 2)),
     reduced_value=LinearView("attn.c_attn", Orientation.IN_OUT, (1, 2)),
+    gauge="attn.c_attn.gauge",
 )
 
 FAMILIES: dict[str, Family] = {
@@ -268,6 +290,9 @@ def find_family(config: dict[str, Any]) -> Family:
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     if isinstance(model_type, str) and model_type.startswith("qectomy_"):
+        maps = [config.get(field) or ["dense"] for field in ("value_maps", "output_maps")] + [config.get("query_maps")]
+        if all(isinstance(names, list) and names and all(name == "dense" for name in names) for names in maps):
+            return find_reduced_family(config)  # whole, though its class is ours: without norms or skips, say
         raise UnsupportedArchitecture(
             f"model_type {model_type!r}: this checkpoint is already reduced. Give the original one, or use "
             "`qectomy materialize` to write W_Q back."

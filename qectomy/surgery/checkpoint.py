@@ -28,7 +28,7 @@ from qectomy.surgery.headers import (
     read_headers,
     read_json,
 )
-from qectomy.surgery.query_maps import QueryMapSpec, parse_query_map
+from qectomy.surgery.query_maps import QueryMapSpec, stored_maps
 
 if TYPE_CHECKING:
     import torch
@@ -80,9 +80,13 @@ class Checkpoint:
 
     def layer_tensors(self, layer: int) -> Iterator[tuple[str, TensorInfo]]:
         """Yield (name inside the layer, info) of one layer."""
-        prefix = self.family.prefix(layer)
+        prefix = self.prefix(layer)
         for name in expected_layer(self.family, self.dims, self.recipe[layer]):
             yield name, self.tensors[prefix + name]
+
+    def prefix(self, layer: int) -> str:
+        """Return what the names of a layer's stored tensors begin with."""
+        return self.family.prefix(self.dims.stored_layer(layer))
 
     def read(self, name: str, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """Return one whole tensor on the CPU. Raises NonFiniteError naming it if it holds NaN or Inf."""
@@ -123,7 +127,7 @@ class Checkpoint:
 
     def read_layer(self, layer: int, dtype: "torch.dtype | None" = None) -> "dict[str, torch.Tensor]":
         """Return {name inside the layer: tensor} of one layer."""
-        prefix = self.family.prefix(layer)
+        prefix = self.prefix(layer)
         return {name: self.read(prefix + name, dtype) for name, _ in self.layer_tensors(layer)}
 
     def read_module(self, module: str, dtype: "torch.dtype | None" = None) -> "dict[str, torch.Tensor]":
@@ -139,6 +143,8 @@ class Checkpoint:
             )
         if not tensor.is_floating_point() and ((tensor < 0) | (tensor >= self.dims.d_model)).any():
             raise CheckpointError(f"{info.file}: tensor {name} names channels beyond the model's {self.dims.d_model}")
+        if name.endswith(f"{self.family.roles.gauge}.order") and len(tensor.unique()) != len(tensor):
+            raise CheckpointError(f"{info.file}: tensor {name} does not name every channel once")
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
     def hashes(self) -> dict[str, str]:
@@ -185,7 +191,8 @@ def open_checkpoint(name: str | os.PathLike[str], *, reduced: bool = False) -> C
     dims = family.dimensions(config)
     if dims.n_layers > MAX_LAYERS:
         raise CheckpointError(f"config.json: num_hidden_layers {dims.n_layers} is beyond any model ({MAX_LAYERS})")
-    recipe = _read_recipe(config, dims) if reduced else (QueryMapSpec("dense"),) * dims.n_layers
+    dense = (QueryMapSpec("dense"),) * dims.n_layers
+    recipe = _read_recipe(config, dims) if reduced else dense
     found = read_headers(folder)
     found = {name: found[stored] for name, stored in family.full_names(found).items()}
     own = folder.resolve().name if Path(name).is_dir() else str(name)
@@ -194,17 +201,15 @@ def open_checkpoint(name: str | os.PathLike[str], *, reduced: bool = False) -> C
 
 def expected_layer(family: Family, dims: Dimensions, spec: QueryMapSpec) -> Shapes:
     """Return {name inside the layer: shape} of a layer whose query map is `spec`."""
-    if spec.name == "dense":
-        return family.layer_shapes(dims)
     query = {f"{family.roles.query_map}.{name}": shape for name, (_, shape) in spec.stored(dims).items()}
-    return family.layer_shapes(dims, reduced=True) | query
+    return family.layer_shapes(dims, spec) | query
 
 
 def expected_tensors(family: Family, dims: Dimensions, recipe: tuple[QueryMapSpec, ...]) -> Shapes:
     """Return {tensor name: shape} of a whole checkpoint, in the order in which a pass writes it."""
     outer = family.outer_shapes(dims)
     shapes = {family.embedding: outer.pop(family.embedding)}
-    for layer, spec in enumerate(recipe):
+    for layer, spec in enumerate(recipe[:1] if dims.shared_layers else recipe):
         prefix = family.prefix(layer)
         shapes.update((prefix + name, shape) for name, shape in expected_layer(family, dims, spec).items())
     return {**shapes, **outer}
@@ -223,10 +228,15 @@ def _sha256(file: Any) -> str:
 
 
 def _read_recipe(config: dict[str, Any], dims: Dimensions) -> tuple[QueryMapSpec, ...]:
-    names = config.get("query_maps")
-    if not isinstance(names, list) or len(names) != dims.n_layers or not all(isinstance(n, str) for n in names):
-        raise CheckpointError(f"config.json: query_maps must name one query map for each of {dims.n_layers} layers")
-    return tuple(parse_query_map(name) for name in names)
+    """Read each layer's maps from the config of a reduced model; a field that is left out means dense."""
+    columns = []
+    for field_name in ("query_maps", "value_maps", "output_maps"):
+        names = config.get(field_name) or (None if field_name == "query_maps" else ["dense"] * dims.n_layers)
+        if not isinstance(names, list) or len(names) != dims.n_layers or not all(isinstance(n, str) for n in names):
+            kind = field_name.removesuffix("s").replace("_", " ")
+            raise CheckpointError(f"config.json: {field_name} must name one {kind} for each of {dims.n_layers} layers")
+        columns.append(names)
+    return tuple(stored_maps(*names) for names in zip(*columns, strict=True))
 
 
 def _check_tensors(
@@ -247,7 +257,7 @@ def _check_tensors(
         info = found[name]
         if info.shape != shape:
             raise CheckpointError(f"{info.file}: tensor {name} has shape {info.shape}, config.json calls for {shape}")
-        is_index = name.endswith(f"{family.roles.query_map}.index")
+        is_index = family.is_index(name)
         if info.dtype not in (INDEX_BYTES if is_index else FLOAT_BYTES):
             why = "channel numbers must be whole numbers" if is_index else "a quantized checkpoint cannot be converted"
             raise CheckpointError(f"{info.file}: tensor {name} is stored as {info.dtype}; {why}")

@@ -24,11 +24,14 @@ TOKENIZER_FILES = (
 )
 CARRIED = (*TOKENIZER_FILES, "generation_config.json", "LICENSE*", "NOTICE*")
 MAX_CARRIED_BYTES = 200_000_000
+VARIANT = ("softmax_scale", "norms", "attention_skip", "mlp_skip", "shared_layers")  # which only our classes read
 DROPPED = (  # of an original's or a reduced model's config.json: written anew, or of no use to the other
     "architectures",
     "auto_map",
     "query_maps",
-    "softmax_scale",
+    "value_maps",
+    "output_maps",
+    *VARIANT,
     "torch_dtype",
     "transformers_version",
     "_name_or_path",
@@ -37,12 +40,14 @@ DROPPED = (  # of an original's or a reduced model's config.json: written anew, 
 
 def reduced_config(source: Checkpoint, recipe: tuple[QueryMapSpec, ...], dtype: str) -> dict[str, Any]:
     """Return the config.json of the reduced model; `dtype` is safetensors' name of the stored type."""
-    return _base_config(source, dtype) | reduced_fields(source.family, recipe)
+    kept = {key: source.config[key] for key in VARIANT if key in source.config} if source.reduced else {}
+    return _base_config(source, dtype) | reduced_fields(source.family, recipe) | kept
 
 
 def reduced_fields(family: Family, recipe: tuple[QueryMapSpec, ...]) -> dict[str, Any]:
     """Return what the config.json of a reduced model says beside the original's fields."""
     stem = f"{family.modeling}.Qectomy{family.class_stem}"
+    others = {"value": [spec.value for spec in recipe], "output": [spec.output for spec in recipe]}
     return {
         "model_type": family.reduced_model_type,
         "architectures": [f"Qectomy{family.class_stem}ForCausalLM"],
@@ -52,6 +57,7 @@ def reduced_fields(family: Family, recipe: tuple[QueryMapSpec, ...]) -> dict[str
             "AutoModelForCausalLM": f"{stem}ForCausalLM",
         },
         "query_maps": [str(spec) for spec in recipe],
+        **{f"{role}_maps": names for role, names in others.items() if set(names) != {"dense"}},
     }
 
 

@@ -7,9 +7,12 @@ import importlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qectomy.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from qectomy.surgery.query_maps import QueryMapSpec
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -47,6 +50,20 @@ class LayerRoles:
     query_map: str  # the module that stands in W_Q's place
     reduced_key: LinearView  # where a layer without W_Q stores W_K ...
     reduced_value: LinearView  # ... and W_V
+    gauge: str  # the module of the projections whose heads have an identity block
+
+    def views(self, spec: "QueryMapSpec") -> "dict[str, LinearView]":
+        """Return where a layer of these maps stores W_K and W_V, and W_Q if it is dense or in the gauge."""
+        gauged = [role for role, how in (("query", spec.name), ("value", spec.value)) if how == "gauge"]
+        key, value = (self.key, self.value) if spec.name == "dense" else (self.reduced_key, self.reduced_value)
+        views = {"key": key, "value": value}
+        if spec.name == "dense":
+            views["query"] = self.query
+        elif "value" in gauged and key.module == value.module:
+            views["key"] = LinearView(key.module, key.orientation)
+        for place, role in enumerate(gauged):
+            views[role] = LinearView(self.gauge, key.orientation, (place, len(gauged)))
+        return views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +82,21 @@ class Dimensions:
     mlp_bias: bool
     n_positions: int  # that the model was made for: the rows of a learned table, or as far as RoPE was trained
     rope: bool = True
-    norm_shift: bool = False  # LayerNorm's: what identity's query bias can lie in
+    norm_shift: bool = False  # LayerNorm's
+    norms: bool = True
+    attention_skip: bool = True
+    mlp_skip: bool = True
+    shared_layers: bool = False  # every layer computes with the first one's weights
+    absorbs_query_bias: bool = False  # in a norm's shift or a writer's bias, where queries are slices of x̂
+
+    @property
+    def stock(self) -> bool:
+        """Whether transformers' own class of the family can be this model."""
+        return self.norms and self.attention_skip and self.mlp_skip and not self.shared_layers
+
+    def stored_layer(self, layer: int) -> int:
+        """The layer under whose name a layer's weights are stored."""
+        return 0 if self.shared_layers else layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +127,18 @@ class Family:
         """Read the sizes from a parsed config.json. Raises CheckpointError naming the field at fault."""
         raise NotImplementedError
 
-    def layer_shapes(self, dims: Dimensions, reduced: bool = False) -> Shapes:
-        """Return {name inside the layer: shape} of one layer; with `reduced`, of one without W_Q or its query map."""
+    def layer_shapes(self, dims: Dimensions, spec: "QueryMapSpec") -> Shapes:
+        """Return {name inside the layer: shape} of one layer of these maps, without what its query map itself stores."""
         raise NotImplementedError
 
+    def is_index(self, name: str) -> bool:
+        """Whether a tensor holds channel numbers, not weights."""
+        return name.endswith((f"{self.roles.query_map}.index", f"{self.roles.gauge}.order"))
+
     def norm_shapes(self, name: str, dims: Dimensions) -> Shapes:
-        """Return {tensor name: shape} of a norm."""
+        """Return {tensor name: shape} of a norm, if the model has norms."""
+        if not dims.norms:
+            return {}
         shapes: Shapes = {f"{name}.weight": (dims.d_model,)}
         return shapes | ({f"{name}.bias": (dims.d_model,)} if dims.norm_shift else {})
 
@@ -181,6 +218,13 @@ class Family:
             return getattr(self._reduced_module(), f"Qectomy{self.class_stem}{kind}")
         where = importlib.import_module(f"transformers.models.{self.model_type}")
         return getattr(where, f"{self.class_stem}{kind}")
+
+
+def variant(fields: dict[str, Any]) -> dict[str, bool]:
+    """Return what a config of ours leaves out of its family's stock model, or shares; a stock config says nothing."""
+    ours = str(fields.get("model_type")).startswith("qectomy_")
+    defaults = {"norms": True, "attention_skip": True, "mlp_skip": True, "shared_layers": False}
+    return {name: flag(fields if ours else {}, name, default) for name, default in defaults.items()}
 
 
 def size(fields: dict[str, Any], name: str, default: int | None = None, where: str = "config.json") -> int:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from qectomy.surgery.family import LayerRoles, LinearView, Orientation
+from qectomy.surgery.query_maps import QueryMapSpec
 
 Tensors = Mapping[str, torch.Tensor]
 Projection = tuple[torch.Tensor, torch.Tensor | None]  # W (in, out) and its bias (out,)
@@ -44,6 +45,24 @@ def without_views(tensors: Tensors, views: tuple[LinearView, ...]) -> dict[str, 
     """Return the tensors of a layer that hold none of the projections, nor anything inside their modules."""
     prefixes = tuple(f"{view.module}." for view in views)
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+
+
+def read_maps(tensors: Tensors, roles: LayerRoles, spec: QueryMapSpec, d_head: int) -> dict[str, Projection]:
+    """Return W_K and W_V, and W_Q if it is dense or in the gauge, of a layer of these maps, all (d_model, out)."""
+    found = {role: read_view(tensors, view) for role, view in roles.views(spec).items()}
+    for role, how in (("query", spec.name), ("value", spec.value)):
+        if how == "gauge":
+            bias = tensors.get(f"{roles.gauge}.bias") if role == "query" else None
+            found[role] = (ungauged(found[role][0], tensors[f"{roles.gauge}.order"], d_head), bias)
+    return found
+
+
+def ungauged(rest: torch.Tensor, order: torch.Tensor, d_head: int) -> torch.Tensor:
+    """Return W (D, n*K) with identity blocks at the first K channels of `order` (D,), `rest` (D - K, n*K) at the others."""
+    blocks = torch.eye(d_head, dtype=rest.dtype).repeat(1, rest.shape[1] // d_head)
+    W = torch.empty(len(order), rest.shape[1], dtype=rest.dtype)
+    W[order] = torch.cat([blocks, rest])
+    return W
 
 
 def add_through(tensors: Tensors, output: LinearView, value: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from qectomy.errors import NonFiniteError
+from qectomy.errors import NonFiniteError, UnsupportedArchitecture
 from qectomy.surgery.checkpoint import Checkpoint, expected_tensors
 from qectomy.surgery.config_files import copy_companions, load_config, stock_config, write_config
-from qectomy.surgery.family import LinearView
+from qectomy.surgery.family import Dimensions, Family, LinearView
 from qectomy.surgery.finite import all_finite
-from qectomy.surgery.linear_views import read_view, store_views, with_query, without_views
+from qectomy.surgery.linear_views import Projection, read_maps, store_views, without_views
 from qectomy.surgery.output import check_room, new_folder
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.writer import DTYPES, MAX_SHARD_BYTES, ShardWriter, TensorSpec
@@ -27,33 +27,37 @@ def dense_layer(
     checkpoint: Checkpoint, config: Any, layer: int, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Return the stock layer's tensors, by name inside the layer, that a reduced layer's amount to; W_Q in float64."""
-    family, dims, roles = checkpoint.family, checkpoint.dims, checkpoint.family.roles
+    family, dims, roles, spec = checkpoint.family, checkpoint.dims, checkpoint.family.roles, checkpoint.recipe[layer]
     factor = family.query_factor(config)
-    if checkpoint.recipe[layer].name == "dense":
-        if factor == 1.0:
-            return tensors
-        W_Q, b_Q = read_view(tensors, roles.query)
-        return with_query(tensors, roles, (W_Q.double() * factor, None if b_Q is None else b_Q.double() * factor))
+    if spec == QueryMapSpec("dense") and factor == 1.0:
+        return tensors
+    maps = read_maps(tensors, roles, spec, dims.d_head)
+    if "query" not in maps:
+        maps["query"] = _query_rows(family, dims, config, layer, tensors, maps["key"])
+    W_Q, b_Q = maps["query"]
+    maps["query"] = (W_Q.double() * factor, None if b_Q is None else b_Q.double() * factor)
+    if dims.attention_bias:  # those that lie elsewhere
+        maps |= {role: (W, torch.zeros(W.shape[1]) if b is None else b) for role, (W, b) in maps.items()}
+    stored = tuple(LinearView(module) for module in (roles.query_map, roles.gauge, roles.key.module))
+    views = [(getattr(roles, role), projection) for role, projection in maps.items()]
+    return without_views(tensors, (*stored, roles.value)) | store_views(views)
+
+
+def _query_rows(
+    family: Family, dims: Dimensions, config: Any, layer: int, tensors: dict[str, torch.Tensor], key: Projection
+) -> Projection:
+    """Return W_Q (D, H*K) and its bias of a layer's query map, in float64, by running it on the basis and on 0."""
     with torch.device("meta"):
-        module = family.reduced_layer(config, layer)
-    query = module.get_submodule(roles.query_map)
-    prefix = f"{roles.query_map}."
+        query = family.reduced_layer(config, layer).get_submodule(family.roles.query_map)
+    prefix = f"{family.roles.query_map}."
     state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     query.load_state_dict(state, strict=True, assign=True)
-    query = query.double()
-    (W_K, b_K), value = read_view(tensors, roles.reduced_key), read_view(tensors, roles.reduced_value)
+    W_K, b_K = key
     inputs = torch.cat([torch.eye(dims.d_model), torch.zeros(1, dims.d_model)]).double()  # the last row is x̂ = 0
     with torch.no_grad():
-        rows = query(inputs[None], (inputs @ W_K.double() + (0 if b_K is None else b_K.double()))[None])[0]
-    rows = rows * factor
-    dense = without_views(tensors, (LinearView(roles.query_map), roles.key, roles.value))
-    projections = [(roles.query, (rows[:-1] - rows[-1], rows[-1])), (roles.key, (W_K, b_K)), (roles.value, value)]
-    if not dims.attention_bias:
-        projections[0] = (roles.query, (rows[:-1], None))
-    elif family.folds_kv_bias:
-        none = torch.zeros(dims.n_kv_heads * dims.d_head)
-        projections[1:] = [(roles.key, (W_K, none)), (roles.value, (value[0], none))]
-    return dense | store_views(projections)
+        keys = inputs @ W_K.double() + (0 if b_K is None else b_K.double())
+        rows = query.double()(inputs[None], keys[None])[0]
+    return rows[:-1] - rows[-1], rows[-1] if dims.attention_bias else None
 
 
 def _check_fits(tensors: dict[str, torch.Tensor], dtypes: dict[str, str], layer: int) -> None:
@@ -73,6 +77,11 @@ def materialize(
     One layer is held at a time. Raises OutputError if `out` exists or the disk is full.
     """
     family, dims, dtype = checkpoint.family, checkpoint.dims, checkpoint.dtype
+    if not dims.stock:
+        raise UnsupportedArchitecture(
+            f"{checkpoint.folder} is no stock {family.model_type} model with W_Q written back: it lacks norms or skips, or "
+            "its layers share their weights. It runs in the class that lies beside its weights."
+        )
     dense = (QueryMapSpec("dense"),) * dims.n_layers
     shapes = expected_tensors(family, dims, dense)
     specs = {
@@ -88,7 +97,7 @@ def materialize(
             for layer in range(dims.n_layers):
                 tensors = dense_layer(checkpoint, config, layer, checkpoint.read_layer(layer))
                 _check_fits(tensors, {name: specs[family.prefix(layer) + name].dtype for name in tensors}, layer)
-                for name in family.layer_shapes(dims):
+                for name in family.layer_shapes(dims, dense[layer]):
                     writer.write(family.prefix(layer) + name, tensors[name])
                 if progress:
                     progress(layer + 1, dims.n_layers)

@@ -64,6 +64,11 @@ class ModelArgs:
         """Whether this is a model without W_Q."""
         return self.query_mode == "identity"
 
+    @property
+    def spec(self) -> QueryMapSpec:
+        """Every layer's query map."""
+        return QueryMapSpec("identity" if self.reduced else "dense")
+
 
 def import_nanogpt(path: Path, out: Path, tokenizer: Path | None = None) -> dict[str, Any]:
     """Write the checkpoint in `path` to the folder `out`; return what was written.
@@ -77,7 +82,7 @@ def import_nanogpt(path: Path, out: Path, tokenizer: Path | None = None) -> dict
     dims = GPT2.dimensions(config)
     check_state(args, dims, state)
     dtype = safetensors_dtype(state[GPT2.embedding])
-    recipe = (QueryMapSpec("identity" if args.reduced else "dense"),) * dims.n_layers
+    recipe = (args.spec,) * dims.n_layers
     specs = {name: TensorSpec(shape, dtype) for name, shape in expected_tensors(GPT2, dims, recipe).items()}
     check_room(out, sum(spec.nbytes for spec in specs.values()))
     with new_folder(out) as work:
@@ -215,7 +220,7 @@ def gpt2_config(args: ModelArgs) -> dict[str, Any]:
 
 def _gpt2_layer(args: ModelArgs, dims: Dimensions, part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return one layer's tensors, by name inside the layer; what changes is computed in float64 and cast once."""
-    roles, shapes = GPT2.roles, GPT2.layer_shapes(dims, reduced=args.reduced)
+    roles, shapes = GPT2.roles, GPT2.layer_shapes(dims, args.spec)
     tensors = {name: _or_zeros(part, name, shape[::-1]).t().contiguous() for name, shape in shapes.items()}
     if args.reduced:  # softmax ignores the key's bias; the value's reaches the output as it is
         if args.bias:
@@ -237,7 +242,7 @@ def check_state(args: ModelArgs, dims: Dimensions, state: dict[str, torch.Tensor
     """Raise CheckpointError unless the state dict holds what `model_args` call for, and nothing else."""
     expected = GPT2.outer_shapes(dims)
     for layer in range(dims.n_layers):
-        shapes = {name: shape[::-1] for name, shape in GPT2.layer_shapes(dims, reduced=args.reduced).items()}
+        shapes = {name: shape[::-1] for name, shape in GPT2.layer_shapes(dims, args.spec).items()}
         if args.reduced:
             shapes[f"{GPT2.roles.value.module}.bias"] = (2 * dims.d_model,)
         expected |= {GPT2.prefix(layer) + name: shape for name, shape in shapes.items()}

@@ -19,10 +19,9 @@ def planned_tensors(
 ) -> dict[str, TensorInfo]:
     """Return what a conversion writes, by tensor name; `dtype` None keeps each tensor's own type."""
     family = checkpoint.family
-    index = f"{family.roles.query_map}.index"
 
     def kind(name: str) -> str:
-        if name.endswith(index):
+        if family.is_index(name):
             return "I32"
         return dtype or (checkpoint.tensors[name].dtype if name in checkpoint.tensors else checkpoint.dtype)
 

@@ -6,7 +6,7 @@ in `modeling_qectomy_*.py`; a test holds the shapes given here against theirs.
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from qectomy.errors import QueryMapError
@@ -18,10 +18,16 @@ KNOWN = "identity, select, key-shared, low-rank:R, dense"
 
 @dataclass(frozen=True)
 class QueryMapSpec:
-    """One layer's query map: a name and, for low-rank, its rank R."""
+    """One layer's query map: a name and, for low-rank, its rank R; and what exact folding made of W_V and W_O.
+
+    `gauge`, for W_Q or W_V: the block of each head at d_head pivot channels is the identity, and not stored. `merged`,
+    for W_O: multiplied into the MLP's readers.
+    """
 
     name: str
     rank: int | None = None
+    value: str = "dense"  # or gauge
+    output: str = "dense"  # or merged
 
     def __str__(self) -> str:
         return self.name if self.rank is None else f"{self.name}:{self.rank}"
@@ -46,22 +52,29 @@ class QueryMapSpec:
                 "down": ("weight", (self.rank, dims.d_model)),
                 "up": ("weight", (n_query, self.rank)),
             }
-        absorbed = self.name == "identity" and dims.norm_shift
-        if dims.attention_bias and self.name != "dense" and not absorbed:
+        absorbed = self.name == "identity" and dims.absorbs_query_bias
+        if dims.attention_bias and self.name not in ("dense", "gauge") and not absorbed:
             tensors["bias"] = ("weight", (n_query,))
         return tensors
 
     def parameters(self, dims: Dimensions) -> int:
         """Return how many numbers (gains, biases and indices included) the map stores for one layer."""
         n_query = dims.n_heads * dims.d_head
+        bias = n_query if dims.attention_bias else 0
         if self.name == "dense":
-            return n_query * dims.d_model + (n_query if dims.attention_bias else 0)
+            return n_query * dims.d_model + bias
+        if self.name == "gauge":
+            return n_query * (dims.d_model - dims.d_head) + dims.d_model + bias
         return sum(math.prod(shape) for _, shape in self.stored(dims).values())
 
 
 def parse_query_map(text: str) -> QueryMapSpec:
     """Read one map's name, `low-rank:R` with its rank. Raises QueryMapError that lists the known maps."""
     name, colon, rank = text.strip().partition(":")
+    if name in ("exact", "gauge"):
+        raise QueryMapError(
+            f"query map {name!r} is not fitted: `--query exact`, alone, takes out of every layer what goes exactly"
+        )
     if name not in NAMES:
         close = get_close_matches(name, NAMES, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -73,6 +86,15 @@ def parse_query_map(text: str) -> QueryMapSpec:
     if not re.fullmatch(r"[1-9][0-9]{0,6}", rank):
         raise QueryMapError(f"{text.strip()!r}: low-rank needs a positive whole rank, as in low-rank:32")
     return QueryMapSpec(name, int(rank))
+
+
+def stored_maps(query: str, value: str = "dense", output: str = "dense") -> QueryMapSpec:
+    """Read one layer's maps as a reduced model's config names them. Raises QueryMapError for an unknown one."""
+    for field, name, known in (("value", value, ("dense", "gauge")), ("output", output, ("dense", "merged"))):
+        if name not in known:
+            raise QueryMapError(f"unknown {field} map {name!r}; known: {', '.join(known)}")
+    spec = QueryMapSpec("gauge") if query == "gauge" else parse_query_map(query)
+    return replace(spec, value=value, output=output)
 
 
 def parse_recipe(text: str, dims: Dimensions) -> list[QueryMapSpec]:

@@ -33,7 +33,7 @@ def test_stock_shapes(name):
         model = family.causal_class()(load_config(family, raw))
     promised = dict(family.outer_shapes(dims))
     for layer in range(dims.n_layers):
-        promised |= {family.prefix(layer) + key: shape for key, shape in family.layer_shapes(dims).items()}
+        promised |= {family.prefix(layer) + key: shape for key, shape in family.layer_shapes(dims, QueryMapSpec("dense")).items()}
     assert promised == without_tied_head(state_shapes(model), family, dims)
     assert promised == expected_tensors(family, dims, (QueryMapSpec("dense"),) * dims.n_layers)
 
@@ -49,7 +49,7 @@ def test_reduced_shapes(name, query_map):
         model = family.causal_class(reduced=True)(config)
     assert expected_tensors(family, dims, recipe) == without_tied_head(state_shapes(model), family, dims)
     if query_map != "dense":
-        gone = set(family.layer_shapes(dims)) - set(expected_layer(family, dims, recipe[0]))
+        gone = set(family.layer_shapes(dims, QueryMapSpec("dense"))) - set(expected_layer(family, dims, recipe[0]))
         llama = {f"self_attn.q_proj.{kind}" for kind in ("weight", "bias")[: 1 + dims.attention_bias]}
         assert gone == (llama if dims.rope else {"attn.c_attn.bias"})
 

@@ -155,7 +155,7 @@ def test_parameters_by_hand():
         ("dense", 4096),
     ):
         assert parse_query_map(spec).parameters(biased) == plain + 64
-    gpt2 = dimensions(n_kv_heads=4, attention_bias=True, rope=False, norm_shift=True)
+    gpt2 = dimensions(n_kv_heads=4, attention_bias=True, rope=False, norm_shift=True, absorbs_query_bias=True)
     for spec, stored in (  # the norm's shift holds identity's bias, and a free key takes select's gain in
         ("identity", 0),
         ("select", 2 * 64),
