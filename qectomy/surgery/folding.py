@@ -1,0 +1,287 @@
+"""Which layers of a checkpoint lose W_Q exactly, and the change of basis that takes it out: the rule of `streams.py`.
+
+A layer's W_Q becomes the identity in one of two ways.
+    standing   it is block-diagonal already, so that a gauge of its heads (or, under RoPE, the norm's gain) makes it the
+               identity in the basis as it stands; any number of layers of a stream
+    basis      Θ = [W_Q A, complement], if the stream's group has it; one layer of a stream claims it, the best conditioned
+Dimensions: D d_model, H n_heads, K d_head; weights (in, out), as in x W. All algebra in float64.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+from qectomy.surgery.checkpoint import Checkpoint
+from qectomy.surgery.family import Dimensions
+from qectomy.surgery.gauge import join_heads, orthonormal_gauge, pair_scales, split_heads
+from qectomy.surgery.linear_views import read_view
+from qectomy.surgery.streams import HEAD, Group, Stream, Streams, derive_streams
+from qectomy.surgery.writer import DTYPES
+
+SINGULAR = 1e13  # a condition number beyond which float64 cannot tell a matrix from a singular one
+LOST = 1.0  # rounding times condition beyond which the target dtype keeps nothing of a product
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A change of basis of a stream, x' = x Θ; both (D, D)."""
+
+    theta: torch.Tensor
+    inverse: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryFold:
+    """How a layer's queries become slices of what its attention reads.
+
+    `gauge` A (H, K, K): the new queries are q A, the new keys k A⁻ᵀ. `scale` (D,): what the norm's gain takes in.
+    `condition` of W_Q as stored; `basis_condition` of Θ, 1 where the basis stands.
+    """
+
+    gauge: torch.Tensor
+    basis: Basis | None = None
+    scale: torch.Tensor | None = None
+    condition: float
+    basis_condition: float = 1.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of a layer's W_Q, and why, in one line."""
+
+    how: str  # exact, gauge, least squares or refused
+    reason: str
+    condition: float | None = None
+    basis_condition: float | None = None
+
+
+@dataclass
+class Choice:
+    """What of a checkpoint goes exactly. Layers are named as they are stored."""
+
+    streams: Streams
+    claims: dict[int, int] = field(default_factory=dict)  # stream -> the layer whose W_Q is its Θ
+    standing: set[int] = field(default_factory=set)  # layers that need no change of basis
+    merged: set[int] = field(default_factory=set)  # layers whose W_O goes into the MLP
+    untied: bool = False
+    verdicts: dict[int, Verdict] = field(default_factory=dict)
+
+    def folded(self, layer: int) -> bool:
+        """Whether a layer's W_Q becomes the identity."""
+        return layer in self.standing or layer in self.claims.values()
+
+
+def query_condition(W_Q: torch.Tensor) -> float:
+    """Return the condition number of W_Q (D, H*K): its largest over its smallest singular value; inf if singular."""
+    return float(torch.linalg.cond(W_Q.double()))
+
+
+def standing_fold(W_Q: torch.Tensor, dims: Dimensions) -> QueryFold | None:
+    """Return the fold of a W_Q that is the identity up to its heads' gauge or the norm's gain, or None.
+
+    Without RoPE W_Q (D, H*K) must be block-diagonal; with it, diagonal.
+    """
+    n_query = W_Q.shape[1]
+    if n_query > dims.d_model:
+        return None
+    square = W_Q.double()[:n_query]
+    blocks = square.unflatten(1, (dims.n_heads, -1)).unflatten(0, (dims.n_heads, -1))  # (H, K, H, K)
+    own = blocks[torch.arange(dims.n_heads), :, torch.arange(dims.n_heads)]  # (H, K, K)
+    if bool(W_Q[n_query:].any()) or not torch.equal(torch.block_diag(*own), square):
+        return None
+    condition = query_condition(W_Q)
+    if not condition < SINGULAR:
+        return None
+    if not dims.rope:
+        return QueryFold(gauge=torch.linalg.inv(own), condition=condition)
+    diagonal = own.diagonal(dim1=1, dim2=2)  # (H, K)
+    if not torch.equal(torch.diag_embed(diagonal), own):
+        return None
+    shared = diagonal.view(dims.n_kv_heads, -1, 2, dims.d_head // 2)
+    if torch.equal(shared, shared[:, :1, :1].expand_as(shared)):  # passes RoPE: one scale a pair and KV head
+        return QueryFold(gauge=torch.diag_embed(1 / diagonal), condition=condition)
+    if not dims.norms:
+        return None
+    scale = torch.cat([diagonal.flatten(), torch.ones(dims.d_model - n_query, dtype=torch.float64)])
+    return QueryFold(gauge=torch.eye(dims.d_head).double().repeat(dims.n_heads, 1, 1), scale=scale, condition=condition)
+
+
+def basis_fold(W_Q: torch.Tensor, dims: Dimensions, group: Group, tolerance: float) -> QueryFold | None:
+    """Return the fold with Θ = [W_Q A, complement], or None where Θ is not in the group or W_Q is singular.
+
+    W_Q (D, H*K) has the norm's gain folded in. A makes the heads' columns as orthonormal as the gauge allows, which
+    conditions Θ best. `tolerance` is how far from orthogonal rounding of the stored weights can leave a Θ.
+    """
+    W, condition = W_Q.double(), query_condition(W_Q)
+    if W.shape[1] > dims.d_model or not condition < SINGULAR:
+        return None
+    if group is Group.ORTHOGONAL_KEEPING_MEAN:  # states of mean 0 do not see a constant in a column
+        W = W - W.mean(0) + 1 / dims.d_model
+    blocks = split_heads(W, dims.d_head)
+    try:
+        A = pair_scales(blocks, dims.n_heads // dims.n_kv_heads) if dims.rope else orthonormal_gauge(blocks)
+        if group is Group.ORTHOGONAL_KEEPING_MEAN:
+            A = torch.eye(dims.d_head).double().repeat(dims.n_heads, 1, 1)
+    except torch.linalg.LinAlgError:
+        return None
+    theta = _completed(join_heads(blocks @ A))
+    if group is not Group.GENERAL:
+        U, S, Vh = torch.linalg.svd(theta)
+        if float((S - 1).abs().max()) > tolerance:
+            return None
+        theta = U @ Vh
+        return QueryFold(gauge=A, basis=Basis(theta, theta.mT.contiguous()), condition=condition)
+    basis_condition = float(torch.linalg.cond(theta))
+    if not basis_condition < SINGULAR:
+        return None
+    basis = Basis(theta, torch.linalg.inv(theta))
+    return QueryFold(gauge=A, basis=basis, condition=condition, basis_condition=basis_condition)
+
+
+def _completed(W: torch.Tensor) -> torch.Tensor:
+    """Return W (D, n) with orthonormal columns beside it, orthogonal to its own, of its own mean size: (D, D)."""
+    if W.shape[0] == W.shape[1]:
+        return W
+    U, S, _ = torch.linalg.svd(W)
+    return torch.cat([W, U[:, W.shape[1] :] * S.log().mean().exp()], 1)
+
+
+def rounding(dtype: str) -> float:
+    """Return the spacing of numbers near 1 of a safetensors dtype."""
+    return torch.finfo(DTYPES[dtype]).eps
+
+
+class Folds:
+    """Reads a checkpoint's W_Q and folds it, keeping the last few."""
+
+    def __init__(self, source: Checkpoint, choice: Choice):
+        self.source, self.choice = source, choice
+        self.query = lru_cache(maxsize=2)(self._query)
+
+    def basis(self, place: tuple[str, int]) -> Basis | None:
+        """Return the change of basis at a place; None: the basis stands."""
+        streams = self.choice.streams
+        index = streams.of(place)
+        if index in self.choice.claims:
+            fold = self.query(self.choice.claims[index])
+            return fold and fold.basis
+        if streams.tie_spans_two and index == streams.of(HEAD):
+            first = self.basis(("attention", 0))
+            return first and Basis(first.inverse.mT, first.theta.mT)
+        return None
+
+    def _query(self, layer: int) -> QueryFold | None:
+        """Return the fold of a stored layer's W_Q; None if it keeps it."""
+        dims = self.source.dims
+        if layer in self.choice.standing:
+            return standing_fold(read_query(self.source, layer), dims)
+        if layer in self.choice.claims.values():
+            stream = self.choice.streams.streams[self.choice.streams.of(("attention", layer))]
+            return claim(self.source, layer, stream)
+        return None
+
+
+def read_query(source: Checkpoint, layer: int, with_gain: bool = False) -> torch.Tensor:
+    """Return W_Q (D, H*K) of a layer in float64, the norm's gain folded in if asked."""
+    roles, prefix = source.family.roles, source.prefix(layer)
+    names = [f"{roles.query.module}.weight"]
+    W, _ = read_view({name: source.read(prefix + name, torch.float64) for name in names}, roles.query)
+    if with_gain and source.dims.norms:
+        W = source.read(f"{prefix}{roles.attention_norm}.weight", torch.float64)[:, None] * W
+    return W
+
+
+def claim(source: Checkpoint, layer: int, stream: Stream) -> QueryFold | None:
+    """Return the fold by which a layer's W_Q claims its stream, or None if it is not in the stream's group."""
+    group = Group.GENERAL if not source.dims.norms else stream.group
+    return basis_fold(read_query(source, layer, with_gain=True), source.dims, group, 8 * rounding(source.dtype))
+
+
+def choose_folds(source: Checkpoint, dtype: str | None = None) -> Choice:
+    """Return what of a checkpoint goes exactly, reading each W_Q once. `dtype` is the target's, as safetensors names it."""
+    choice = Choice(derive_streams(source.dims))
+    eps = rounding(dtype or source.dtype)
+    for index, stream in enumerate(choice.streams.streams):
+        layer = stream.only_writer
+        if layer is not None and _merges(source.dims):
+            choice.merged.add(layer)
+        if stream.queries:
+            _choose_in(source, index, stream, choice, eps)
+    return choice
+
+
+def _merges(dims: Dimensions) -> bool:
+    """Whether W_O can be multiplied into the MLP: square, no norm between, and a place for its bias."""
+    return not dims.norms and dims.n_heads * dims.d_head == dims.d_model and dims.mlp_bias >= dims.attention_bias
+
+
+def _choose_in(source: Checkpoint, index: int, stream: Stream, choice: Choice, eps: float) -> None:
+    """Choose which of the layers that read a stream lose W_Q, and record each one's verdict."""
+    dims, best = source.dims, None
+    conditions: dict[int, tuple[float, float | None]] = {}
+    for layer in stream.queries:
+        W_Q = read_query(source, layer)
+        if standing_fold(W_Q, dims) is not None:
+            choice.standing.add(layer)
+        conditions[layer] = (query_condition(W_Q), None)
+    if not choice.standing.intersection(stream.queries) and not _tie_forbids(source, stream):
+        for layer in stream.queries:
+            fold = claim(source, layer, stream)
+            if fold is not None:
+                conditions[layer] = (fold.condition, fold.basis_condition)
+                if fold.basis_condition * eps <= LOST and (best is None or fold.basis_condition < best[0]):
+                    best = (fold.basis_condition, layer)
+    if best is not None:
+        choice.claims[index] = best[1]
+        choice.untied |= dims.tied and stream.group is Group.ORTHOGONAL and not dims.norms
+    for layer in stream.queries:
+        choice.verdicts[layer] = _verdict(source, layer, stream, choice, conditions[layer], eps)
+
+
+def _tie_forbids(source: Checkpoint, stream: Stream) -> bool:
+    """Whether claiming a stream would break the tie of embedding and head, and cost more than W_Q is worth."""
+    dims = source.dims
+    if not (dims.tied and (stream.embedded or stream.headed)):
+        return False
+    if dims.norms:  # the head would have to take in the final norm's gain
+        gain = source.read(f"{source.family.final_norm}.weight")
+        return not torch.equal(gain, gain[:1].expand_as(gain))
+    if not (stream.embedded and stream.headed):
+        return False
+    return dims.vocab_size * dims.d_model >= dims.n_heads * dims.d_head * dims.d_model
+
+
+def _verdict(
+    source: Checkpoint,
+    layer: int,
+    stream: Stream,
+    choice: Choice,
+    conditions: tuple[float, float | None],
+    eps: float,
+) -> Verdict:
+    dims, (condition, basis_condition) = source.dims, conditions
+    otherwise = "least squares" if dims.rope or not dims.stock and not dims.norms else "gauge"
+    if layer in choice.standing:
+        return Verdict("exact", "W_Q is the identity up to each head's gauge and the norm's gain", condition, 1.0)
+    if layer in choice.claims.values():
+        others = f", the best conditioned of the {len(stream.queries)} layers on its stream"
+        why = f"{stream.why}, so Θ = W_Q passes" if not dims.norms else f"W_Q is {stream.group.value}: passes its norm"
+        return Verdict("exact", why + (others if len(stream.queries) > 1 else ""), condition, basis_condition)
+    if not condition < SINGULAR:
+        return Verdict("refused", f"W_Q is singular (condition number {condition:.1e})", condition)
+    if dims.n_heads * dims.d_head > dims.d_model:
+        return Verdict("refused", "queries have more channels than the stream (n_heads * d_head > d_model)", condition)
+    if dims.norms:
+        why = f"{stream.why} lets only {stream.group.value} pass, and W_Q is not one"
+        return Verdict("gauge" if not dims.rope else "least squares", why, condition)
+    if _tie_forbids(source, stream):
+        why = f"Θ = W_Q breaks the tie of embedding and head, which costs {dims.vocab_size * dims.d_model:,} parameters"
+        return Verdict(otherwise, f"{why}, more than W_Q has", condition)
+    if basis_condition is None or basis_condition * eps > LOST:
+        shown = math.inf if basis_condition is None else basis_condition
+        why = f"its basis has condition number {shown:.1e}, too much for the target dtype: fold to float32 or float64"
+        return Verdict("refused", why, condition, basis_condition)
+    claimed = next(layer for index, layer in choice.claims.items() if choice.streams.streams[index] is stream)
+    return Verdict(otherwise, f"its stream's one change of basis is layer {claimed}'s", condition, basis_condition)
