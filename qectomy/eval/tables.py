@@ -10,8 +10,8 @@ console = Console(highlight=False, soft_wrap=False, emoji=False)
 
 AUDIT_COLUMNS = (
     "cond(W_Q): largest over smallest singular value of W_Q: how much inverting it may enlarge rounding errors",
-    "distance: how far W_Q, its norm's gain folded in and its heads in their best gauge, is from orthogonal columns; at "
-    "0 it can be folded into a stream that passes a norm; a random square matrix is at about 0.55",
+    "distance: how far W_Q, its norm's gain folded in and its heads in their best gauge, is from orthogonal columns; "
+    "at 0 it can be folded into a stream that passes a norm; a random square matrix is at about 0.55",
     "rank 99 %: how many directions, of d_model, carry 99 % of the energy of the queries under {under}",
 )
 
