@@ -13,6 +13,7 @@ from qectomy.calibrate.audit_pass import audit_layers, text_moments, white_momen
 from qectomy.calibrate.text import make_windows, read_source
 from qectomy.errors import NonFiniteError, TextError
 from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.surgery.stream_basis import random_orthogonal
 
 SHAPES = ["llama", "biases", "wide-heads", "bf16", "sharded", "mistral", "rope-llama3", "gpt2", "gpt2-inverse"]
 WINDOWS = dict(tokens=640, context=32)  # 20 windows: more than a batch
@@ -98,6 +99,30 @@ def test_white_states_are_the_gains_alone(shape, tiny_checkpoint):
         assert record["rank_99_data"] == "white states"
 
 
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+def test_a_layer_that_goes_exactly_is_told_from_one_that_does_not(shape, tiny_copy):
+    folder, size = tiny_copy(shape), 32
+    generator = torch.Generator().manual_seed(0)
+    theta = random_orthogonal(size, generator)
+    if shape == "gpt2":  # LayerNorm asks for a turn that keeps the mean direction, and sees no mean
+        basis, _ = torch.linalg.qr(torch.cat([torch.ones(size, 1).double(), theta[:, 1:]], 1))
+        turn = torch.block_diag(torch.ones(1, 1).double(), random_orthogonal(size - 1, generator))
+        theta = basis @ turn @ basis.T + torch.randn(size, generator=generator)
+
+    def fold(weights):
+        if shape == "gpt2":
+            W = theta / weights["transformer.h.1.ln_1.weight"][:, None]
+            weights["transformer.h.1.attn.c_attn.weight"][:, :size] = W
+        else:
+            W = theta / weights["model.layers.1.input_layernorm.weight"][:, None]
+            weights["model.layers.1.self_attn.q_proj.weight"].copy_(W.T)
+
+    edit_weights(folder, fold)
+    other, exact = audit_layers(open_checkpoint(folder), [], tokens=1, context=32)
+    assert other["distance_from_orthogonal"] > 0.2
+    assert exact["distance_from_orthogonal"] < 1e-6
+
+
 def test_a_singular_layer_has_reasons_in_the_place_of_numbers(tiny_copy):
     folder = tiny_copy()
 
@@ -155,6 +180,7 @@ def test_an_interrupt_leaves_no_file(tiny_checkpoint, raven, tmp_path, monkeypat
         assert len(list(tmp_path.iterdir())) == 1
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         audit_layers(open_checkpoint(tiny_checkpoint()), [str(raven)], **WINDOWS, progress=stop)
     assert list(tmp_path.iterdir()) == []
+    assert caught.tb  # which keeps the frames: it is not their end that removed the file
