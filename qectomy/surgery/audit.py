@@ -73,7 +73,7 @@ def share_mean_direction(U: torch.Tensor, n_heads: int) -> torch.Tensor:
     """Return U (D, D), orthonormal within each head, in the gauge of (I - 11ᵀ/D) Θ for a Θ that LayerNorm allows.
 
     Such a Θ is orthogonal and keeps the mean direction, so the Gram matrix is I - r rᵀ: r (D,) is the unit direction of
-    the queries that reads nothing, and each head holds 1/H of it. Along its share of r a head's block is therefore
+    the queries that reads nothing, and each head holds 1/H of |r|². Along its share of r a head's block is therefore
     shorter by sqrt(1 - 1/H) than one with orthonormal columns.
     """
     nothing = torch.linalg.svd(U).Vh[-1].view(n_heads, -1)
