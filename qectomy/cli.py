@@ -39,19 +39,35 @@ def root(
 @app.command(epilog="Example: `qectomy inspect ./smollm2-135m-instruct`")
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of an original checkpoint.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens to plan for.")] = 32_768,
+    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens to plan for, or to audit on.")] = 32_768,
     eval_tokens: Annotated[int, typer.Option(min=0, help="Evaluation tokens to plan for.")] = 32_768,
     context: Annotated[int | None, typer.Option(min=16, help=CONTEXT_HELP)] = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Read the weights too: how far each layer's W_Q is from going exactly.")
+    ] = False,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="With --audit: text to take the ranks on, as for convert. Default: white states."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what each query map would remove, from the config and the file headers alone."""
+    """Say what each query map would remove, from the config and the file headers alone unless audited."""
     from qectomy.calibrate.settings import default_context
     from qectomy.surgery.checkpoint import open_checkpoint
     from qectomy.surgery.plan import inspect as inspect_checkpoint
 
+    if text and not audit:
+        raise typer.BadParameter("only an audit reads a text; add --audit", param_hint="--text")
     source = open_checkpoint(checkpoint)
     context = context or default_context(source)
     result = inspect_checkpoint(source, tokens=tokens, eval_tokens=eval_tokens, context=context)
+    if audit:
+        from qectomy.calibrate.audit_pass import audit_layers
+
+        with _progress("auditing") as progress:
+            records = audit_layers(source, text or (), tokens=tokens, context=context, progress=progress)
+        for layer, record in zip(result["layers"], records, strict=True):
+            layer["audit"] = record
     if as_json:
         _print_json(result)
     else:

@@ -134,6 +134,7 @@ print("all light", file=sys.stderr)
         ["inspect"],
         ["inspect", "folder", "--nosuchoption"],
         ["inspect", "folder", "--tokens", "0"],
+        ["inspect", "folder", "--text", "text"],
         ["convert", "folder"],
         ["convert", "folder", "--out", "out", "--context", "3"],
         ["convert", "folder", "--out", "out", "--tokens", "many"],
@@ -159,6 +160,9 @@ def test_usage_errors_exit_with_2(cli, arguments, tmp_path, monkeypatch):
         ("inspect nosuchfolder", r"no folder nosuchfolder, and the hub did not give 'nosuchfolder'"),
         ("inspect raven.txt", r"raven.txt is a file; give the folder"),
         ("inspect reduced", r"already reduced"),
+        ("inspect model --audit --text nosuch.txt", r"no file 'nosuch.txt'"),
+        ("inspect model --audit --text raven.txt --tokens 31 --context 32", r"--tokens 31 is fewer than one window"),
+        ("inspect gpt2 --audit --text raven.txt --context 129", r"longer than the model's 128 positions; use 128"),
         ("convert model --out there --text raven.txt", r"there exists; nothing is overwritten"),
         ("convert model --out new --query selekt", r"unknown query map 'selekt'; known: .* Did you mean 'select'\?"),
         ("convert model --out new --query 0=select", r"says nothing of layer\(s\) 1 of 2"),
@@ -252,6 +256,36 @@ def test_inspect_says_what_each_map_removes(cli, tiny_checkpoint):
     assert rows["key-shared"]["removed_parameters"] == 2 * (32 * 32 - 4 * 8 * 8)
     assert not rows["low-rank:64"]["possible"]
     assert [layer["convertible"] for layer in result["layers"]] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_an_audit_adds_numbers_of_each_layer(cli, name, tiny_checkpoint, raven):
+    plain = ["inspect", tiny_checkpoint(name), "--tokens", 320, "--context", 32]
+    without, white = cli(*plain, "--json").json(), cli(*plain, "--audit", "--json").json()
+    done = cli(*plain, "--audit", "--text", raven, "--json")
+    assert re.findall(r"^auditing (\d)/2", done.err, re.MULTILINE) == ["1", "2"]
+    audits = [layer.pop("audit") for layer in done.json()["layers"]]
+    assert [layer.pop("audit")["rank_99_data"] for layer in white["layers"]] == ["white states"] * 2
+    assert white["layers"] == without["layers"]
+    for audit in audits:
+        assert audit["rank_99_data"] == "raven.txt, 320 tokens"
+        assert audit["cond"] > 1
+        assert audit["distance_from_orthogonal"] > 0.1
+        assert 0 < audit["rank_99"] <= audit["d_model"] == 32
+
+
+def test_the_shown_audit_says_what_it_measured_on(cli, tiny_checkpoint, raven):
+    plain = ["inspect", tiny_checkpoint(), "--tokens", 320, "--context", 32]
+    words = lambda *options: " ".join(cli(*plain, *options).out.split())  # noqa: E731
+    assert "cond(W_Q)" not in words()
+    assert "under white states" in words("--audit")
+    assert "under the text's data (raven.txt, 320 tokens)" in words("--audit", "--text", raven)
+
+
+def test_a_text_needs_an_audit_to_read_it(cli, raven):
+    done = cli("inspect", "folder", "--text", raven)
+    assert done.code == 2
+    assert "add --audit" in done.err
 
 
 def test_several_checkpoints_and_the_materialised_one(cli, tiny_checkpoint, raven, tmp_path):

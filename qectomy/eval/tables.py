@@ -8,6 +8,13 @@ from rich.table import Table
 
 console = Console(highlight=False, soft_wrap=False, emoji=False)
 
+AUDIT_COLUMNS = (
+    "cond(W_Q): largest over smallest singular value of W_Q: how much inverting it may enlarge rounding errors",
+    "distance: how far W_Q, its norm's gain folded in and its heads in their best gauge, is from orthogonal columns; "
+    "at 0 it can be folded into a stream that passes a norm; a random square matrix is at about 0.55",
+    "rank 99 %: how many directions, of d_model, carry 99 % of the energy of the queries under {under}",
+)
+
 
 def show_inspection(result: dict[str, Any]) -> None:
     """Print what `qectomy inspect` found."""
@@ -40,6 +47,8 @@ def show_inspection(result: dict[str, Any]) -> None:
         hows.setdefault(layer["how"], []).append(layer["index"])
     for how, layers in hows.items():
         console.print(f"layers {layers[0]}-{layers[-1]}: {how}", markup=False)
+    if "audit" in result["layers"][0]:
+        _show_audit({layer["index"]: layer["audit"] for layer in result["layers"]})
     _show_needs(result["needs"])
 
 
@@ -92,6 +101,24 @@ def size(n_bytes: int | float) -> str:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1000
     return f"{n_bytes:.2f} TB"
+
+
+def _show_audit(audits: dict[int, dict[str, Any]]) -> None:
+    """Print how far each layer's W_Q is from going exactly, what the columns mean, and why a number is missing."""
+    table = Table("layer", "cond(W_Q)", "distance", "rank 99 %", "d_model")
+    for index, row in audits.items():
+        cond = "inf" if row["cond"] is None else f"{row['cond']:.3g}"
+        distance = row["distance_from_orthogonal"]
+        shown = "-" if distance is None else f"{distance:.3f}" if distance > 5e-4 else f"{distance:.0e}"
+        table.add_row(str(index), cond, shown, str(row["rank_99"]), str(row["d_model"]))
+    console.print(table)
+    data = next(iter(audits.values()))["rank_99_data"]
+    under = data if data == "white states" else f"the text's data ({data})"
+    for line in AUDIT_COLUMNS:
+        console.print(line.format(under=under), markup=False)
+    for why in {row["distance_why_not"]: None for row in audits.values() if row["distance_why_not"]}:
+        layers = ", ".join(str(i) for i, row in audits.items() if row["distance_why_not"] == why)
+        console.print(f"no distance in layers {layers}: {why}", markup=False)
 
 
 def _show_sizes(report: dict[str, Any]) -> None:

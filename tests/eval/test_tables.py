@@ -33,6 +33,26 @@ def test_an_inspection(shape, tiny_checkpoint, printed):
     assert "layers 0-1: RMSNorm before W_Q" in text
 
 
+def test_an_audit(tiny_checkpoint, printed):
+    result = inspect(open_checkpoint(tiny_checkpoint()), **NEEDS)
+    shared = dict(rank_99=17, rank_99_data="[red]text[/], 320 tokens", d_model=32)
+    why = "the block of head 1 is singular"
+    records = [
+        dict(cond=1234.5, distance_from_orthogonal=0.5678, distance_why_not=None),
+        dict(cond=None, distance_from_orthogonal=None, distance_why_not=why),
+    ]
+    for layer, record in zip(result["layers"], records, strict=True):
+        layer["audit"] = {**shared, **record}
+    tables.show_inspection(result)
+    text = printed()
+    assert "│ 0 │ 1.23e+03 │ 0.568 │ 17 │ 32 │" in text
+    assert "│ 1 │ inf │ - │ 17 │ 32 │" in text
+    assert "under the text's data ([red]text[/], 320 tokens)" in text
+    assert f"no distance in layers 1: {why}" in text
+    for column in ("cond(W_Q)", "distance", "rank 99 %"):
+        assert f"{column}: " in text
+
+
 def test_a_plan(tiny_checkpoint, printed):
     checkpoint = open_checkpoint(tiny_checkpoint())
     recipe = tuple(parse_recipe("0=dense,1=select", checkpoint.dims))
