@@ -266,6 +266,8 @@ def load_reduced(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.M
     for parameter in model.parameters():  # RoPE's frequencies stay float32, as from_pretrained leaves them
         parameter.data = parameter.data.to(dtype)
     state = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    for layer in range(checkpoint.dims.n_layers):  # layers that share their weights are stored once
+        state |= {family.prefix(layer) + name: tensor for name, tensor in checkpoint.read_layer(layer).items()}
     if checkpoint.dims.tied:
         state[family.head] = state[family.embedding]
     model.load_state_dict(state, strict=True)

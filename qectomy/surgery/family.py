@@ -128,7 +128,7 @@ class Family:
         raise NotImplementedError
 
     def layer_shapes(self, dims: Dimensions, spec: "QueryMapSpec") -> Shapes:
-        """Return {name inside the layer: shape} of one layer of these maps, without what its query map itself stores."""
+        """Return {name inside the layer: shape} of one layer of these maps, without what its query map stores."""
         raise NotImplementedError
 
     def is_index(self, name: str) -> bool:

@@ -3,11 +3,12 @@
 A layer's W_Q becomes the identity in one of two ways.
     standing   it is block-diagonal already, so that a gauge of its heads (or, under RoPE, the norm's gain) makes it the
                identity in the basis as it stands; any number of layers of a stream
-    basis      Θ = [W_Q A, complement], if the stream's group has it; one layer of a stream claims it, the best conditioned
+    basis      Θ = [W_Q A, complement], if the stream's group has it; one layer claims a stream, the best conditioned
 Dimensions: D d_model, H n_heads, K d_head; weights (in, out), as in x W. All algebra in float64.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -51,10 +52,11 @@ class QueryFold:
 class Verdict:
     """What becomes of a layer's W_Q, and why, in one line."""
 
-    how: str  # exact, gauge, least squares or refused
+    how: str  # exact, gauge, least squares, refused, or kept
     reason: str
     condition: float | None = None
     basis_condition: float | None = None
+    ill: bool = False  # nothing but its conditioning stands in the way
 
 
 @dataclass
@@ -66,6 +68,7 @@ class Choice:
     standing: set[int] = field(default_factory=set)  # layers that need no change of basis
     merged: set[int] = field(default_factory=set)  # layers whose W_O goes into the MLP
     untied: bool = False
+    kept: frozenset[int] = frozenset()  # layers that stay whole, as asked
     verdicts: dict[int, Verdict] = field(default_factory=dict)
 
     def folded(self, layer: int) -> bool:
@@ -166,10 +169,10 @@ class Folds:
         index = streams.of(place)
         if index in self.choice.claims:
             fold = self.query(self.choice.claims[index])
-            return fold and fold.basis
+            return None if fold is None else fold.basis
         if streams.tie_spans_two and index == streams.of(HEAD):
             first = self.basis(("attention", 0))
-            return first and Basis(first.inverse.mT, first.theta.mT)
+            return None if first is None else Basis(first.inverse.mT, first.theta.mT)
         return None
 
     def _query(self, layer: int) -> QueryFold | None:
@@ -199,16 +202,24 @@ def claim(source: Checkpoint, layer: int, stream: Stream) -> QueryFold | None:
     return basis_fold(read_query(source, layer, with_gain=True), source.dims, group, 8 * rounding(source.dtype))
 
 
-def choose_folds(source: Checkpoint, dtype: str | None = None) -> Choice:
-    """Return what of a checkpoint goes exactly, reading each W_Q once. `dtype` is the target's, as safetensors names it."""
-    choice = Choice(derive_streams(source.dims))
+def choose_folds(
+    source: Checkpoint,
+    dtype: str | None = None,
+    kept: frozenset[int] = frozenset(),
+    progress: Callable[[], None] = lambda: None,
+) -> Choice:
+    """Return what of a checkpoint goes exactly, reading each W_Q once or twice.
+
+    `dtype` is the target's, as safetensors names it; layers in `kept` stay whole. `progress` is called for each layer.
+    """
+    choice = Choice(derive_streams(source.dims), kept=kept)
     eps = rounding(dtype or source.dtype)
     for index, stream in enumerate(choice.streams.streams):
         layer = stream.only_writer
-        if layer is not None and _merges(source.dims):
+        if layer is not None and layer not in kept and _merges(source.dims):
             choice.merged.add(layer)
         if stream.queries:
-            _choose_in(source, index, stream, choice, eps)
+            _choose_in(source, index, stream, choice, eps, progress)
     return choice
 
 
@@ -217,17 +228,20 @@ def _merges(dims: Dimensions) -> bool:
     return not dims.norms and dims.n_heads * dims.d_head == dims.d_model and dims.mlp_bias >= dims.attention_bias
 
 
-def _choose_in(source: Checkpoint, index: int, stream: Stream, choice: Choice, eps: float) -> None:
+def _choose_in(
+    source: Checkpoint, index: int, stream: Stream, choice: Choice, eps: float, progress: Callable[[], None]
+) -> None:
     """Choose which of the layers that read a stream lose W_Q, and record each one's verdict."""
     dims, best = source.dims, None
     conditions: dict[int, tuple[float, float | None]] = {}
     for layer in stream.queries:
         W_Q = read_query(source, layer)
-        if standing_fold(W_Q, dims) is not None:
+        if layer not in choice.kept and standing_fold(W_Q, dims) is not None:
             choice.standing.add(layer)
         conditions[layer] = (query_condition(W_Q), None)
+        progress()
     if not choice.standing.intersection(stream.queries) and not _tie_forbids(source, stream):
-        for layer in stream.queries:
+        for layer in set(stream.queries) - choice.kept:
             fold = claim(source, layer, stream)
             if fold is not None:
                 conditions[layer] = (fold.condition, fold.basis_condition)
@@ -262,7 +276,9 @@ def _verdict(
     eps: float,
 ) -> Verdict:
     dims, (condition, basis_condition) = source.dims, conditions
-    otherwise = "least squares" if dims.rope or not dims.stock and not dims.norms else "gauge"
+    otherwise = "gauge" if not dims.rope else "least squares" if dims.stock else "refused"
+    if layer in choice.kept:
+        return Verdict("kept", "asked to stay dense", condition)
     if layer in choice.standing:
         return Verdict("exact", "W_Q is the identity up to each head's gauge and the norm's gain", condition, 1.0)
     if layer in choice.claims.values():
@@ -270,18 +286,18 @@ def _verdict(
         why = f"{stream.why}, so Θ = W_Q passes" if not dims.norms else f"W_Q is {stream.group.value}: passes its norm"
         return Verdict("exact", why + (others if len(stream.queries) > 1 else ""), condition, basis_condition)
     if not condition < SINGULAR:
-        return Verdict("refused", f"W_Q is singular (condition number {condition:.1e})", condition)
+        return Verdict("refused", f"W_Q is singular (condition number {condition:.1e})", condition, ill=True)
     if dims.n_heads * dims.d_head > dims.d_model:
         return Verdict("refused", "queries have more channels than the stream (n_heads * d_head > d_model)", condition)
     if dims.norms:
         why = f"{stream.why} lets only {stream.group.value} pass, and W_Q is not one"
-        return Verdict("gauge" if not dims.rope else "least squares", why, condition)
+        return Verdict(otherwise, why, condition)
     if _tie_forbids(source, stream):
         why = f"Θ = W_Q breaks the tie of embedding and head, which costs {dims.vocab_size * dims.d_model:,} parameters"
         return Verdict(otherwise, f"{why}, more than W_Q has", condition)
     if basis_condition is None or basis_condition * eps > LOST:
         shown = math.inf if basis_condition is None else basis_condition
         why = f"its basis has condition number {shown:.1e}, too much for the target dtype: fold to float32 or float64"
-        return Verdict("refused", why, condition, basis_condition)
+        return Verdict("refused", why, condition, basis_condition, ill=True)
     claimed = next(layer for index, layer in choice.claims.items() if choice.streams.streams[index] is stream)
     return Verdict(otherwise, f"its stream's one change of basis is layer {claimed}'s", condition, basis_condition)

@@ -58,7 +58,7 @@ def read_maps(tensors: Tensors, roles: LayerRoles, spec: QueryMapSpec, d_head: i
 
 
 def ungauged(rest: torch.Tensor, order: torch.Tensor, d_head: int) -> torch.Tensor:
-    """Return W (D, n*K) with identity blocks at the first K channels of `order` (D,), `rest` (D - K, n*K) at the others."""
+    """Return W (D, n*K): identity blocks at the first K channels of `order` (D,), `rest` (D - K, n*K) at the others."""
     blocks = torch.eye(d_head, dtype=rest.dtype).repeat(1, rest.shape[1] // d_head)
     W = torch.empty(len(order), rest.shape[1], dtype=rest.dtype)
     W[order] = torch.cat([blocks, rest])

@@ -79,8 +79,8 @@ def materialize(
     family, dims, dtype = checkpoint.family, checkpoint.dims, checkpoint.dtype
     if not dims.stock:
         raise UnsupportedArchitecture(
-            f"{checkpoint.folder} is no stock {family.model_type} model with W_Q written back: it lacks norms or skips, or "
-            "its layers share their weights. It runs in the class that lies beside its weights."
+            f"{checkpoint.folder} is no stock {family.model_type} model with W_Q written back: it lacks norms or "
+            "skips, or its layers share their weights. It runs in the class that lies beside its weights."
         )
     dense = (QueryMapSpec("dense"),) * dims.n_layers
     shapes = expected_tensors(family, dims, dense)

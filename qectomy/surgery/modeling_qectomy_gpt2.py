@@ -146,7 +146,7 @@ def build_query(config, layer_idx: int) -> nn.Module | None:
 
 
 class GaugedProjections(nn.Module):
-    """x̂ (B, T, D) -> n projections side by side (B, T, n*D); the K x K block of each head at the pivots is the identity.
+    """x̂ (B, T, D) -> n projections side by side, (B, T, n*D); each head's K x K block at the pivots is the identity.
 
     `order` (D,): the K pivot channels, then all others. `weight` (D - K, n*D): the others' rows, in GPT-2's layout.
     """
@@ -223,9 +223,7 @@ class ReducedProjection(nn.Module):
 
     def __init__(self, config: QectomyGPT2Config, layer_idx: int):
         super().__init__()
-        gauged_query, gauged_value = (
-            maps[layer_idx] == "gauge" for maps in (config.query_maps, config.value_maps)
-        )
+        gauged_query, gauged_value = (maps[layer_idx] == "gauge" for maps in (config.query_maps, config.value_maps))
         self.weight = nn.Parameter(torch.empty(config.hidden_size, (1 if gauged_value else 2) * config.hidden_size))
         self.query = build_query(config, layer_idx)
         self.gauge = None
@@ -317,10 +315,7 @@ class QectomyGPT2Model(QectomyGPT2PreTrainedModel, GPT2Model):
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict:
-        if not self.config.shared_layers:
-            return super().get_expanded_tied_weights_keys(all_submodels)
-        names = [name for name, _ in self.h[0].named_parameters()]
-        return {f"h.{i}.{name}": f"h.0.{name}" for i in range(1, len(self.h)) for name in names}
+        return {}  # the shared modules are one object; transformers' own way to tie them would cut their biases
 
 
 class QectomyGPT2ForCausalLM(QectomyGPT2PreTrainedModel, GPT2LMHeadModel):

@@ -184,7 +184,7 @@ def check_layers(config) -> None:
 class GaugedValue(nn.Module):
     """x̂ (B, T, D) -> values (B, T, G*K); the K x K block of each head at the pivots is the identity.
 
-    `order` (D,): the K pivot channels, then all others. `weight` (G*K, D - K): the others' columns. A bias lies in W_O's.
+    `order` (D,): the K pivot channels, then all others. `weight` (G*K, D - K): the others' columns. W_O holds its bias.
     """
 
     def __init__(self, config):
@@ -309,10 +309,7 @@ class ReducedModel:
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict:
-        if not self.config.shared_layers:
-            return super().get_expanded_tied_weights_keys(all_submodels)
-        names = [name for name, _ in self.layers[0].named_parameters()]
-        return {f"layers.{i}.{name}": f"layers.0.{name}" for i in range(1, len(self.layers)) for name in names}
+        return {}  # the shared modules are one object; transformers' own way to tie them would cut their biases
 
 
 def share_first(layers: nn.ModuleList, attention: str) -> None:

@@ -20,7 +20,7 @@ def absorb_gain(gamma: torch.Tensor, reader: Projection) -> Projection:
 
 
 def absorb_shift(beta: torch.Tensor, reader: Projection) -> Projection:
-    """Return b' with x W + b' = (x + β) W + b for every x. Raises UnsupportedArchitecture for a reader without a bias."""
+    """Return b' with x W + b' = (x + β) W + b for every x. Raises UnsupportedArchitecture for want of a bias."""
     W, bias = reader
     if bias is None:
         raise UnsupportedArchitecture("a norm's shift cannot be folded into a projection that has no bias")

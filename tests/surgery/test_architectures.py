@@ -33,7 +33,9 @@ def test_stock_shapes(name):
         model = family.causal_class()(load_config(family, raw))
     promised = dict(family.outer_shapes(dims))
     for layer in range(dims.n_layers):
-        promised |= {family.prefix(layer) + key: shape for key, shape in family.layer_shapes(dims, QueryMapSpec("dense")).items()}
+        promised |= {
+            family.prefix(layer) + key: shape for key, shape in family.layer_shapes(dims, QueryMapSpec("dense")).items()
+        }
     assert promised == without_tied_head(state_shapes(model), family, dims)
     assert promised == expected_tensors(family, dims, (QueryMapSpec("dense"),) * dims.n_layers)
 

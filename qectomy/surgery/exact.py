@@ -1,0 +1,218 @@
+"""Exact folding of a whole checkpoint, a layer at a time: plan what goes, then write what is left.
+
+The plan reads every layer once, to choose which W_Q each stream lets go (`folding.py`) and the pivots of each layer's
+gauge (`gauge.py`); the pass reads it again, folds it in float64 and writes it, cast once. Two layers' changes of basis
+are in memory beside the layer.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from qectomy.errors import NonFiniteError, QueryMapError
+from qectomy.surgery.checkpoint import Checkpoint, expected_tensors
+from qectomy.surgery.family import Dimensions
+from qectomy.surgery.finite import all_finite
+from qectomy.surgery.fold_layer import LayerPlan, fold_layer, fold_norm, query_shift, readers_in_basis
+from qectomy.surgery.folding import LOST, Choice, Folds, choose_folds, rounding
+from qectomy.surgery.gauge import MAX_PIVOT_CONDITION, choose_pivots, split_heads
+from qectomy.surgery.query_maps import QueryMapSpec
+from qectomy.surgery.streams import HEAD
+from qectomy.surgery.writer import DTYPES, ShardWriter, TensorSpec
+
+ROWS_AT_ONCE = 2048  # of the embedding
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class ExactPlan:
+    """What exact folding makes of a checkpoint. Pivots by stored layer; `recipe` has one entry a layer."""
+
+    choice: Choice
+    dims: Dimensions  # of the result: untied where a fold breaks the tie
+    recipe: tuple[QueryMapSpec, ...]
+    pivots: dict[int, torch.Tensor]
+    pivot_conditions: dict[int, float]
+
+    def tensors(self, source: Checkpoint, dtype: str | None) -> dict[str, TensorSpec]:
+        """Return what is written, by name; `dtype` None keeps each tensor's own type."""
+        shapes = expected_tensors(source.family, self.dims, self.recipe)
+        return {name: TensorSpec(shape, self._dtype(source, name, dtype)) for name, shape in shapes.items()}
+
+    @staticmethod
+    def _dtype(source: Checkpoint, name: str, dtype: str | None) -> str:
+        if source.family.is_index(name):
+            return "I32"
+        return dtype or (source.tensors[name].dtype if name in source.tensors else source.dtype)
+
+
+def plan_exact(
+    source: Checkpoint,
+    dtype: str | None = None,
+    kept: frozenset[int] = frozenset(),
+    progress: Progress | None = None,
+) -> ExactPlan:
+    """Return what goes exactly. Layers in `kept` stay whole; `dtype` is the target's, as safetensors names it.
+
+    Raises QueryMapError naming the layer where a W_Q that could go is singular or too ill-conditioned for the dtype,
+    and where nothing would go at all.
+    """
+    stored = 1 if source.dims.shared_layers else source.dims.n_layers
+    steps = iter(range(1, 2 * stored + 1))
+
+    def step(note: str) -> None:
+        if progress:
+            progress(next(steps), 2 * stored, note)
+
+    choice = choose_folds(source, dtype, kept, lambda: step("conditioning of W_Q"))
+    _check_conditions(source, choice)
+    folds, eps = Folds(source, choice), rounding(dtype or source.dtype)
+    specs, pivots, conditions = [], {}, {}
+    for layer in range(stored):
+        spec, chosen, condition = _gauge_of(source, choice, folds, layer, eps)
+        if chosen is not None:
+            pivots[layer], conditions[layer] = chosen, condition
+        specs.append(spec)
+        step("pivots")
+    dims = source.dims
+    recipe = tuple(specs[dims.stored_layer(layer)] for layer in range(dims.n_layers))
+    plan = ExactPlan(choice, replace(dims, tied=dims.tied and not choice.untied), recipe, pivots, conditions)
+    after = sum(torch.Size(spec.shape).numel() for spec in plan.tensors(source, dtype).values())
+    if after >= source.parameters:
+        reasons = "; ".join(sorted({f"{v.how}: {v.reason}" for v in choice.verdicts.values()}))
+        raise QueryMapError(f"nothing of this checkpoint goes exactly ({reasons})")
+    return plan
+
+
+def layer_plan(plan: ExactPlan, folds: Folds, layer: int) -> LayerPlan:
+    """Return what happens to one stored layer."""
+    dims = folds.source.dims
+    following = ("attention", layer + 1) if layer + 1 < dims.n_layers else HEAD
+    shift = None if following == HEAD or dims.shared_layers else writer_shift(folds, layer + 1)
+    return LayerPlan(
+        spec=plan.recipe[layer],
+        before=folds.basis(("attention", layer)),
+        middle=None if plan.recipe[layer].output == "merged" else folds.basis(("mlp", layer)),
+        after=folds.basis(following),
+        fold=folds.query(layer),
+        pivots=plan.pivots.get(layer),
+        shift_after=shift,
+    )
+
+
+def writer_shift(folds: Folds, layer: int) -> torch.Tensor | None:
+    """Return c (D,) that what writes the state a layer's attention reads must add to it, for the layer's query bias."""
+    source, fold = folds.source, folds.query(layer)
+    if fold is None or source.dims.norms or not source.dims.absorbs_query_bias:
+        return None
+    roles = source.family.roles
+    b_Q = source.read(f"{source.prefix(layer)}{roles.query.module}.bias", torch.float64)
+    index, parts = roles.query.part
+    return query_shift(b_Q.chunk(parts)[index], fold, source.dims)
+
+
+def fold_checkpoint(
+    source: Checkpoint, plan: ExactPlan, folder: Path, dtype: str | None, progress: Progress | None = None
+) -> None:
+    """Write the weights that `plan` leaves of `source`. Raises NonFiniteError where one does not fit `dtype`."""
+    specs = plan.tensors(source, dtype)
+    with ShardWriter(folder, specs) as writer:
+        for name, start, rows in folded_tensors(source, plan, progress):
+            stored = rows.to(DTYPES[specs[name].dtype])
+            if not all_finite(stored):
+                raise NonFiniteError(f"{name} does not fit in {specs[name].dtype} once folded; use --dtype float32")
+            writer.write_rows(name, start, stored)
+        writer.finish()
+
+
+def folded_tensors(
+    source: Checkpoint, plan: ExactPlan, progress: Progress | None = None
+) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """Yield (name, first row, rows) of every tensor of the folded model, in float64."""
+    folds = Folds(source, plan.choice)
+    yield from _embedding(source, folds)
+    stored = 1 if source.dims.shared_layers else source.dims.n_layers
+    for layer in range(stored):
+        folded = fold_layer(source.read_layer(layer), source.dims, source.family.roles, layer_plan(plan, folds, layer))
+        for name, tensor in folded.items():
+            yield source.prefix(layer) + name, 0, tensor
+        if progress:
+            progress(layer + 1, stored, "folding")
+    yield from _head(source, folds, plan.dims.tied)
+
+
+def _embedding(source: Checkpoint, folds: Folds) -> Iterator[tuple[str, int, torch.Tensor]]:
+    family, basis = source.family, folds.basis(("attention", 0))
+    for start, rows in _rows(source, family.embedding):
+        yield family.embedding, start, rows if basis is None else rows @ basis.theta
+    if family.positions is not None:
+        shift = writer_shift(folds, 0)
+        for start, rows in _rows(source, family.positions):
+            rows = rows if basis is None else rows @ basis.theta
+            yield family.positions, start, rows if shift is None else rows + shift
+
+
+def _head(source: Checkpoint, folds: Folds, tied: bool) -> Iterator[tuple[str, int, torch.Tensor]]:
+    family, basis = source.family, folds.basis(HEAD)
+    norm = source.read_module(family.final_norm, torch.float64) if source.dims.norms else {}
+    absorbed = None
+    if norm and basis is not None:
+        gain, shift, absorbed = fold_norm(norm["weight"], norm.get("bias"), basis, keep=True)
+        norm = {"weight": gain} | ({} if shift is None else {"bias": shift})
+    for name, tensor in norm.items():
+        yield f"{family.final_norm}.{name}", 0, tensor
+    if tied:
+        return
+    for start, rows in _rows(source, family.embedding if source.dims.tied else family.head):
+        rows = rows if absorbed is None else rows * absorbed
+        yield family.head, start, rows if basis is None else rows @ basis.inverse.mT
+
+
+def _rows(source: Checkpoint, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+    n_rows = source.tensors[name].shape[0]
+    for start in range(0, n_rows, ROWS_AT_ONCE):
+        yield start, source.read_rows(name, start, min(start + ROWS_AT_ONCE, n_rows), torch.float64)
+
+
+def _check_conditions(source: Checkpoint, choice: Choice) -> None:
+    """Raise QueryMapError where a stream could let a W_Q go and none of its layers' is fit to."""
+    for stream in choice.streams.streams:
+        refused = [layer for layer in stream.queries if choice.verdicts[layer].ill]
+        if source.dims.norms or not refused or any(choice.folded(layer) for layer in stream.queries):
+            continue
+        layer = refused[0]
+        raise QueryMapError(
+            f"layer {layer}: {choice.verdicts[layer].reason}. To fold the others, leave it whole: "
+            f"--query {_leaving(layer, source.dims.n_layers)}"
+        )
+
+
+def _leaving(layer: int, n_layers: int) -> str:
+    before = [f"-{layer - 1}=exact"] if layer else []
+    after = [f"{layer + 1}-=exact"] if layer + 1 < n_layers else []
+    return ",".join([*before, f"{layer}=dense", *after])
+
+
+def _gauge_of(
+    source: Checkpoint, choice: Choice, folds: Folds, layer: int, eps: float
+) -> tuple[QueryMapSpec, torch.Tensor | None, float]:
+    """Return what a layer stores, and its gauge's pivots and their condition number if it has any."""
+    dims = source.dims
+    output = "merged" if layer in choice.merged else "dense"
+    query = "identity" if choice.folded(layer) else "dense"
+    if layer in choice.kept or dims.d_head >= dims.d_model:
+        return QueryMapSpec(query, output=output), None, 0.0
+    plan = LayerPlan(
+        spec=QueryMapSpec("dense"),
+        before=folds.basis(("attention", layer)),
+        fold=folds.query(layer),
+    )
+    W_Q, W_V = readers_in_basis(source.read_layer(layer), dims, source.family.roles, plan)
+    gauged = [W_V] if dims.rope or query == "identity" else [W_Q, W_V]
+    pivots, condition = choose_pivots(torch.cat([split_heads(W, dims.d_head) for W in gauged]))
+    if condition > MAX_PIVOT_CONDITION or condition * eps > LOST:
+        return QueryMapSpec(query, output=output), None, condition
+    query = "gauge" if len(gauged) == 2 else query
+    return QueryMapSpec(query, value="gauge", output=output), pivots, condition

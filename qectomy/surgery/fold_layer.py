@@ -1,0 +1,225 @@
+"""Fold one layer: its tensors in the bases that its streams have taken, its heads in their gauge, its W_Q gone.
+
+    x ──► norm ──► Q, K, V ──► heads ──► W_O ──► (+ x) ──► norm ──► MLP ──► W_down ──► (+) ──► next
+    before              gauge: A, pivots     middle                            after
+
+A query bias lies in the state that attention reads: there x' = x Θ + c with c = b_Q A. The norm's shift holds c, or,
+without a norm, the bias of the writer before it, and W_O's bias takes it away again; the values' bias gives up c W_V,
+and keys need nothing, since softmax does not see a constant in them.
+Dimensions: D d_model, H n_heads, K d_head; weights (in, out), as in x W. All algebra in float64.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from qectomy.errors import UnsupportedArchitecture
+from qectomy.surgery.family import Dimensions, LayerRoles
+from qectomy.surgery.folding import Basis, QueryFold
+from qectomy.surgery.gauge import fold_pivots, join_heads, pivot_order, split_heads
+from qectomy.surgery.linear_views import Projection, read_view, store_views, without_views
+from qectomy.surgery.query_maps import QueryMapSpec
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What happens to one layer. `pivots` (K,) are those of the gauged projections that `spec` names."""
+
+    spec: QueryMapSpec
+    before: Basis | None = None
+    middle: Basis | None = None
+    after: Basis | None = None
+    fold: QueryFold | None = None
+    pivots: torch.Tensor | None = None
+    shift_after: torch.Tensor | None = None  # c of the next layer's queries, which W_down's bias brings in
+
+
+@dataclass
+class _Parts:
+    """A layer's logical parts, float64."""
+
+    query: Projection
+    key: Projection
+    value: Projection
+    output: Projection
+    mlp_readers: list[Projection]
+    mlp_out: Projection
+    taken_away: torch.Tensor | None = None  # c (D,), which W_O's bias takes out of the stream again
+
+
+def fold_layer(tensors: Tensors, dims: Dimensions, roles: LayerRoles, plan: LayerPlan) -> Tensors:
+    """Return the tensors of the folded layer, by name inside the layer; weights in float64."""
+    tensors = {name: tensor.double() for name, tensor in tensors.items()}
+    parts = _parts(tensors, roles)
+    norms = _fold_norms(tensors, dims, roles, plan, parts)
+    if plan.fold is not None:
+        _fold_query(dims, roles, plan.fold, norms, parts)
+    _fold_value_bias(dims, plan.spec, parts)
+    gauge = _gauge(dims, roles, plan, parts)
+    _write_streams(plan, parts)
+    if plan.spec.name != "dense" and parts.query[1] is not None:
+        gauge[f"{roles.gauge if plan.spec.name == 'gauge' else roles.query_map}.bias"] = parts.query[1]
+    views = roles.views(plan.spec)
+    gone = (roles.query, roles.key, roles.value, roles.output, *roles.mlp_readers, roles.mlp_out)
+    kept = [(views["key"], parts.key), (roles.mlp_out, parts.mlp_out)]
+    kept += list(zip(roles.mlp_readers, parts.mlp_readers, strict=True))
+    kept += [(views["value"], parts.value)] if plan.spec.value == "dense" else []
+    kept += [(views["query"], parts.query)] if plan.spec.name == "dense" else []
+    kept += [(roles.output, parts.output)] if plan.spec.output == "dense" else []
+    return without_views(tensors, gone) | norms | gauge | store_views(kept)
+
+
+def readers_in_basis(
+    tensors: Tensors, dims: Dimensions, roles: LayerRoles, plan: LayerPlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return W_Q and W_V as they read their stream once it has its new basis: what pivots are chosen for."""
+    tensors = {name: tensor.double() for name, tensor in tensors.items()}
+    parts = _parts(tensors, roles)
+    _fold_norms(tensors, dims, roles, plan, parts)
+    return parts.query[0], parts.value[0]
+
+
+def fold_norm(
+    gamma: torch.Tensor, beta: torch.Tensor | None, basis: Basis, keep: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Return (gain', shift', the gain g (D,) that its readers absorb) of a norm whose input becomes x Θ.
+
+    norm(x Θ) gain' + shift' read by Θ⁻¹ diag(g) W is norm(x) γ + β read by W, for an orthogonal Θ. The gain goes into
+    the readers, g = γ, and the shift follows as β / γ; with `keep`, one gain common to all channels stays.
+    Raises UnsupportedArchitecture where a gain is 0 and its shift is not.
+    """
+    stays = keep and bool((gamma == gamma[0]).all())
+    gain, absorbed = (gamma, torch.ones_like(gamma)) if stays else (torch.ones_like(gamma), gamma)
+    if beta is None:
+        return gain, None, absorbed
+    if bool(((absorbed == 0) & (beta != 0)).any()):
+        raise UnsupportedArchitecture("a norm has a gain of 0 beside a shift, which no other basis can hold")
+    return gain, torch.where(beta == 0, 0.0, beta / absorbed) @ basis.theta, absorbed
+
+
+def _parts(tensors: Tensors, roles: LayerRoles) -> _Parts:
+    return _Parts(
+        query=read_view(tensors, roles.query),
+        key=read_view(tensors, roles.key),
+        value=read_view(tensors, roles.value),
+        output=read_view(tensors, roles.output),
+        mlp_readers=[read_view(tensors, view) for view in roles.mlp_readers],
+        mlp_out=read_view(tensors, roles.mlp_out),
+    )
+
+
+def _fold_norms(tensors: Tensors, dims: Dimensions, roles: LayerRoles, plan: LayerPlan, parts: _Parts) -> Tensors:
+    """Turn the readers into their streams' bases; return the norms' new tensors."""
+    new: Tensors = {}
+    absorbed: dict[str, torch.Tensor | None] = {roles.attention_norm: None, roles.mlp_norm: None}
+    for norm, basis in ((roles.attention_norm, plan.before), (roles.mlp_norm, plan.middle)):
+        if not dims.norms:
+            continue
+        gain, shift = tensors[f"{norm}.weight"], tensors.get(f"{norm}.bias")
+        if basis is not None:
+            gain, shift, absorbed[norm] = fold_norm(gain, shift, basis)
+        elif norm == roles.attention_norm and plan.fold is not None and plan.fold.scale is not None:
+            gain, absorbed[norm] = gain * plan.fold.scale, 1 / plan.fold.scale
+        new[f"{norm}.weight"] = gain
+        if shift is not None:
+            new[f"{norm}.bias"] = shift
+
+    def turned(reader: Projection, norm: str, basis: Basis | None) -> Projection:
+        W, gain = reader[0], absorbed[norm]
+        W = W if gain is None else gain[:, None] * W
+        return (W if basis is None else basis.inverse @ W), reader[1]
+
+    for role in ("query", "key", "value"):
+        setattr(parts, role, turned(getattr(parts, role), roles.attention_norm, plan.before))
+    parts.mlp_readers = [turned(reader, roles.mlp_norm, plan.middle) for reader in parts.mlp_readers]
+    return new
+
+
+def _fold_query(dims: Dimensions, roles: LayerRoles, fold: QueryFold, norms: Tensors, parts: _Parts) -> None:
+    """Bring the heads into the fold's gauge, and the queries' bias to where it can lie."""
+    (W_K, b_K), (W_Q, b_Q) = parts.key, parts.query
+    inverse = torch.linalg.inv(fold.gauge[:: dims.n_heads // dims.n_kv_heads]).mT  # heads that share a key share A
+    bias = None if b_K is None else (b_K.view(-1, 1, dims.d_head) @ inverse).flatten()
+    parts.key = join_heads(split_heads(W_K, dims.d_head) @ inverse), bias
+    if b_Q is None:
+        return
+    c = query_shift(b_Q, fold, dims)
+    parts.query = W_Q, None if dims.absorbs_query_bias else c[: len(b_Q)]
+    if not dims.absorbs_query_bias:
+        return
+    if dims.norms:
+        name = f"{roles.attention_norm}.bias"
+        norms[name] = norms[name] + c
+    elif dims.attention_skip:
+        parts.taken_away = c
+    W_V, b_V = parts.value
+    assert b_V is not None
+    parts.value = W_V, b_V - c @ W_V
+
+
+def query_shift(b_Q: torch.Tensor, fold: QueryFold, dims: Dimensions) -> torch.Tensor:
+    """Return c (D,): what the state that attention reads must hold beside x Θ for its slices to be the queries."""
+    turned = (b_Q.double().view(dims.n_heads, 1, dims.d_head) @ fold.gauge).flatten()
+    return torch.cat([turned, turned.new_zeros(dims.d_model - len(turned))])
+
+
+def _fold_value_bias(dims: Dimensions, spec: QueryMapSpec, parts: _Parts) -> None:
+    """Drop the keys' bias where softmax alone sees it, and put the values' into W_O's, where neither is stored."""
+    (W_V, b_V), (W_O, b_O) = parts.value, parts.output
+    if not dims.rope and spec.name != "dense":
+        parts.key = parts.key[0], None
+    leaves = spec.value == "gauge" or (not dims.rope and spec.name != "dense")
+    if b_V is None or not leaves:
+        return
+    assert b_O is not None
+    parts.value = W_V, None
+    b_V = b_V.view(-1, dims.d_head).repeat_interleave(dims.n_heads // dims.n_kv_heads, 0).flatten()
+    parts.output = W_O, b_O + b_V @ W_O
+
+
+def _gauge(dims: Dimensions, roles: LayerRoles, plan: LayerPlan, parts: _Parts) -> Tensors:
+    """Give the projections that `spec` names an identity block at the pivots; return what is stored of them."""
+    if plan.pivots is None:
+        return {}
+    gauged: dict[str, torch.Tensor] = {}
+    if plan.spec.name == "gauge":
+        blocks, inverse = fold_pivots(split_heads(parts.query[0], dims.d_head), plan.pivots)
+        gauged["query"] = join_heads(blocks)
+        keys = split_heads(parts.key[0], dims.d_head) @ inverse.mT
+        if parts.query[1] is not None:
+            bias = torch.linalg.solve(inverse, parts.query[1].view(-1, 1, dims.d_head), left=False).flatten()
+            parts.query = parts.query[0], bias
+        parts.key = join_heads(keys), parts.key[1]
+    if plan.spec.value == "gauge":
+        blocks, inverse = fold_pivots(split_heads(parts.value[0], dims.d_head), plan.pivots)
+        gauged["value"] = join_heads(blocks)
+        rows = parts.output[0].unflatten(0, (-1, dims.d_head))  # (H, K, D)
+        inverse = inverse.repeat_interleave(dims.n_heads // dims.n_kv_heads, 0)
+        parts.output = (inverse @ rows).flatten(0, 1), parts.output[1]
+    order = pivot_order(plan.pivots, dims.d_model)
+    rest = order[dims.d_head :].long()
+    views = roles.views(plan.spec)
+    stored = store_views([(views[role], (W[rest], None)) for role, W in gauged.items()])
+    return {f"{roles.gauge}.order": order, **stored}
+
+
+def _write_streams(plan: LayerPlan, parts: _Parts) -> None:
+    """Turn the writers into their streams' bases, or put W_O into the MLP's readers."""
+    W_O, b_O = parts.output
+    if plan.spec.output == "merged":
+        parts.mlp_readers = [(W_O @ W, b if b_O is None or b is None else b + b_O @ W) for W, b in parts.mlp_readers]
+    elif plan.middle is not None:
+        W_O, b_O = W_O @ plan.middle.theta, None if b_O is None else b_O @ plan.middle.theta
+    if parts.taken_away is not None:
+        assert b_O is not None
+        b_O = b_O - parts.taken_away
+    parts.output = W_O, b_O
+    W, b = parts.mlp_out
+    if plan.after is not None:
+        W, b = W @ plan.after.theta, None if b is None else b @ plan.after.theta
+    if plan.shift_after is not None:
+        assert b is not None
+        b = b + plan.shift_after
+    parts.mlp_out = W, b
