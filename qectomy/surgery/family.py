@@ -203,6 +203,9 @@ class Family:
         """The final norm, without its weights."""
         raise NotImplementedError
 
+    def in_own_type_(self, model: Any) -> None:
+        """Let a model's norms compute in the type of what they read, where transformers computes in float32."""
+
     def sliding_window(self, config: Any) -> int | None:
         """How many positions back a query may look, itself included; None: all."""
         return None

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import torch
 
+from qectomy.surgery.audit import condition_number
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.family import Dimensions
 from qectomy.surgery.gauge import join_heads, orthonormal_gauge, pair_scales, split_heads
@@ -76,11 +77,6 @@ class Choice:
         return layer in self.standing or layer in self.claims.values()
 
 
-def query_condition(W_Q: torch.Tensor) -> float:
-    """Return the condition number of W_Q (D, H*K): its largest over its smallest singular value; inf if singular."""
-    return float(torch.linalg.cond(W_Q.double()))
-
-
 def standing_fold(W_Q: torch.Tensor, dims: Dimensions) -> QueryFold | None:
     """Return the fold of a W_Q that is the identity up to its heads' gauge or the norm's gain, or None.
 
@@ -94,7 +90,7 @@ def standing_fold(W_Q: torch.Tensor, dims: Dimensions) -> QueryFold | None:
     own = blocks[torch.arange(dims.n_heads), :, torch.arange(dims.n_heads)]  # (H, K, K)
     if bool(W_Q[n_query:].any()) or not torch.equal(torch.block_diag(*own), square):
         return None
-    condition = query_condition(W_Q)
+    condition = condition_number(W_Q)
     if not condition < SINGULAR:
         return None
     if not dims.rope:
@@ -117,7 +113,7 @@ def basis_fold(W_Q: torch.Tensor, dims: Dimensions, group: Group, tolerance: flo
     W_Q (D, H*K) has the norm's gain folded in. A makes the heads' columns as orthonormal as the gauge allows, which
     conditions Θ best. `tolerance` is how far from orthogonal rounding of the stored weights can leave a Θ.
     """
-    W, condition = W_Q.double(), query_condition(W_Q)
+    W, condition = W_Q.double(), condition_number(W_Q)
     if W.shape[1] > dims.d_model or not condition < SINGULAR:
         return None
     if group is Group.ORTHOGONAL_KEEPING_MEAN:  # states of mean 0 do not see a constant in a column
@@ -238,7 +234,7 @@ def _choose_in(
         W_Q = read_query(source, layer)
         if layer not in choice.kept and standing_fold(W_Q, dims) is not None:
             choice.standing.add(layer)
-        conditions[layer] = (query_condition(W_Q), None)
+        conditions[layer] = (condition_number(W_Q), None)
         progress()
     if not choice.standing.intersection(stream.queries) and not _tie_forbids(source, stream):
         for layer in set(stream.queries) - choice.kept:
