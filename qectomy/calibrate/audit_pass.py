@@ -83,7 +83,7 @@ def text_moments(source: Checkpoint, tokens: torch.Tensor) -> Moments:
 def _windows(source: Checkpoint, texts: Sequence[str], tokens: int, context: int) -> Windows:
     """Cut the texts into windows. Raises TextError where they, or `tokens`, do not fill one."""
     if source.reduced:
-        raise UnsupportedArchitecture(f"{source.folder} is no stock model, which a text can be run through; audit without")
+        raise UnsupportedArchitecture(f"{source.folder} is no stock model: audit it without a text")
     ConvertSettings(context=context).check_context(source)
     if tokens < context:
         raise TextError(f"--tokens {tokens} is fewer than one window of {context}; give more, or a smaller --context")

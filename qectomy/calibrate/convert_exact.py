@@ -56,7 +56,7 @@ def convert_exact(
             **provenance(source, settings, hashes),
             "method": "exact",
             "layers": layer_records(source, plan),
-            "tie": "none" if not source.dims.tied else "broken" if plan.choice.untied else "kept",
+            "tie": _tie(source, plan),
             **measured,
             **sizes(source, plan, settings.stored_dtype),
             "seconds": {stage: round(value, 3) for stage, value in watch.seconds.items()}
@@ -65,6 +65,22 @@ def convert_exact(
         }
         write_report(work, report, source)
     return report
+
+
+def dry_run_exact(
+    source: Checkpoint,
+    settings: ConvertSettings,
+    kept: frozenset[int] = frozenset(),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Return what `convert_exact` would write, by its plan alone; the weights are read, nothing is written."""
+    plan = plan_exact(source, settings.stored_dtype, kept, progress)
+    return {
+        "dry_run": True,
+        "layers": layer_records(source, plan),
+        "tie": _tie(source, plan),
+        **sizes(source, plan, settings.stored_dtype),
+    }
 
 
 def layer_records(source: Checkpoint, plan: ExactPlan) -> list[dict[str, Any]]:
@@ -105,6 +121,11 @@ def sizes(source: Checkpoint, plan: ExactPlan, dtype: str | None) -> dict[str, A
     }
 
 
+def _tie(source: Checkpoint, plan: ExactPlan) -> str:
+    """Say what became of the tie of embedding and head."""
+    return "none" if not source.dims.tied else "broken" if plan.choice.untied else "kept"
+
+
 def _windows(source: Checkpoint, settings: ConvertSettings) -> ScoringWindows | None:
     """Return the evaluation text in windows, if one was given."""
     name = settings.eval_text or (settings.texts[0] if settings.texts else None)
@@ -122,7 +143,8 @@ def _measure(
     written = open_checkpoint(work, reduced=True)
     tokens = held.tokens[:1] if held else random_tokens(source.dims)
     double = [StreamedModel(checkpoint, torch.float64) for checkpoint in (source, written)]
-    error = relative_logit_error(*(model.states(tokens)[0, -RELOAD_TOKENS:] for model in double), *double)
+    theirs, ours = (model.states(tokens)[0, -RELOAD_TOKENS:] for model in double)
+    error = relative_logit_error(theirs, ours, *double)
     original, reduced = (StreamedModel(checkpoint) for checkpoint in (source, written))
     result: dict[str, Any] = {"logit_error": error}
     if held is not None:

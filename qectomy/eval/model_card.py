@@ -73,8 +73,8 @@ def _table(report: dict[str, Any]) -> str:
 def _measured(report: dict[str, Any]) -> str:
     if "perplexity" not in report:
         return f"Largest difference of a logit {report['logit_error']:.1e} of the largest, on random tokens.\n"
-    protocol = report["perplexity"]["protocol"]
-    return f"""Mean KL to the original {report["kl"]:.4f} nats a token; same most likely token {report["top1_agreement"]:.1%} of the
+    protocol, agreement = report["perplexity"]["protocol"], report["top1_agreement"]
+    return f"""Mean KL to the original {report["kl"]:.4f} nats a token; same most likely token {agreement:.1%} of the
 time. Measured on {protocol["scored_tokens"]:,} tokens of `{_one_line(protocol["text"])}`
 (sha256 {protocol["text_sha256"][:16]}), windows of {protocol["context"]} tokens, stride {protocol["stride"]},
 BOS: {protocol["bos"]}, float32. Perplexity on other text differs.

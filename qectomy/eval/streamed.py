@@ -19,7 +19,7 @@ from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.family import Dimensions
 from qectomy.surgery.finite import all_finite
 
-TOKENS_AT_ONCE = 8192  # on which the model runs before its layers are read anew
+TOKENS_AT_ONCE = 4096  # on which the model runs before its layers are read anew
 Tap = Callable[[int, torch.Tensor], None]  # (layer, what its W_down reads)
 
 
@@ -112,9 +112,7 @@ def score_streamed(
         tokens, keep = windows.tokens[start : start + at_once], mask[start : start + at_once]
         theirs, ours = (model.states(tokens)[:, :-1][keep] for model in (original, reduced))
         parts.append(
-            score_tokens(
-                partial(reduced.logits, ours), tokens[:, 1:][keep], vocab, partial(original.logits, theirs)
-            )
+            score_tokens(partial(reduced.logits, ours), tokens[:, 1:][keep], vocab, partial(original.logits, theirs))
         )
         if not all(nll is not None and all_finite(nll) for nll in (parts[-1].nll, parts[-1].reference_nll)):
             raise NonFiniteError(f"logits are NaN or Inf in windows {start} to {start + len(tokens) - 1}")

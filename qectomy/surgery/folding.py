@@ -210,18 +210,19 @@ def choose_folds(
     """
     choice = Choice(derive_streams(source.dims), kept=kept)
     eps = rounding(dtype or source.dtype)
+    choice.merged = mergeable(choice.streams) - kept
     for index, stream in enumerate(choice.streams.streams):
-        layer = stream.only_writer
-        if layer is not None and layer not in kept and _merges(source.dims):
-            choice.merged.add(layer)
         if stream.queries:
             _choose_in(source, index, stream, choice, eps, progress)
     return choice
 
 
-def _merges(dims: Dimensions) -> bool:
-    """Whether W_O can be multiplied into the MLP: square, no norm between, and a place for its bias."""
-    return not dims.norms and dims.n_heads * dims.d_head == dims.d_model and dims.mlp_bias >= dims.attention_bias
+def mergeable(streams: Streams) -> set[int]:
+    """Return the layers whose W_O can be multiplied into the MLP: square, no norm between, a place for its bias."""
+    dims = streams.dims
+    if dims.norms or dims.n_heads * dims.d_head != dims.d_model or dims.mlp_bias < dims.attention_bias:
+        return set()
+    return {stream.only_writer for stream in streams.streams if stream.only_writer is not None}
 
 
 def _choose_in(
