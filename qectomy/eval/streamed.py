@@ -20,7 +20,7 @@ from qectomy.surgery.family import Dimensions
 from qectomy.surgery.finite import all_finite
 
 TOKENS_AT_ONCE = 4096  # on which the model runs before its layers are read anew
-Tap = Callable[[int, torch.Tensor], None]  # (layer, what its W_down reads)
+Tap = Callable[[torch.Tensor], None]  # is given what each layer's W_down reads, in the order of the layers
 
 
 class StreamedModel:
@@ -69,11 +69,9 @@ class StreamedModel:
         return nn.functional.linear(states, self.checkpoint.read_rows(name, start, stop, self.dtype))
 
     def _tapped(self, tap: Tap) -> list[Any]:
-        roles, hooks = self.checkpoint.family.roles, []
-        for layer in range(self.checkpoint.dims.n_layers):
-            module = self.layer(layer).get_submodule(roles.mlp_out.module)
-            hooks.append(module.register_forward_pre_hook(partial(_give, tap, layer)))
-        return hooks
+        name, layers = self.checkpoint.family.roles.mlp_out.module, range(self.checkpoint.dims.n_layers)
+        modules = dict.fromkeys(self.layer(layer).get_submodule(name) for layer in layers)  # some layers share one
+        return [module.register_forward_pre_hook(partial(_give, tap)) for module in modules]
 
     def _fill(self, layer: int, module: nn.Module, arguments: Any) -> None:
         tensors = self.checkpoint.read_layer(layer, self.dtype)
@@ -123,8 +121,8 @@ def score_streamed(
     return TokenScores(after.reference_nll), after
 
 
-def _give(tap: Tap, layer: int, module: nn.Module, arguments: Any) -> None:
-    tap(layer, arguments[0])
+def _give(tap: Tap, module: nn.Module, arguments: Any) -> None:
+    tap(arguments[0])
 
 
 def _empty(module: nn.Module, arguments: Any, output: Any) -> None:

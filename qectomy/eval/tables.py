@@ -128,19 +128,26 @@ def _worst(numbers: list[float | None]) -> str:
 def show_certificate(result: dict[str, Any]) -> None:
     """Print a certificate of `qectomy verify`."""
     dtype = result["dtype"]
-    table = Table("layers", "what", "condition", "bound", "off by, float64", f"off by, {dtype}", "tensors off by")
+    table = Table("layer", "W_Q", "W_V", "W_O", "condition", "bound", "float64", dtype, "roundings")
     for row in result["layers"]:
         deviation = row["roundings"]
         table.add_row(
             str(row["index"]),
-            row["what"],
+            row["map"],
+            row["value_map"],
+            row["output_map"],
             "-" if row["condition"] is None else f"{row['condition']:.3g}",
             "-" if row["bound"] is None else f"{row['bound']:.1e}",
             f"{row['error_float64']:.1e}",
             f"{row[f'error_{dtype}']:.1e}",
-            "-" if deviation is None else f"{deviation:.2g} roundings",
+            "-" if deviation is None else f"{deviation:.2g}",
         )
     console.print(table)
+    console.print(
+        f"bound: of each product of weights; float64, {dtype}: what the layer's W_down reads, off by as a share of the "
+        "largest; roundings: the layer's tensors, from the exact ones",
+        markup=False,
+    )
     text = result["text"]
     console.print(f"measured on {text['tokens']:,} tokens of {text['text']}", markup=False)
     for name in dict.fromkeys(("float64", dtype)):

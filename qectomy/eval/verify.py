@@ -1,8 +1,8 @@
 """A certificate that a reduced checkpoint is its original, exactly, or a statement of where it is not.
 
 Three kinds of evidence, which do not lean on each other:
-    proof      the streams of the original say which folds are exact; each is made anew from the original in float64, and
-               every stored tensor must be what comes out, cast once
+    proof      the streams of the original say which folds are exact; each is made anew from the original in float64,
+               and every stored tensor must be what comes out, cast once
     bound      a product of a writer and a reader of a stream in a basis of condition κ moves by at most 2 eps κ of its
                factors' norms when both are rounded to a dtype of spacing eps
     measure    both models run on text, in float64 and in the stored dtype: what each layer's W_down reads, which no
@@ -69,7 +69,7 @@ def verify(
 def measure(
     reduced: Checkpoint, original: Checkpoint, held: ScoringWindows | None, layers: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Run both models in float64 and in the stored dtype; put each layer's error into its record, return the logits'."""
+    """Run both models in float64 and in the stored dtype; record each layer's error, return the logits'."""
     tokens = held.tokens if held else random_tokens(original.dims)
     text = held.report if held else {"text": "random tokens", "tokens": tokens.numel()}
     result: dict[str, Any] = {"text": text}
@@ -91,7 +91,7 @@ def _sampled(model: StreamedModel, tokens: torch.Tensor) -> tuple[torch.Tensor, 
     tokens = tokens[:4]
     chosen = torch.linspace(0, tokens.numel() - 1, min(SAMPLED, tokens.numel())).long()
     acts: list[torch.Tensor] = []
-    states = model.states(tokens, lambda _, read: acts.append(read.flatten(0, 1)[chosen]))
+    states = model.states(tokens, lambda read: acts.append(read.flatten(0, 1)[chosen]))
     return states.flatten(0, 1)[chosen], acts
 
 
@@ -105,9 +105,7 @@ def _same_model(reduced: Checkpoint, original: Checkpoint) -> list[str]:
     ours, theirs = (replace(checkpoint.dims, tied=False) for checkpoint in (reduced, original))
     if names := [name for name in ours.__dataclass_fields__ if getattr(ours, name) != getattr(theirs, name)]:
         shown = ", ".join(f"{name} ({getattr(ours, name)} and {getattr(theirs, name)})" for name in names)
-        raise CheckpointError(
-            f"{reduced.folder} and {original.folder} differ in {shown}: one cannot come from the other"
-        )
+        raise CheckpointError(f"{reduced.folder} cannot come from {original.folder}: they differ in {shown}")
     ignored = {*DROPPED, "dtype", "model_type", "tie_word_embeddings"} - set(VARIANT)
     said = {key: value for key, value in original.config.items() if key not in ignored and key in reduced.config}
     return [f"config.json: {key} differs" for key in sorted(said) if reduced.config[key] != said[key]]
@@ -131,13 +129,12 @@ def _plan_of(reduced: Checkpoint, original: Checkpoint) -> tuple[ExactPlan | Non
     why += [f"layer {layer}: W_O cannot be merged exactly" for layer in choice.merged - mergeable(choice.streams)]
     if why:
         return None, why
-    folds, conditions = Folds(original, choice), {}
+    folds, conditions = Folds(original, choice), dict[int, float]()
     plan = ExactPlan(choice, reduced.dims, reduced.recipe, pivots, conditions)
     for layer, chosen in pivots.items():
         W_Q, W_V = readers_in_basis(original.read_layer(layer), dims, roles, layer_plan(plan, folds, layer))
-        gauged = [
-            W for W, how in ((W_Q, reduced.recipe[layer].name), (W_V, reduced.recipe[layer].value)) if how == "gauge"
-        ]
+        spec = reduced.recipe[layer]
+        gauged = [W for W, how in ((W_Q, spec.name), (W_V, spec.value)) if how == "gauge"]
         conditions[layer] = pivot_condition(torch.cat([split_heads(W, dims.d_head) for W in gauged]), chosen)
     return plan, []
 
@@ -185,14 +182,12 @@ def _layer_records(
         prefix = reduced.prefix(index)
         units = [units for name, units in deviations.items() if name.startswith(prefix)]
         condition = None if plan is None else _condition(plan, dims.stored_layer(index), dims.n_layers)
-        parts = [
-            f"W_Q {spec}",
-            *(f"W_{role} {how}" for role, how in (("V", spec.value), ("O", spec.output)) if how != "dense"),
-        ]
         records.append(
             {
                 "index": index,
-                "what": ", ".join(parts),
+                "map": str(spec),
+                "value_map": spec.value,
+                "output_map": spec.output,
                 "condition": condition,
                 "bound": None if condition is None else 2 * eps * condition,
                 "roundings": max(units) if units else None,
