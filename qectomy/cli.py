@@ -61,11 +61,14 @@ def inspect(
     result = inspect_checkpoint(source, tokens=tokens, eval_tokens=eval_tokens, context=context)
     if audit:
         from qectomy.calibrate.audit_pass import audit_layers
+        from qectomy.surgery.folding import choose_folds
 
         with progress_bar("auditing") as progress:
             records = audit_layers(source, text or (), tokens=tokens, context=context, progress=progress)
+            verdicts = choose_folds(source).verdicts
         for layer, record in zip(result["layers"], records, strict=True):
-            layer["audit"] = record
+            verdict = verdicts[source.dims.stored_layer(layer["index"])]
+            layer |= {"how": verdict.how, "reason": verdict.reason, "audit": record}
     if as_json:
         print_json(result)
     else:
@@ -238,7 +241,7 @@ def evaluate(
         show_evaluations(results)
 
 
-@app.command(epilog="Example: `qectomy verify ./reduced --against ./original --text heldout.txt`")
+@app.command(epilog="Example: `qectomy verify ./exact --against ./original --text heldout.txt`")
 def verify(
     reduced: Annotated[str, typer.Argument(help="Folder of a reduced checkpoint.")],
     against: Annotated[str, typer.Option(help="Folder or hub id of the original.")],

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qectomy.calibrate.memory import release_freed
 from qectomy.errors import NonFiniteError
 from qectomy.eval.perplexity import Progress, ScoringWindows, load_model
 from qectomy.eval.scores import SLICE, TokenScores, join_scores, score_tokens
@@ -19,7 +20,7 @@ from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.family import Dimensions
 from qectomy.surgery.finite import all_finite
 
-TOKENS_AT_ONCE = 4096  # on which the model runs before its layers are read anew
+TOKENS_AT_ONCE = 2048  # on which the model runs before its layers are read anew
 Tap = Callable[[torch.Tensor], None]  # is given what each layer's W_down reads, in the order of the layers
 
 
@@ -127,3 +128,4 @@ def _give(tap: Tap, module: nn.Module, arguments: Any) -> None:
 
 def _empty(module: nn.Module, arguments: Any, output: Any) -> None:
     module.to("meta")
+    release_freed()  # or the heap grows with every layer

@@ -42,11 +42,8 @@ def show_inspection(result: dict[str, Any]) -> None:
     for row in result["query_maps"]:
         if not row["possible"]:
             console.print(row["why_not"], markup=False)
-    hows: dict[str, list[int]] = {}
-    for layer in result["layers"]:
-        hows.setdefault(layer["how"], []).append(layer["index"])
-    for how, layers in hows.items():
-        console.print(f"layers {layers[0]}-{layers[-1]}: {how}", markup=False)
+    for layers, row in _runs(result["layers"]):
+        console.print(f"W_Q of layers {layers}, {row['how']}: {row['reason']}", markup=False)
     if "audit" in result["layers"][0]:
         _show_audit({layer["index"]: layer["audit"] for layer in result["layers"]})
     _show_needs(result["needs"])
@@ -111,12 +108,12 @@ def _runs(records: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     runs: list[tuple[list[int], dict[str, Any]]] = []
     numbers = ("W_Q_condition", "basis_condition", "pivot_condition")
     for record in records:
-        fate = {key: value for key, value in record.items() if key != "index" and key not in numbers}
+        fate = {key: value for key, value in record.items() if key not in ("index", "audit", *numbers)}
         if not runs or {key: runs[-1][1][key] for key in fate} != fate:
             runs.append(([], {**fate, **{name: [] for name in numbers}}))
         runs[-1][0].append(record["index"])
         for name in numbers:
-            runs[-1][1][name].append(record[name])
+            runs[-1][1][name].append(record.get(name))
     return [(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]), row) for run, row in runs]
 
 

@@ -22,10 +22,10 @@ from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.config_files import DROPPED, VARIANT
 from qectomy.surgery.exact import ExactPlan, folded_tensors, layer_plan
 from qectomy.surgery.fold_layer import readers_in_basis
-from qectomy.surgery.folding import Choice, Folds, Verdict, claim, mergeable, read_query, rounding, standing_fold
+from qectomy.surgery.folding import Choice, Folds, Verdict, claim, read_query, rounding, standing_fold
 from qectomy.surgery.gauge import pivot_condition, split_heads
 from qectomy.surgery.headers import TORCH_NAMES
-from qectomy.surgery.streams import HEAD, Place, derive_streams
+from qectomy.surgery.streams import HEAD, Place, derive_streams, mergeable
 
 SLACK = 1e-9  # of a tensor's largest entry: float64 rounding, amplified by the condition of a fold
 MARGIN = 10.0  # by how much the measured error of the logits may exceed the sum of the layers' bounds

@@ -19,7 +19,7 @@ from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.family import Dimensions
 from qectomy.surgery.gauge import join_heads, orthonormal_gauge, pair_scales, split_heads
 from qectomy.surgery.linear_views import read_view
-from qectomy.surgery.streams import HEAD, Group, Stream, Streams, derive_streams
+from qectomy.surgery.streams import HEAD, Group, Stream, Streams, derive_streams, mergeable, structural_verdict
 from qectomy.surgery.writer import DTYPES
 
 SINGULAR = 1e13  # a condition number beyond which float64 cannot tell a matrix from a singular one
@@ -217,14 +217,6 @@ def choose_folds(
     return choice
 
 
-def mergeable(streams: Streams) -> set[int]:
-    """Return the layers whose W_O can be multiplied into the MLP: square, no norm between, a place for its bias."""
-    dims = streams.dims
-    if dims.norms or dims.n_heads * dims.d_head != dims.d_model or dims.mlp_bias < dims.attention_bias:
-        return set()
-    return {stream.only_writer for stream in streams.streams if stream.only_writer is not None}
-
-
 def _choose_in(
     source: Checkpoint, index: int, stream: Stream, choice: Choice, eps: float, progress: Callable[[], None]
 ) -> None:
@@ -246,7 +238,7 @@ def _choose_in(
                     best = (fold.basis_condition, layer)
     if best is not None:
         choice.claims[index] = best[1]
-        choice.untied |= dims.tied and stream.group is Group.ORTHOGONAL and not dims.norms
+        choice.untied |= stream.breaks_tie
     for layer in stream.queries:
         choice.verdicts[layer] = _verdict(source, layer, stream, choice, conditions[layer], eps)
 
@@ -259,9 +251,7 @@ def _tie_forbids(source: Checkpoint, stream: Stream) -> bool:
     if dims.norms:  # the head would have to take in the final norm's gain
         gain = source.read(f"{source.family.final_norm}.weight")
         return not torch.equal(gain, gain[:1].expand_as(gain))
-    if not (stream.embedded and stream.headed):
-        return False
-    return dims.vocab_size * dims.d_model >= dims.n_heads * dims.d_head * dims.d_model
+    return stream.breaks_tie and not dims.untying_pays
 
 
 def _verdict(
@@ -273,28 +263,22 @@ def _verdict(
     eps: float,
 ) -> Verdict:
     dims, (condition, basis_condition) = source.dims, conditions
-    otherwise = "gauge" if not dims.rope else "least squares" if dims.stock else "refused"
+    how, why = structural_verdict(choice.streams, layer)
     if layer in choice.kept:
         return Verdict("kept", "asked to stay dense", condition)
     if layer in choice.standing:
         return Verdict("exact", "W_Q is the identity up to each head's gauge and the norm's gain", condition, 1.0)
     if layer in choice.claims.values():
-        others = f", the best conditioned of the {len(stream.queries)} layers on its stream"
-        why = f"{stream.why}, so Θ = W_Q passes" if not dims.norms else f"W_Q is {stream.group.value}: passes its norm"
-        return Verdict("exact", why + (others if len(stream.queries) > 1 else ""), condition, basis_condition)
+        why = f"W_Q is {stream.group.value}: it passes the norm" if dims.norms else why
+        return Verdict("exact", why, condition, basis_condition)
+    if how != "exact":
+        return Verdict(how, f"{why}, and W_Q is not one" if dims.norms else why, condition)
     if not condition < SINGULAR:
         return Verdict("refused", f"W_Q is singular (condition number {condition:.1e})", condition, ill=True)
-    if dims.n_heads * dims.d_head > dims.d_model:
-        return Verdict("refused", "queries have more channels than the stream (n_heads * d_head > d_model)", condition)
-    if dims.norms:
-        why = f"{stream.why} lets only {stream.group.value} pass, and W_Q is not one"
-        return Verdict(otherwise, why, condition)
-    if _tie_forbids(source, stream):
-        why = f"Θ = W_Q breaks the tie of embedding and head, which costs {dims.vocab_size * dims.d_model:,} parameters"
-        return Verdict(otherwise, f"{why}, more than W_Q has", condition)
     if basis_condition is None or basis_condition * eps > LOST:
         shown = math.inf if basis_condition is None else basis_condition
-        why = f"its basis has condition number {shown:.1e}, too much for the target dtype: fold to float32 or float64"
+        why = f"its change of basis has condition number {shown:.1e}, too much for the target dtype: try float32"
         return Verdict("refused", why, condition, basis_condition, ill=True)
-    claimed = next(layer for index, layer in choice.claims.items() if choice.streams.streams[index] is stream)
+    claimed = next(taker for index, taker in choice.claims.items() if choice.streams.streams[index] is stream)
+    otherwise = "gauge" if not dims.rope else "refused"
     return Verdict(otherwise, f"its stream's one change of basis is layer {claimed}'s", condition, basis_condition)

@@ -13,7 +13,7 @@ from qectomy.errors import QueryMapError
 from qectomy.surgery.family import Dimensions
 
 NAMES = ("identity", "select", "key-shared", "low-rank", "dense")
-KNOWN = "identity, select, key-shared, low-rank:R, dense, and exact, which stands alone"
+KNOWN = "identity, select, key-shared, low-rank:R, exact, dense"
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ class QueryMapSpec:
 def parse_query_map(text: str) -> QueryMapSpec:
     """Read one map's name, `low-rank:R` with its rank. Raises QueryMapError that lists the known maps."""
     name, colon, rank = text.strip().partition(":")
+    if name == "exact":
+        raise QueryMapError(
+            "exact is no map of a single layer, and nothing is fitted for it; --query exact stands alone"
+        )
     if name not in NAMES:
         close = get_close_matches(name, NAMES, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -134,6 +138,8 @@ def _name_layers(text: str, n_layers: int) -> list[str]:
             if layer in chosen:
                 raise QueryMapError(f"layer {layer} is named twice in --query {text!r}")
             chosen[layer] = name.strip()
+        if name.strip() != "exact":
+            parse_query_map(name)
     missing = [layer for layer in range(n_layers) if layer not in chosen]
     if missing:
         raise QueryMapError(f"--query {text!r} says nothing of layer(s) {_ranges(missing)} of {n_layers}")
