@@ -200,10 +200,10 @@ class GaugedValue(nn.Module):
                 self.order.copy_(torch.arange(len(self.order)))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        ordered = hidden.index_select(-1, self.order)
-        out = nn.functional.linear(ordered[..., self.d_head :], self.weight)
-        out.unflatten(-1, (-1, self.d_head)).add_(ordered[..., None, : self.d_head])
-        return out
+        ordered = hidden.reshape(-1, hidden.shape[-1]).index_select(-1, self.order)  # (B*T, D)
+        out = nn.functional.linear(ordered[:, self.d_head :], self.weight)
+        out.view(len(out), -1, self.d_head).add_(ordered[:, None, : self.d_head])  # the identity blocks
+        return out.view(*hidden.shape[:-1], -1)
 
 
 class ReducedAttention(LlamaAttention):
