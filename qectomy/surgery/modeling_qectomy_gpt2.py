@@ -30,6 +30,7 @@ from transformers.models.gpt2.modeling_gpt2 import (
     GPT2Model,
     GPT2PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 
 def is_loaded(tensor: torch.Tensor) -> bool:
@@ -190,9 +191,9 @@ class ReducedProjection(nn.Module):
     `weight` is W_K and W_V side by side, (D, 2D), in GPT-2's layout (in, out).
     """
 
-    def __init__(self, config: QectomyGPT2Config, query: nn.Module):
+    def __init__(self, query: nn.Module, d_model: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.hidden_size, 2 * config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(d_model, 2 * d_model))
         self.query = query
 
     def reset_parameters(self, std: float) -> None:
@@ -230,6 +231,21 @@ class GaugedProjection(nn.Module):
             with torch.no_grad():
                 self.order.copy_(torch.arange(len(self.order)))
 
+    @torch.no_grad()
+    def written_out(self) -> nn.Module:
+        """The dense module of the same outputs, on the same device."""
+        d_model, parts = len(self.order), list(self.weight.split(len(self.order), 1))
+        blocks = torch.eye(self.d_head).to(self.weight).repeat(1, d_model // self.d_head)
+        tops = [blocks] * (len(parts) - 2) + [self.pivot_rows, blocks]
+        weight = torch.cat([torch.cat([top, rest]) for top, rest in zip(tops, parts, strict=True)], 1)
+        with torch.device(weight.device):
+            dense = Conv1D(3 * d_model, d_model) if self.query is None else ReducedProjection(self.query, d_model)
+        dense = dense.to(weight.dtype).train(self.training)
+        dense.weight[self.order.long()] = weight
+        if self.query is None:
+            dense.bias[:d_model], dense.bias[d_model:] = self.bias, 0
+        return dense
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         d_model = hidden.shape[-1]
         ordered = hidden.reshape(-1, d_model).index_select(-1, self.order)  # (B*T, D)
@@ -255,7 +271,7 @@ class ReducedGPT2Attention(GPT2Attention):
         if config.value_maps[layer_idx] == "gauge":
             self.c_attn = GaugedProjection(config, build_query(config, layer_idx))
         elif config.query_maps[layer_idx] != "dense":
-            self.c_attn = ReducedProjection(config, build_query(config, layer_idx))
+            self.c_attn = ReducedProjection(build_query(config, layer_idx), config.hidden_size)
         if config.output_maps[layer_idx] == "merged":
             self.c_proj = nn.Identity()
         if config.softmax_scale is not None:
@@ -297,6 +313,28 @@ class QectomyGPT2PreTrainedModel(GPT2PreTrainedModel):
     config: QectomyGPT2Config
     _no_split_modules = ["ReducedGPT2Block"]
     _can_record_outputs = {"hidden_states": ReducedGPT2Block, "attentions": ReducedGPT2Attention}
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).write_out_gauges_()
+        return loaded
+
+    def write_out_gauges_(self) -> None:
+        """Write the identity blocks out in memory, so that every layer runs one dense product, as in the stock model.
+
+        The config then says `dense`. Nothing happens while weights lie on the meta device.
+        """
+        dense: dict[nn.Module, nn.Module] = {}  # layers that share a module go on sharing it
+        for attention in [module for module in self.modules() if isinstance(module, ReducedGPT2Attention)]:
+            gauged = attention.c_attn
+            if isinstance(gauged, GaugedProjection) and gauged.weight.device.type != "meta":
+                dense[gauged] = dense.get(gauged) or gauged.written_out()
+                attention.c_attn = dense[gauged]
+                layer = attention.layer_idx
+                self.config.value_maps[layer] = "dense"
+                if gauged.query is None:
+                    self.config.query_maps[layer] = "dense"
 
     def _init_weights(self, module):
         super()._init_weights(module)
