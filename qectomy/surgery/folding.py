@@ -295,6 +295,9 @@ def _verdict(
     if _tie_forbids(source, stream):
         why = f"Θ = W_Q breaks the tie of embedding and head, which costs {dims.vocab_size * dims.d_model:,} parameters"
         return Verdict(otherwise, f"{why}, more than W_Q has", condition)
+    if standing := sorted(choice.standing.intersection(stream.queries)):
+        why = f"its stream stays as it is, for there the W_Q of layer {standing[0]} is the identity already"
+        return Verdict(otherwise, why, condition)
     if basis_condition is None or basis_condition * eps > LOST:
         shown = math.inf if basis_condition is None else basis_condition
         why = f"its basis has condition number {shown:.1e}, too much for the target dtype: fold to float32 or float64"
