@@ -117,11 +117,12 @@ def basis_fold(W_Q: torch.Tensor, dims: Dimensions, group: Group, tolerance: flo
     W_Q (D, H*K) has the norm's gain folded in. A makes the heads' columns as orthonormal as the gauge allows, which
     conditions Θ best. `tolerance` is how far from orthogonal rounding of the stored weights can leave a Θ.
     """
-    W, condition = W_Q.double(), query_condition(W_Q)
-    if W.shape[1] > dims.d_model or not condition < SINGULAR:
-        return None
+    W = W_Q.double()
     if group is Group.ORTHOGONAL_KEEPING_MEAN:  # states of mean 0 do not see a constant in a column
         W = W - W.mean(0) + 1 / dims.d_model
+    condition = query_condition(W)
+    if W.shape[1] > dims.d_model or not condition < SINGULAR:
+        return None
     blocks = split_heads(W, dims.d_head)
     try:
         A = pair_scales(blocks, dims.n_heads // dims.n_kv_heads) if dims.rope else orthonormal_gauge(blocks)
