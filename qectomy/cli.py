@@ -1,10 +1,7 @@
 """The command line: parse, call one function, print. Heavy imports live inside the commands."""
 
-import json
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +9,7 @@ import typer
 
 from qectomy import __version__
 from qectomy.errors import QectomyError
+from qectomy.terminal import print_json, progress_bar
 
 app = typer.Typer(
     name="qectomy",
@@ -63,13 +61,16 @@ def inspect(
     result = inspect_checkpoint(source, tokens=tokens, eval_tokens=eval_tokens, context=context)
     if audit:
         from qectomy.calibrate.audit_pass import audit_layers
+        from qectomy.surgery.folding import choose_folds
 
-        with _progress("auditing") as progress:
+        with progress_bar("auditing") as progress:
             records = audit_layers(source, text or (), tokens=tokens, context=context, progress=progress)
+            verdicts = choose_folds(source).verdicts
         for layer, record in zip(result["layers"], records, strict=True):
-            layer["audit"] = record
+            verdict = verdicts[source.dims.stored_layer(layer["index"])]
+            layer |= {"how": verdict.how, "reason": verdict.reason, "audit": record}
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         from qectomy.eval.tables import show_inspection
 
@@ -86,7 +87,8 @@ def convert(
     query: Annotated[
         str,
         typer.Option(
-            help="Query map: identity, select, key-shared, low-rank:R, dense; per layer as in 0-2=dense,3-=key-shared."
+            help="Query map: identity, select, key-shared, low-rank:R, dense; per layer as in 0-2=dense,3-=key-shared. "
+            "`exact` takes out what goes without any loss and needs no text; a layer can stay dense beside it."
         ),
     ] = "key-shared",
     text: Annotated[
@@ -115,11 +117,10 @@ def convert(
     from qectomy.calibrate.settings import ConvertSettings, default_context
     from qectomy.surgery.checkpoint import open_checkpoint
     from qectomy.surgery.output import check_absent
-    from qectomy.surgery.query_maps import parse_recipe
+    from qectomy.surgery.query_maps import parse_exact, parse_recipe
 
     check_absent(out)
     source = open_checkpoint(checkpoint)
-    recipe = tuple(parse_recipe(query, source.dims))
     settings = ConvertSettings(
         texts=tuple(text or ()),
         tokens=tokens,
@@ -131,33 +132,55 @@ def convert(
         seed=seed,
         command=shlex.join(["qectomy", *sys.argv[1:]]),
     )
+    kept = parse_exact(query, source.dims)
+    if kept is not None:
+        _convert_exact(source, out, settings, kept, dry_run, as_json)
+        return
+    recipe = tuple(parse_recipe(query, source.dims))
     if dry_run:
-        from qectomy.surgery.plan import estimate, totals
-
-        settings.check_context(source)
-        needs = estimate(source, tokens=tokens, eval_tokens=eval_tokens, context=settings.context)
-        plan = {
-            "plan": [str(spec) for spec in recipe],
-            **totals(source, recipe, settings.stored_dtype),
-            "needs": needs,
-        }
-        if as_json:
-            _print_json(plan)
-        else:
-            from qectomy.eval.tables import show_plan
-
-            show_plan(plan)
+        _show_plan(source, recipe, settings, as_json)
         return
     from qectomy.calibrate.convert import convert as run
 
-    with _progress("converting") as progress:
+    with progress_bar("converting") as progress:
         report = run(source, out, recipe, settings, progress)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         from qectomy.eval.tables import show_conversion
 
         show_conversion(report)
+
+
+def _show_plan(source: Any, recipe: Any, settings: Any, as_json: bool) -> None:
+    """Print what a conversion would write and need."""
+    from qectomy.surgery.plan import estimate, totals
+
+    settings.check_context(source)
+    needs = estimate(source, tokens=settings.tokens, eval_tokens=settings.eval_tokens, context=settings.context)
+    plan = {"plan": [str(spec) for spec in recipe], **totals(source, recipe, settings.stored_dtype), "needs": needs}
+    if as_json:
+        print_json(plan)
+    else:
+        from qectomy.eval.tables import show_plan
+
+        show_plan(plan)
+
+
+def _convert_exact(source: Any, out: Path, settings: Any, kept: Any, dry_run: bool, as_json: bool) -> None:
+    """Run `convert --query exact`, or with `dry_run` only its plan, which reads the weights."""
+    from qectomy.calibrate.convert_exact import convert_exact, dry_run_exact
+    from qectomy.eval.tables import show_exact
+
+    with progress_bar("planning" if dry_run else "folding") as progress:
+        if dry_run:
+            report = dry_run_exact(source, settings, kept, progress)
+        else:
+            report = convert_exact(source, out, settings, kept, progress)
+    if as_json:
+        print_json(report)
+    else:
+        show_exact(report)
 
 
 @app.command("eval", epilog="Example: `qectomy eval ./original ./reduced --text heldout.txt --reference ./original`")
@@ -198,7 +221,7 @@ def evaluate(
     )
     results = []
     for checkpoint in checkpoints:
-        with _progress(f"evaluating {checkpoint}") as progress:
+        with progress_bar(f"evaluating {checkpoint}") as progress:
             results.append(
                 run(
                     checkpoint,
@@ -211,11 +234,46 @@ def evaluate(
                 )
             )
     if as_json:
-        _print_json(results)
+        print_json(results)
     else:
         from qectomy.eval.tables import show_evaluations
 
         show_evaluations(results)
+
+
+@app.command(epilog="Example: `qectomy verify ./exact --against ./original --text heldout.txt`")
+def verify(
+    reduced: Annotated[str, typer.Argument(help="Folder of a reduced checkpoint.")],
+    against: Annotated[str, typer.Option(help="Folder or hub id of the original.")],
+    text: Annotated[
+        str | None,
+        typer.Option(help="Text to measure on: a UTF-8 file, a .jsonl file, a dataset's name. Default: random tokens."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to measure on.")] = 2048,
+    context: Annotated[int | None, typer.Option(min=2, help=CONTEXT_HELP)] = None,
+    as_json: Json = False,
+) -> None:
+    """Certify that a reduced checkpoint computes what its original does; exit code 1 if it is not exact."""
+    from qectomy.calibrate.settings import default_context
+    from qectomy.calibrate.text import load_tokenizer, read_source
+    from qectomy.eval.perplexity import Protocol, scoring_windows
+    from qectomy.eval.tables import show_certificate
+    from qectomy.eval.verify import verify as run
+    from qectomy.surgery.checkpoint import open_checkpoint
+
+    ours, theirs = open_checkpoint(reduced, reduced=True), open_checkpoint(against)
+    held = None
+    if text:
+        protocol = Protocol(context=context or min(tokens, default_context(theirs)), tokens=tokens)
+        held = scoring_windows(load_tokenizer(theirs.folder), read_source(text), protocol, theirs.dims.vocab_size)
+    with progress_bar("verifying") as progress:
+        result = run(ours, theirs, held, progress)
+    if as_json:
+        print_json(result)
+    else:
+        show_certificate(result)
+    if result["verdict"] != "exact":
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: `qectomy materialize ./reduced --out ./stock`")
@@ -230,10 +288,10 @@ def materialize(
     from qectomy.surgery.output import check_absent
 
     check_absent(out)
-    with _progress("materializing") as progress:
+    with progress_bar("materializing") as progress:
         result = run(open_checkpoint(reduced, reduced=True), out, lambda done, total: progress(done, total, ""))
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         typer.echo(f"wrote {result['out']}: {result['parameters']['after']:,} parameters; {result['note']}")
 
@@ -263,7 +321,7 @@ def import_nanogpt(
         load_tokenizer(folder)  # one that does not load is refused before anything is written
     result = run(checkpoint, out, folder)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         typer.echo(
             f"wrote {result['out']}: {result['model_type']}, {result['parameters']:,} parameters, from queries of mode "
@@ -285,43 +343,6 @@ def main() -> None:
             typer.secho("error: interrupted; nothing was left behind", err=True, fg=typer.colors.RED)
             sys.exit(1)
         raise
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Any]:
-    """Yield report(done, total, note) that draws a bar with an ETA on stderr; plain lines where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True, emoji=False)
-    if not console.is_terminal:
-        yield lambda done, total, note="": console.print(
-            f"{what} {done}/{total} {note}", highlight=False, soft_wrap=True, markup=False
-        )
-        return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(what, total=None, note="")
-        yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
-
-
-def _print_json(result: Any) -> None:
-    typer.echo(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

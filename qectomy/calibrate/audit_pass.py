@@ -18,7 +18,7 @@ from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.states import WindowFile, batches, scratch_file
 from qectomy.calibrate.text import Windows, load_tokenizer, make_windows, read_source
-from qectomy.errors import NonFiniteError, TextError
+from qectomy.errors import NonFiniteError, TextError, UnsupportedArchitecture
 from qectomy.surgery.audit import condition_number, distance_from_orthogonal, leading_rank
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.finite import all_finite
@@ -82,6 +82,8 @@ def text_moments(source: Checkpoint, tokens: torch.Tensor) -> Moments:
 
 def _windows(source: Checkpoint, texts: Sequence[str], tokens: int, context: int) -> Windows:
     """Cut the texts into windows. Raises TextError where they, or `tokens`, do not fill one."""
+    if source.reduced:
+        raise UnsupportedArchitecture(f"{source.folder} is no stock model: audit it without a text")
     ConvertSettings(context=context).check_context(source)
     if tokens < context:
         raise TextError(f"--tokens {tokens} is fewer than one window of {context}; give more, or a smaller --context")
@@ -138,4 +140,4 @@ def _gain(source: Checkpoint, layer: int) -> torch.Tensor | None:
 def _read(source: Checkpoint, layer: int, module: str) -> dict[str, torch.Tensor]:
     """Return a module's tensors in float64, by name inside the layer."""
     names = [name for name, _ in source.layer_tensors(layer) if name.startswith(f"{module}.")]
-    return {name: source.read(source.family.prefix(layer) + name, torch.float64) for name in names}
+    return {name: source.read(source.prefix(layer) + name, torch.float64) for name in names}

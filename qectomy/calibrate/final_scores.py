@@ -10,11 +10,11 @@ from torch import nn
 from qectomy.calibrate.states import Streams, batches
 from qectomy.errors import NonFiniteError
 from qectomy.eval.perplexity import ScoringWindows
+from qectomy.eval.reload import RELOAD_TOKENS
 from qectomy.eval.scores import SLICE, Logits, TokenScores, join_scores, score_tokens
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.finite import all_finite
 
-RELOAD_TOKENS = 64
 SCORED_TOKENS = 1024  # at a time: the head is read anew for each batch
 
 

@@ -42,11 +42,8 @@ def show_inspection(result: dict[str, Any]) -> None:
     for row in result["query_maps"]:
         if not row["possible"]:
             console.print(row["why_not"], markup=False)
-    hows: dict[str, list[int]] = {}
-    for layer in result["layers"]:
-        hows.setdefault(layer["how"], []).append(layer["index"])
-    for how, layers in hows.items():
-        console.print(f"layers {layers[0]}-{layers[-1]}: {how}", markup=False)
+    for layers, row in _runs(result["layers"]):
+        console.print(f"W_Q of layers {layers}, {row['how']}: {row['reason']}", markup=False)
     if "audit" in result["layers"][0]:
         _show_audit({layer["index"]: layer["audit"] for layer in result["layers"]})
     _show_needs(result["needs"])
@@ -73,6 +70,91 @@ def show_conversion(report: dict[str, Any]) -> None:
     console.print(
         f"{seconds:.0f} s, {seconds / forward:.1f} forward passes; peak memory {size(report['peak_memory_bytes'])}"
     )
+
+
+def show_exact(report: dict[str, Any]) -> None:
+    """Print the outcome of an exact conversion, or of its dry run."""
+    table = Table("layers", "W_Q", "W_V", "W_O", "cond(W_Q)", "cond of basis", "of pivots")
+    runs = _runs(report["layers"])
+    for layers, row in runs:
+        table.add_row(
+            layers,
+            f"{row['map']} ({row['how']})" if row["map"] != row["how"] else row["map"],
+            row["value_map"],
+            row["output_map"],
+            *(_worst(row[name]) for name in ("W_Q_condition", "basis_condition", "pivot_condition")),
+        )
+    console.print(table)
+    for layers, row in runs:
+        console.print(f"W_Q of layers {layers}, {row['how']}: {row['reason']}", markup=False)
+    _show_sizes(report)
+    if report["tie"] == "broken":
+        console.print("embedding and head are no longer tied; what the head adds is counted")
+    if report.get("dry_run"):
+        console.print("dry run: nothing was written")
+        return
+    console.print(f"largest difference of a logit in float64: {report['logit_error']:.1e} of the largest logit")
+    if "perplexity" in report:
+        perplexity = report["perplexity"]
+        console.print(
+            f"perplexity {perplexity['before']:.4f} -> {perplexity['after']:.4f} (x {perplexity['ratio']:.6f}), "
+            f"KL {report['kl']:.1e}, top-1 agreement {report['top1_agreement']:.2%}"
+        )
+    console.print(f"{report['seconds']['total']:.0f} s; peak memory {size(report['peak_memory_bytes'])}")
+
+
+def _runs(records: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Gather neighbouring layers of the same fate: [("0-5", a record with lists of their numbers)]."""
+    runs: list[tuple[list[int], dict[str, Any]]] = []
+    numbers = ("W_Q_condition", "basis_condition", "pivot_condition")
+    for record in records:
+        fate = {key: value for key, value in record.items() if key not in ("index", "audit", *numbers)}
+        if not runs or {key: runs[-1][1][key] for key in fate} != fate:
+            runs.append(([], {**fate, **{name: [] for name in numbers}}))
+        runs[-1][0].append(record["index"])
+        for name in numbers:
+            runs[-1][1][name].append(record.get(name))
+    return [(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]), row) for run, row in runs]
+
+
+def _worst(numbers: list[float | None]) -> str:
+    found = [number for number in numbers if number is not None]
+    return f"{max(found):.3g}" if found else "-"
+
+
+def show_certificate(result: dict[str, Any]) -> None:
+    """Print a certificate of `qectomy verify`."""
+    dtype = result["dtype"]
+    table = Table("layer", "W_Q", "W_V", "W_O", "condition", "bound", "float64", dtype, "roundings")
+    for row in result["layers"]:
+        deviation = row["roundings"]
+        table.add_row(
+            str(row["index"]),
+            row["map"],
+            row["value_map"],
+            row["output_map"],
+            "-" if row["condition"] is None else f"{row['condition']:.3g}",
+            "-" if row["bound"] is None else f"{row['bound']:.1e}",
+            f"{row['error_float64']:.1e}",
+            f"{row[f'error_{dtype}']:.1e}",
+            "-" if deviation is None else f"{deviation:.2g}",
+        )
+    console.print(table)
+    console.print(
+        f"bound: of each product of weights; float64, {dtype}: what the layer's W_down reads, off by as a share of the "
+        "largest; roundings: the layer's tensors, from the exact ones",
+        markup=False,
+    )
+    text = result["text"]
+    console.print(f"measured on {text['tokens']:,} tokens of {text['text']}", markup=False)
+    for name in dict.fromkeys(("float64", dtype)):
+        found = result[name]
+        more = f", perplexity x {found['ratio']:.6f}, KL {found['kl']:.1e}" if "ratio" in found else ""
+        console.print(f"logits in {name}: off by {found['logit_error']:.1e} of the largest{more}")
+    for reason in result["reasons"]:
+        console.print(f"- {reason}", markup=False)
+    proved = f"{result['tensors_proved']} of {result['tensors']} tensors are what exact folding gives"
+    console.print(f"verdict: {result['verdict']} ({proved})")
 
 
 def show_evaluations(results: list[dict[str, Any]]) -> None:

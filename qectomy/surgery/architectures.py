@@ -6,6 +6,7 @@ write an entry and put it in `FAMILIES`. Torch and transformers are imported onl
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qectomy.errors import CheckpointError, UnsupportedArchitecture
@@ -120,6 +121,11 @@ class LlamaFamily(Family):
     def norm(self, config: Any) -> Any:
         return getattr(self._stock_module(), f"{self.class_stem}RMSNorm")(config.hidden_size, eps=config.rms_norm_eps)
 
+    def in_own_type_(self, model: Any) -> None:
+        for module in model.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.forward = partial(_rms_norm, module)
+
     def sliding_window(self, config: Any) -> int | None:
         return getattr(config, "sliding_window", None) if self.has_sliding_window else None
 
@@ -211,6 +217,10 @@ class GPT2Family(Family):
         from torch import nn
 
         return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+
+def _rms_norm(module: Any, x: Any) -> Any:
+    return x * (x.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt() * module.weight
 
 
 def _reach(positions: Any) -> int:

@@ -94,6 +94,11 @@ class Dimensions:
         """Whether transformers' own class of the family can be this model."""
         return self.norms and self.attention_skip and self.mlp_skip and not self.shared_layers
 
+    @property
+    def untying_pays(self) -> bool:
+        """Whether a W_Q has more parameters than a head of its own beside the embedding."""
+        return self.n_heads * self.d_head > self.vocab_size
+
     def stored_layer(self, layer: int) -> int:
         """The layer under whose name a layer's weights are stored."""
         return 0 if self.shared_layers else layer
@@ -202,6 +207,9 @@ class Family:
     def norm(self, config: Any) -> Any:
         """The final norm, without its weights."""
         raise NotImplementedError
+
+    def in_own_type_(self, model: Any) -> None:
+        """Let a model's norms compute in the type of what they read, where transformers computes in float32."""
 
     def sliding_window(self, config: Any) -> int | None:
         """How many positions back a query may look, itself included; None: all."""

@@ -14,11 +14,12 @@ from functools import lru_cache
 
 import torch
 
+from qectomy.surgery.audit import condition_number
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.family import Dimensions
 from qectomy.surgery.gauge import join_heads, orthonormal_gauge, pair_scales, split_heads
 from qectomy.surgery.linear_views import read_view
-from qectomy.surgery.streams import HEAD, Group, Stream, Streams, derive_streams
+from qectomy.surgery.streams import HEAD, Group, Stream, Streams, derive_streams, mergeable, structural_verdict
 from qectomy.surgery.writer import DTYPES
 
 SINGULAR = 1e13  # a condition number beyond which float64 cannot tell a matrix from a singular one
@@ -76,11 +77,6 @@ class Choice:
         return layer in self.standing or layer in self.claims.values()
 
 
-def query_condition(W_Q: torch.Tensor) -> float:
-    """Return the condition number of W_Q (D, H*K): its largest over its smallest singular value; inf if singular."""
-    return float(torch.linalg.cond(W_Q.double()))
-
-
 def standing_fold(W_Q: torch.Tensor, dims: Dimensions) -> QueryFold | None:
     """Return the fold of a W_Q that is the identity up to its heads' gauge or the norm's gain, or None.
 
@@ -94,7 +90,7 @@ def standing_fold(W_Q: torch.Tensor, dims: Dimensions) -> QueryFold | None:
     own = blocks[torch.arange(dims.n_heads), :, torch.arange(dims.n_heads)]  # (H, K, K)
     if bool(W_Q[n_query:].any()) or not torch.equal(torch.block_diag(*own), square):
         return None
-    condition = query_condition(W_Q)
+    condition = condition_number(W_Q)
     if not condition < SINGULAR:
         return None
     if not dims.rope:
@@ -120,7 +116,7 @@ def basis_fold(W_Q: torch.Tensor, dims: Dimensions, group: Group, tolerance: flo
     W = W_Q.double()
     if group is Group.ORTHOGONAL_KEEPING_MEAN:  # states of mean 0 do not see a constant in a column
         W = W - W.mean(0) + 1 / dims.d_model
-    condition = query_condition(W)
+    condition = condition_number(W)
     if W.shape[1] > dims.d_model or not condition < SINGULAR:
         return None
     blocks = split_heads(W, dims.d_head)
@@ -215,18 +211,11 @@ def choose_folds(
     """
     choice = Choice(derive_streams(source.dims), kept=kept)
     eps = rounding(dtype or source.dtype)
+    choice.merged = mergeable(choice.streams) - kept
     for index, stream in enumerate(choice.streams.streams):
-        layer = stream.only_writer
-        if layer is not None and layer not in kept and _merges(source.dims):
-            choice.merged.add(layer)
         if stream.queries:
             _choose_in(source, index, stream, choice, eps, progress)
     return choice
-
-
-def _merges(dims: Dimensions) -> bool:
-    """Whether W_O can be multiplied into the MLP: square, no norm between, and a place for its bias."""
-    return not dims.norms and dims.n_heads * dims.d_head == dims.d_model and dims.mlp_bias >= dims.attention_bias
 
 
 def _choose_in(
@@ -239,7 +228,7 @@ def _choose_in(
         W_Q = read_query(source, layer)
         if layer not in choice.kept and standing_fold(W_Q, dims) is not None:
             choice.standing.add(layer)
-        conditions[layer] = (query_condition(W_Q), None)
+        conditions[layer] = (condition_number(W_Q), None)
         progress()
     if not choice.standing.intersection(stream.queries) and not _tie_forbids(source, stream):
         for layer in set(stream.queries) - choice.kept:
@@ -250,7 +239,7 @@ def _choose_in(
                     best = (fold.basis_condition, layer)
     if best is not None:
         choice.claims[index] = best[1]
-        choice.untied |= dims.tied and stream.group is Group.ORTHOGONAL and not dims.norms
+        choice.untied |= stream.breaks_tie
     for layer in stream.queries:
         choice.verdicts[layer] = _verdict(source, layer, stream, choice, conditions[layer], eps)
 
@@ -263,9 +252,7 @@ def _tie_forbids(source: Checkpoint, stream: Stream) -> bool:
     if dims.norms:  # the head would have to take in the final norm's gain
         gain = source.read(f"{source.family.final_norm}.weight")
         return not torch.equal(gain, gain[:1].expand_as(gain))
-    if not (stream.embedded and stream.headed):
-        return False
-    return dims.vocab_size * dims.d_model >= dims.n_heads * dims.d_head * dims.d_model
+    return stream.breaks_tie and not dims.untying_pays
 
 
 def _verdict(
@@ -277,31 +264,25 @@ def _verdict(
     eps: float,
 ) -> Verdict:
     dims, (condition, basis_condition) = source.dims, conditions
-    otherwise = "gauge" if not dims.rope else "least squares" if dims.stock else "refused"
+    how, why = structural_verdict(choice.streams, layer)
     if layer in choice.kept:
         return Verdict("kept", "asked to stay dense", condition)
     if layer in choice.standing:
         return Verdict("exact", "W_Q is the identity up to each head's gauge and the norm's gain", condition, 1.0)
     if layer in choice.claims.values():
-        others = f", the best conditioned of the {len(stream.queries)} layers on its stream"
-        why = f"{stream.why}, so Θ = W_Q passes" if not dims.norms else f"W_Q is {stream.group.value}: passes its norm"
-        return Verdict("exact", why + (others if len(stream.queries) > 1 else ""), condition, basis_condition)
+        why = f"W_Q is {stream.group.value}: it passes the norm" if dims.norms else why
+        return Verdict("exact", why, condition, basis_condition)
+    if how != "exact":
+        return Verdict(how, f"{why}, and W_Q is not one" if dims.norms else why, condition)
     if not condition < SINGULAR:
         return Verdict("refused", f"W_Q is singular (condition number {condition:.1e})", condition, ill=True)
-    if dims.n_heads * dims.d_head > dims.d_model:
-        return Verdict("refused", "queries have more channels than the stream (n_heads * d_head > d_model)", condition)
-    if dims.norms:
-        why = f"{stream.why} lets only {stream.group.value} pass, and W_Q is not one"
-        return Verdict(otherwise, why, condition)
-    if _tie_forbids(source, stream):
-        why = f"Θ = W_Q breaks the tie of embedding and head, which costs {dims.vocab_size * dims.d_model:,} parameters"
-        return Verdict(otherwise, f"{why}, more than W_Q has", condition)
     if standing := sorted(choice.standing.intersection(stream.queries)):
         why = f"its stream stays as it is, for there the W_Q of layer {standing[0]} is the identity already"
-        return Verdict(otherwise, why, condition)
+        return Verdict("gauge" if not dims.rope else "refused", why, condition)
     if basis_condition is None or basis_condition * eps > LOST:
         shown = math.inf if basis_condition is None else basis_condition
-        why = f"its basis has condition number {shown:.1e}, too much for the target dtype: fold to float32 or float64"
+        why = f"its change of basis has condition number {shown:.1e}, too much for the target dtype: try float32"
         return Verdict("refused", why, condition, basis_condition, ill=True)
-    claimed = next(layer for index, layer in choice.claims.items() if choice.streams.streams[index] is stream)
+    claimed = next(taker for index, taker in choice.claims.items() if choice.streams.streams[index] is stream)
+    otherwise = "gauge" if not dims.rope else "refused"
     return Verdict(otherwise, f"its stream's one change of basis is layer {claimed}'s", condition, basis_condition)

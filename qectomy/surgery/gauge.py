@@ -85,7 +85,16 @@ def choose_pivots(blocks: torch.Tensor) -> tuple[torch.Tensor, float]:
             break
         pivots[best % growth.shape[1]] = best // growth.shape[1]
     pivots = pivots.sort().values
-    return pivots, float(torch.linalg.cond(Q[:, pivots]).max())
+    return pivots, pivot_condition(blocks, pivots)
+
+
+def pivot_condition(blocks: torch.Tensor, pivots: torch.Tensor) -> float:
+    """Return the largest condition number of a head's block at the pivots, in orthonormal coordinates of the head."""
+    try:
+        Q = blocks @ orthonormal_gauge(blocks)
+    except torch.linalg.LinAlgError:
+        return float("inf")
+    return float(torch.linalg.cond(Q[:, pivots]).max())
 
 
 def pivot_order(pivots: torch.Tensor, d_model: int) -> torch.Tensor:

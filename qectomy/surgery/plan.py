@@ -1,6 +1,7 @@
 """What a conversion would remove, layer by layer, and what it needs: from headers alone, torch not loaded."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from qectomy.surgery.checkpoint import Checkpoint, expected_tensors
 from qectomy.surgery.headers import TensorInfo
 from qectomy.surgery.query_maps import QueryMapSpec, parse_query_map, refusal
+from qectomy.surgery.streams import derive_streams, structural_recipe, structural_verdict
 
 SHOWN_MAPS = ("identity", "select", "key-shared", "low-rank:16", "low-rank:64")
 LIBRARY_BYTES = 430_000_000  # torch, transformers and a tokenizer, loaded (measured, docs/LOG.md)
@@ -89,11 +91,13 @@ def inspect(checkpoint: Checkpoint, *, tokens: int, eval_tokens: int, context: i
                 "share_of_W_Q": 1 - spec.parameters(dims) / dense,
             }
         maps.append(row)
-    reason = (
-        f"{checkpoint.family.norm_name} before W_Q and a skip around it: fitted by least squares, not exact "
-        f"({checkpoint.family.model_type})"
-    )
-    layers = [{"index": i, "W_Q_parameters": dense, "convertible": True, "how": reason} for i in range(dims.n_layers)]
+    streams = derive_streams(dims)
+    verdicts = [structural_verdict(streams, layer) for layer in range(dims.n_layers)]
+    layers = [
+        {"index": layer, "W_Q_parameters": dense, "how": how, "reason": reason}
+        for layer, (how, reason) in enumerate(verdicts)
+    ]
+    maps.append(_exact_row(checkpoint))
     return {
         "checkpoint": str(checkpoint.folder),
         "family": checkpoint.family.model_type,
@@ -110,6 +114,25 @@ def inspect(checkpoint: Checkpoint, *, tokens: int, eval_tokens: int, context: i
             **estimate(checkpoint, tokens=tokens, eval_tokens=eval_tokens, context=context),
         },
         "layers": layers,
+    }
+
+
+def _exact_row(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what exact folding would remove if no layer is too ill-conditioned for it."""
+    dims, dense = checkpoint.dims, QueryMapSpec("dense")
+    recipe, folded = structural_recipe(derive_streams(dims))
+    stored = recipe[:1] if dims.shared_layers else recipe
+    planned = planned_tensors(replace(checkpoint, dims=folded), recipe).values()
+    removed = checkpoint.parameters - sum(info.numel for info in planned)
+    before = len(stored) * dense.parameters(dims)
+    return {
+        "map": "exact",
+        "possible": removed > 0,
+        "why_not": None if removed > 0 else "nothing of this checkpoint goes exactly",
+        "removed_parameters": removed,
+        "removed_bytes": checkpoint.nbytes - sum(info.nbytes for info in planned),
+        "share_of_model": removed / checkpoint.parameters,
+        "share_of_W_Q": 1 - sum(spec.parameters(dims) for spec in stored) / before,
     }
 
 

@@ -13,7 +13,7 @@ from qectomy.errors import QueryMapError
 from qectomy.surgery.family import Dimensions
 
 NAMES = ("identity", "select", "key-shared", "low-rank", "dense")
-KNOWN = "identity, select, key-shared, low-rank:R, dense"
+KNOWN = "identity, select, key-shared, low-rank:R, exact, dense"
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class QueryMapSpec:
 def parse_query_map(text: str) -> QueryMapSpec:
     """Read one map's name, `low-rank:R` with its rank. Raises QueryMapError that lists the known maps."""
     name, colon, rank = text.strip().partition(":")
-    if name in ("exact", "gauge"):
+    if name == "exact":
         raise QueryMapError(
-            f"query map {name!r} is not fitted: `--query exact`, alone, takes out of every layer what goes exactly"
+            "exact is no map of a single layer, and nothing is fitted for it; --query exact stands alone"
         )
     if name not in NAMES:
         close = get_close_matches(name, NAMES, n=1)
@@ -104,29 +104,46 @@ def parse_recipe(text: str, dims: Dimensions) -> list[QueryMapSpec]:
     Raises QueryMapError for an unknown map, a range outside the model, a layer named twice or not at all,
     and a map that would not be smaller than W_Q.
     """
-    n_layers = dims.n_layers
-    if "=" not in text:
-        recipe = [parse_query_map(text)] * n_layers
-    else:
-        chosen: dict[int, QueryMapSpec] = {}
-        for part in text.split(","):
-            layers, equals, name = part.partition("=")
-            if not equals:
-                raise QueryMapError(f"{part.strip()!r} in --query names no layers; write as in 0-2=dense,3-=key-shared")
-            spec = parse_query_map(name)
-            for layer in _parse_layers(layers.strip(), n_layers):
-                if layer in chosen:
-                    raise QueryMapError(f"layer {layer} is named twice in --query {text!r}")
-                chosen[layer] = spec
-        missing = [layer for layer in range(n_layers) if layer not in chosen]
-        if missing:
-            raise QueryMapError(f"--query {text!r} says nothing of layer(s) {_ranges(missing)} of {n_layers}")
-        recipe = [chosen[layer] for layer in range(n_layers)]
+    recipe = [parse_query_map(name) for name in _name_layers(text, dims.n_layers)]
     for spec in set(recipe):
         why = refusal(spec, dims)
         if why:
             raise QueryMapError(why)
     return recipe
+
+
+def parse_exact(text: str, dims: Dimensions) -> frozenset[int] | None:
+    """Return the layers that a recipe of `exact` leaves `dense`, or None if `exact` stands nowhere in it.
+
+    Raises QueryMapError for another map beside `exact`: a fitted layer moves the states that later ones fold.
+    """
+    if "exact" not in {part.rpartition("=")[2].strip() for part in text.split(",")}:
+        return None
+    names = _name_layers(text, dims.n_layers)
+    if others := set(names) - {"exact", "dense"}:
+        raise QueryMapError(f"--query {text!r}: beside exact a layer can only stay dense, not {sorted(others)[0]!r}")
+    return frozenset(layer for layer, name in enumerate(names) if name == "dense")
+
+
+def _name_layers(text: str, n_layers: int) -> list[str]:
+    """Return the map that a recipe names for each layer."""
+    if "=" not in text:
+        return [text.strip()] * n_layers
+    chosen: dict[int, str] = {}
+    for part in text.split(","):
+        layers, equals, name = part.partition("=")
+        if not equals:
+            raise QueryMapError(f"{part.strip()!r} in --query names no layers; write as in 0-2=dense,3-=key-shared")
+        for layer in _parse_layers(layers.strip(), n_layers):
+            if layer in chosen:
+                raise QueryMapError(f"layer {layer} is named twice in --query {text!r}")
+            chosen[layer] = name.strip()
+        if name.strip() != "exact":
+            parse_query_map(name)
+    missing = [layer for layer in range(n_layers) if layer not in chosen]
+    if missing:
+        raise QueryMapError(f"--query {text!r} says nothing of layer(s) {_ranges(missing)} of {n_layers}")
+    return [chosen[layer] for layer in range(n_layers)]
 
 
 def refusal(spec: QueryMapSpec, dims: Dimensions) -> str | None:

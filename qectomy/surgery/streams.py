@@ -22,10 +22,11 @@ tie is kept. Torch is not imported here.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from qectomy.surgery.family import Dimensions
+from qectomy.surgery.query_maps import QueryMapSpec
 
 Place = tuple[str, int]  # ("attention" | "mlp", layer): the state that block reads; ("head", 0): what the head reads
 HEAD: Place = ("head", 0)
@@ -52,6 +53,7 @@ class Stream:
     headed: bool  # the head reads it
     group: Group
     why: str  # this group
+    breaks_tie: bool  # a Θ that is not orthogonal breaks the tie of embedding and head
 
     @property
     def only_writer(self) -> int | None:
@@ -98,6 +100,53 @@ def derive_streams(dims: Dimensions) -> Streams:
     return Streams(dims, tuple(_stream(frozenset(found), dims, after) for found in together.values()))
 
 
+def structural_verdict(streams: Streams, layer: int) -> tuple[str, str]:
+    """Return what becomes of a layer's W_Q as far as structure tells, and why: (how, reason).
+
+    how: `exact`, by `gauge`, by `least squares`, or `refused`, which no tool here can do for it.
+    """
+    dims, stream = streams.dims, streams.streams[streams.of(("attention", layer))]
+    otherwise = "gauge" if not dims.rope else "least squares" if dims.stock else "refused"
+    if dims.norms:
+        return otherwise, f"{stream.why} lets only {stream.group.value} pass"
+    if dims.n_heads * dims.d_head > dims.d_model:
+        return otherwise, "queries have more channels than the stream (n_heads * d_head > d_model)"
+    if stream.breaks_tie and not dims.untying_pays:
+        cost = f"{dims.vocab_size * dims.d_model:,}"
+        return (
+            otherwise,
+            f"Θ = W_Q breaks the tie of embedding and head, which costs {cost} parameters, no fewer than W_Q has",
+        )
+    if len(stream.queries) > 1:
+        return "exact", f"{stream.why}: one of the {len(stream.queries)} layers on its stream, the best conditioned"
+    return "exact", f"{stream.why}, so Θ = W_Q passes"
+
+
+def structural_recipe(streams: Streams) -> tuple[tuple[QueryMapSpec, ...], Dimensions]:
+    """Return what exact folding leaves of each layer if nothing is ill-conditioned, and the sizes of the result."""
+    dims, taken = streams.dims, set[int]()
+    merged = mergeable(streams)
+    recipe = []
+    for index in range(dims.n_layers):
+        layer = dims.stored_layer(index)
+        stream = streams.of(("attention", layer))
+        exact = structural_verdict(streams, layer)[0] == "exact" and (stream not in taken or dims.shared_layers)
+        taken |= {stream} if exact else set()
+        value = "gauge" if dims.d_head < dims.d_model else "dense"
+        query = "identity" if exact else value if not dims.rope else "dense"
+        recipe.append(QueryMapSpec(query, value=value, output="merged" if layer in merged else "dense"))
+    untied = any(streams.streams[index].breaks_tie for index in taken)
+    return tuple(recipe), replace(dims, tied=dims.tied and not untied)
+
+
+def mergeable(streams: Streams) -> set[int]:
+    """Return the layers whose W_O can be multiplied into the MLP: square, no norm between, a place for its bias."""
+    dims = streams.dims
+    if dims.norms or dims.n_heads * dims.d_head != dims.d_model or dims.mlp_bias < dims.attention_bias:
+        return set()
+    return {stream.only_writer for stream in streams.streams if stream.only_writer is not None}
+
+
 def _links(dims: Dimensions, after: list[Place]) -> Iterator[tuple[Place, Place]]:
     """Yield the pairs of places whose states must share a basis."""
     for layer in range(dims.n_layers):
@@ -121,7 +170,7 @@ def _stream(places: frozenset[Place], dims: Dimensions, after: list[Place]) -> S
         group = Group.ORTHOGONAL_KEEPING_MEAN if dims.norm_shift else Group.ORTHOGONAL
         why = f"{'LayerNorm' if dims.norm_shift else 'RMSNorm'} before its readers"
     elif dims.tied and embedded and headed:
-        group, why = Group.ORTHOGONAL, "one matrix, tied, writes and reads it"
+        group, why = Group.ORTHOGONAL, "no norm before its readers, but one matrix, tied, writes and reads it"
     else:
         group, why = Group.GENERAL, "no norm before its readers"
     return Stream(
@@ -134,4 +183,5 @@ def _stream(places: frozenset[Place], dims: Dimensions, after: list[Place]) -> S
         headed=headed,
         group=group,
         why=why,
+        breaks_tie=dims.tied and embedded and headed and not dims.norms,
     )

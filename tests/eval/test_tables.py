@@ -30,7 +30,7 @@ def test_an_inspection(shape, tiny_checkpoint, printed):
     assert "4 query heads on 2 KV heads of 8" in text
     assert "key-shared" in text
     assert "possible" in text  # not low-rank:64 in a model 32 wide
-    assert "layers 0-1: RMSNorm before W_Q" in text
+    assert "W_Q of layers 0-1, least squares: RMSNorm before its readers lets only an orthogonal" in text
 
 
 def test_an_audit(tiny_checkpoint, printed):

@@ -1,0 +1,161 @@
+"""The exact conversion: fold what goes exactly, write it, and measure that the model computes the same.
+
+Nothing is fitted and no text is needed; one layer of the model is in memory at a time.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qectomy.calibrate.layer_pass import Stopwatch
+from qectomy.calibrate.settings import ConvertSettings
+from qectomy.calibrate.text import load_tokenizer, read_source
+from qectomy.eval.peak_memory import peak_memory_bytes
+from qectomy.eval.perplexity import Protocol, ScoringWindows, scoring_windows, summarize
+from qectomy.eval.reload import RELOAD_TOKENS, check_reload
+from qectomy.eval.report import cost, provenance, write_report
+from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_error, score_streamed
+from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
+from qectomy.surgery.config_files import copy_companions, copy_model_code, reduced_config, write_config
+from qectomy.surgery.exact import ExactPlan, Progress, fold_checkpoint, plan_exact
+from qectomy.surgery.output import check_room, new_folder
+from qectomy.surgery.query_maps import QueryMapSpec
+
+
+def convert_exact(
+    source: Checkpoint,
+    out: Path,
+    settings: ConvertSettings,
+    kept: frozenset[int] = frozenset(),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write what exact folding leaves of a checkpoint to `out`, and return its report (also in `out`/qectomy.json).
+
+    With an evaluation text (`settings.eval_text`, or the first of its texts) both models' perplexity is measured on
+    it. Layers in `kept` stay whole. Raises a QectomyError, and leaves nothing behind, where nothing goes exactly or a
+    layer is too ill-conditioned, and for what `convert` refuses.
+    """
+    watch = Stopwatch()
+    held = _windows(source, settings)
+    plan = plan_exact(source, settings.stored_dtype, kept, progress)
+    since = watch.add("planning", watch.begun)
+    check_room(out, sum(spec.nbytes for spec in plan.tensors(source, settings.stored_dtype).values()))
+    hashes = source.hashes()
+    since = watch.add("hashing", since)
+    with new_folder(out) as work:
+        fold_checkpoint(source, plan, work, settings.stored_dtype, progress)
+        config = reduced_config(source, plan.recipe, settings.stored_dtype or source.dtype)
+        write_config(work, config | ({"tie_word_embeddings": False} if plan.choice.untied else {}))
+        copy_companions(source.folder, work)
+        copy_model_code(source.family, work)
+        since = watch.add("folding", since)
+        measured = _measure(source, work, held, watch, since)
+        report = {
+            **provenance(source, settings, hashes),
+            "method": "exact",
+            "layers": layer_records(source, plan),
+            "tie": _tie(source, plan),
+            **measured,
+            **sizes(source, plan, settings.stored_dtype),
+            "seconds": {stage: round(value, 3) for stage, value in watch.seconds.items()}
+            | {"total": round(time.perf_counter() - watch.begun, 3)},
+            "peak_memory_bytes": max(peak_memory_bytes(), measured["reload_check"]["peak_memory_bytes"]),
+        }
+        write_report(work, report, source)
+    return report
+
+
+def dry_run_exact(
+    source: Checkpoint,
+    settings: ConvertSettings,
+    kept: frozenset[int] = frozenset(),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Return what `convert_exact` would write, by its plan alone; the weights are read, nothing is written."""
+    plan = plan_exact(source, settings.stored_dtype, kept, progress)
+    return {
+        "dry_run": True,
+        "layers": layer_records(source, plan),
+        "tie": _tie(source, plan),
+        **sizes(source, plan, settings.stored_dtype),
+    }
+
+
+def layer_records(source: Checkpoint, plan: ExactPlan) -> list[dict[str, Any]]:
+    """Return one record a layer: its maps, the verdict on its W_Q, and the condition numbers behind them."""
+    records = []
+    for index, spec in enumerate(plan.recipe):
+        layer = source.dims.stored_layer(index)
+        verdict = plan.choice.verdicts[layer]
+        records.append(
+            {
+                "index": index,
+                "map": str(spec),
+                "value_map": spec.value,
+                "output_map": spec.output,
+                "how": verdict.how,
+                "reason": verdict.reason,
+                "W_Q_condition": verdict.condition,
+                "basis_condition": verdict.basis_condition,
+                "pivot_condition": plan.pivot_conditions.get(layer),
+            }
+        )
+    return records
+
+
+def sizes(source: Checkpoint, plan: ExactPlan, dtype: str | None) -> dict[str, Any]:
+    """Return parameters and bytes before and after, net: everything added, indices and an untied head, is counted."""
+    planned = plan.tensors(source, dtype).values()
+    dense = QueryMapSpec("dense").parameters(source.dims)
+    stored = plan.recipe[:1] if source.dims.shared_layers else plan.recipe
+    changed = [spec for spec in stored if spec.name != "dense"]
+    return {
+        "parameters": {"before": source.parameters, "after": sum(torch.Size(spec.shape).numel() for spec in planned)},
+        "bytes": {"before": source.nbytes, "after": sum(spec.nbytes for spec in planned)},
+        "query_parameters": {
+            "before": dense * len(changed),
+            "after": sum(spec.parameters(source.dims) for spec in changed),
+        },
+    }
+
+
+def _tie(source: Checkpoint, plan: ExactPlan) -> str:
+    """Say what became of the tie of embedding and head."""
+    return "none" if not source.dims.tied else "broken" if plan.choice.untied else "kept"
+
+
+def _windows(source: Checkpoint, settings: ConvertSettings) -> ScoringWindows | None:
+    """Return the evaluation text in windows, if one was given."""
+    name = settings.eval_text or (settings.texts[0] if settings.texts else None)
+    if name is None:
+        return None
+    settings.check_context(source)
+    protocol = Protocol(context=settings.context, tokens=settings.eval_tokens)
+    return scoring_windows(load_tokenizer(source.folder), read_source(name), protocol, source.dims.vocab_size)
+
+
+def _measure(
+    source: Checkpoint, work: Path, held: ScoringWindows | None, watch: Stopwatch, since: float
+) -> dict[str, Any]:
+    """Compare the written model with the original, and with itself in a fresh process."""
+    written = open_checkpoint(work, reduced=True)
+    tokens = held.tokens[:1] if held else random_tokens(source.dims)
+    double = [StreamedModel(checkpoint, torch.float64) for checkpoint in (source, written)]
+    theirs, ours = (model.states(tokens)[0, -RELOAD_TOKENS:] for model in double)
+    error = relative_logit_error(theirs, ours, *double)
+    original, reduced = (StreamedModel(checkpoint) for checkpoint in (source, written))
+    result: dict[str, Any] = {"logit_error": error}
+    if held is not None:
+        before, after = score_streamed(original, reduced, held)
+        result |= cost(summarize(before, held.n_bytes), summarize(after, held.n_bytes), held.report)
+    since = watch.add("measuring", since)
+    states = reduced.states(tokens)[0, -RELOAD_TOKENS:]
+    reload = check_reload(work, tokens, reduced.logits(states, 0, source.dims.vocab_size))
+    watch.add("reload", since)
+    result["reload_check"] = {
+        "largest_relative_logit_error": reload.error,
+        "peak_memory_bytes": reload.peak_memory_bytes,
+    }
+    return result

@@ -1,0 +1,209 @@
+"""A certificate that a reduced checkpoint is its original, exactly, or a statement of where it is not.
+
+Three kinds of evidence, which do not lean on each other:
+    proof      the streams of the original say which folds are exact; each is made anew from the original in float64,
+               and every stored tensor must be what comes out, cast once
+    bound      a product of a writer and a reader of a stream in a basis of condition κ moves by at most 2 eps κ of its
+               factors' norms when both are rounded to a dtype of spacing eps
+    measure    both models run on text, in float64 and in the stored dtype: what each layer's W_down reads, which no
+               exact fold changes, and the logits
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from qectomy.errors import CheckpointError
+from qectomy.eval.perplexity import ScoringWindows, summarize
+from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_error, score_streamed
+from qectomy.surgery.checkpoint import Checkpoint
+from qectomy.surgery.config_files import DROPPED, VARIANT
+from qectomy.surgery.exact import ExactPlan, folded_tensors, layer_plan
+from qectomy.surgery.fold_layer import readers_in_basis
+from qectomy.surgery.folding import Choice, Folds, Verdict, claim, read_query, rounding, standing_fold
+from qectomy.surgery.gauge import pivot_condition, split_heads
+from qectomy.surgery.headers import TORCH_NAMES
+from qectomy.surgery.streams import HEAD, Place, derive_streams, mergeable
+
+SLACK = 1e-9  # of a tensor's largest entry: float64 rounding, amplified by the condition of a fold
+MARGIN = 10.0  # by how much the measured error of the logits may exceed the sum of the layers' bounds
+SAMPLED = 64  # positions at which the layers are compared
+EXACT_MAPS = ("identity", "gauge", "dense")  # query maps that exact folding leaves
+Progress = Callable[[int, int, str], None]
+
+
+def verify(
+    reduced: Checkpoint, original: Checkpoint, held: ScoringWindows | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Return the certificate; its `verdict` is `exact`, `not exact` (fitted, as declared) or `failed`, with `reasons`.
+
+    `held`: text to measure on; without one, random tokens. Raises CheckpointError for two checkpoints that are not one
+    model but for what qectomy changes.
+    """
+    wrong = _same_model(reduced, original)
+    plan, fitted = _plan_of(reduced, original)
+    deviations = {} if plan is None else _deviations(reduced, original, plan, progress)
+    wrong += [f"{name} is {units:.3g} roundings from the exact one" for name, units in deviations.items() if units > 1]
+    layers = _layer_records(reduced, original, plan, deviations)
+    measured = measure(reduced, original, held, layers)
+    bound = None if plan is None else sum(record["bound"] for record in layers)
+    error, eps = measured["float64"]["logit_error"], rounding(reduced.dtype)
+    if bound is not None and not error <= MARGIN * max(bound, eps):
+        wrong.append(f"logits in float64 are off by {error:.1e} of the largest, where the bound is {bound:.1e}")
+    return {
+        "reduced": str(reduced.folder),
+        "original": str(original.folder),
+        "verdict": "failed" if wrong else "not exact" if fitted else "exact",
+        "reasons": [*wrong, *fitted],
+        "tensors_proved": sum(units <= 1 for units in deviations.values()),
+        "tensors": len(reduced.tensors),
+        "dtype": TORCH_NAMES[reduced.dtype],
+        "bound": bound,
+        **measured,
+        "layers": layers,
+    }
+
+
+def measure(
+    reduced: Checkpoint, original: Checkpoint, held: ScoringWindows | None, layers: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Run both models in float64 and in the stored dtype; record each layer's error, return the logits'."""
+    tokens = held.tokens if held else random_tokens(original.dims)
+    text = held.report if held else {"text": "random tokens", "tokens": tokens.numel()}
+    result: dict[str, Any] = {"text": text}
+    for dtype in dict.fromkeys(("float64", TORCH_NAMES[reduced.dtype])):
+        theirs, ours = (StreamedModel(checkpoint, getattr(torch, dtype)) for checkpoint in (original, reduced))
+        (their_states, their_acts), (our_states, our_acts) = _sampled(theirs, tokens), _sampled(ours, tokens)
+        for record, a, b in zip(layers, their_acts, our_acts, strict=True):
+            record[f"error_{dtype}"] = float((a - b).abs().max() / a.abs().max())
+        result[dtype] = {"logit_error": relative_logit_error(their_states, our_states, theirs, ours)}
+        if held is not None and dtype == TORCH_NAMES[reduced.dtype]:
+            before, after = (summarize(scores, held.n_bytes) for scores in score_streamed(theirs, ours, held))
+            ratio = after["perplexity"] / before["perplexity"]
+            result[dtype] |= {"ratio": ratio, "kl": after["kl"], "top1_agreement": after["top1_agreement"]}
+    return result
+
+
+def _sampled(model: StreamedModel, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return the last states (n, D) and what each layer's W_down reads, (n, M), at positions spread over the tokens."""
+    tokens = tokens[:4]
+    chosen = torch.linspace(0, tokens.numel() - 1, min(SAMPLED, tokens.numel())).long()
+    acts: list[torch.Tensor] = []
+    states = model.states(tokens, lambda read: acts.append(read.flatten(0, 1)[chosen]))
+    return states.flatten(0, 1)[chosen], acts
+
+
+def _same_model(reduced: Checkpoint, original: Checkpoint) -> list[str]:
+    """Return the config fields that differ. Raises CheckpointError for another family or other sizes."""
+    if reduced.family.model_type != original.family.model_type:
+        raise CheckpointError(
+            f"{reduced.folder} is of the family {reduced.family.model_type}, {original.folder} of "
+            f"{original.family.model_type}: one cannot come from the other"
+        )
+    ours, theirs = (replace(checkpoint.dims, tied=False) for checkpoint in (reduced, original))
+    if names := [name for name in ours.__dataclass_fields__ if getattr(ours, name) != getattr(theirs, name)]:
+        shown = ", ".join(f"{name} ({getattr(ours, name)} and {getattr(theirs, name)})" for name in names)
+        raise CheckpointError(f"{reduced.folder} cannot come from {original.folder}: they differ in {shown}")
+    ignored = {*DROPPED, "dtype", "model_type", "tie_word_embeddings"} - set(VARIANT)
+    said = {key: value for key, value in original.config.items() if key not in ignored and key in reduced.config}
+    return [f"config.json: {key} differs" for key in sorted(said) if reduced.config[key] != said[key]]
+
+
+def _plan_of(reduced: Checkpoint, original: Checkpoint) -> tuple[ExactPlan | None, list[str]]:
+    """Return the exact plan that a reduced checkpoint amounts to; or None, and why parts of it are not exact."""
+    dims, roles, why = original.dims, original.family.roles, []
+    choice, pivots = Choice(derive_streams(dims)), {}
+    choice.untied = dims.tied and not reduced.dims.tied
+    for layer in range(1 if dims.shared_layers else dims.n_layers):
+        spec = reduced.recipe[layer]
+        if spec.name not in EXACT_MAPS:
+            why.append(f"layer {layer} is fitted ({spec})")
+        if spec.name == "identity":
+            why += _claimed(original, layer, choice)
+        if spec.output == "merged":
+            choice.merged.add(layer)
+        if "gauge" in (spec.name, spec.value):
+            pivots[layer] = reduced.read(f"{reduced.prefix(layer)}{roles.gauge}.order")[: dims.d_head].long()
+    why += [f"layer {layer}: W_O cannot be merged exactly" for layer in choice.merged - mergeable(choice.streams)]
+    if why:
+        return None, why
+    folds, conditions = Folds(original, choice), dict[int, float]()
+    plan = ExactPlan(choice, reduced.dims, reduced.recipe, pivots, conditions)
+    for layer, chosen in pivots.items():
+        W_Q, W_V = readers_in_basis(original.read_layer(layer), dims, roles, layer_plan(plan, folds, layer))
+        spec = reduced.recipe[layer]
+        gauged = [W for W, how in ((W_Q, spec.name), (W_V, spec.value)) if how == "gauge"]
+        conditions[layer] = pivot_condition(torch.cat([split_heads(W, dims.d_head) for W in gauged]), chosen)
+    return plan, []
+
+
+def _claimed(original: Checkpoint, layer: int, choice: Choice) -> list[str]:
+    """Enter a layer whose queries are slices of x̂ into the choice; return why that is not exact, if it is not."""
+    if standing_fold(read_query(original, layer), original.dims) is not None:
+        choice.standing.add(layer)
+        return []
+    index = choice.streams.of(("attention", layer))
+    stream = choice.streams.streams[index]
+    if index in choice.claims:
+        return [f"layer {layer}: its stream's one change of basis is layer {choice.claims[index]}'s"]
+    fold = claim(original, layer, stream)
+    if fold is None:
+        return [f"layer {layer} is fitted (identity): {stream.why} lets only {stream.group.value} pass"]
+    choice.claims[index] = layer
+    choice.verdicts[layer] = Verdict("exact", stream.why, fold.condition, fold.basis_condition)
+    return []
+
+
+def _deviations(
+    reduced: Checkpoint, original: Checkpoint, plan: ExactPlan, progress: Progress | None
+) -> dict[str, float]:
+    """Return, by name, how far each stored tensor is from the exact one in units of what rounding allows."""
+    worst: dict[str, float] = {}
+    for name, start, exact in folded_tensors(original, plan, progress):
+        stored = reduced.read_rows(name, start, start + len(exact))
+        if not stored.is_floating_point():
+            units = 0.0 if torch.equal(stored, exact.to(stored.dtype)) else float("inf")
+        else:
+            eps = rounding(reduced.tensors[name].dtype)
+            allowed = eps * exact.abs() + SLACK * exact.abs().max() + 1e-300
+            units = float(((stored.double() - exact).abs() / allowed).max())
+        worst[name] = max(worst.get(name, 0.0), units)
+    return worst
+
+
+def _layer_records(
+    reduced: Checkpoint, original: Checkpoint, plan: ExactPlan | None, deviations: dict[str, float]
+) -> list[dict[str, Any]]:
+    """Return what was done to each layer, the condition it rests on, its bound and its tensors' deviation."""
+    records, eps, dims = [], rounding(reduced.dtype), original.dims
+    for index, spec in enumerate(reduced.recipe):
+        prefix = reduced.prefix(index)
+        units = [units for name, units in deviations.items() if name.startswith(prefix)]
+        condition = None if plan is None else _condition(plan, dims.stored_layer(index), dims.n_layers)
+        records.append(
+            {
+                "index": index,
+                "map": str(spec),
+                "value_map": spec.value,
+                "output_map": spec.output,
+                "condition": condition,
+                "bound": None if condition is None else 2 * eps * condition,
+                "roundings": max(units) if units else None,
+            }
+        )
+    return records
+
+
+def _condition(plan: ExactPlan, layer: int, n_layers: int) -> float:
+    """Return κ of a stored layer: of its worst stream's basis, times that of its pivots."""
+    places: list[Place] = [("attention", layer), ("mlp", layer)]
+    places.append(("attention", layer + 1) if layer + 1 < n_layers else HEAD)
+    streams = plan.choice.streams
+    found = {streams.of(place) for place in places}
+    if streams.tie_spans_two and streams.of(HEAD) in found:
+        found.add(streams.of(("attention", 0)))
+    claimed = [plan.choice.verdicts[plan.choice.claims[index]] for index in found if index in plan.choice.claims]
+    bases = [verdict.basis_condition or 1.0 for verdict in claimed]
+    return max([1.0, *bases]) * max(1.0, plan.pivot_conditions.get(layer, 1.0))

@@ -1,0 +1,45 @@
+"""Progress on stderr, results on stdout."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Any]:
+    """Yield report(done, total, note) that draws a bar with an ETA on stderr; plain lines where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True, emoji=False)
+    if not console.is_terminal:
+        yield lambda done, total, note="": console.print(
+            f"{what} {done}/{total} {note}", highlight=False, soft_wrap=True, markup=False
+        )
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(what, total=None, note="")
+        yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+
+
+def print_json(result: Any) -> None:
+    typer.echo(json.dumps(result, indent=2))
