@@ -202,7 +202,7 @@ def _gauge_of(
     dims = source.dims
     output = "merged" if layer in choice.merged else "dense"
     query = "identity" if choice.folded(layer) else "dense"
-    if layer in choice.kept or dims.d_head >= dims.d_model:
+    if layer in choice.kept or not dims.gauge_pays:
         return QueryMapSpec(query, output=output), None, 0.0
     plan = LayerPlan(
         spec=QueryMapSpec("dense"),
