@@ -167,3 +167,16 @@ def test_a_gauge_that_would_cost_more_than_it_saves_is_left(tmp_path):
     plan = plan_exact(open_checkpoint(folder))
     assert sorted(spec.name for spec in plan.recipe) == ["dense", "identity"]
     assert [spec.value for spec in plan.recipe] == ["dense", "dense"]
+
+
+def test_an_ill_conditioned_basis_leaves_no_room_for_a_gauge(tmp_path):
+    """W_V[P] and Θ multiply each other's condition: in bfloat16 that costs more than all the rest of the fold."""
+    source = save_variant(tmp_path / "source", "gpt2", norms=False, tie_word_embeddings=False, num_hidden_layers=3)
+    fold(source, tmp_path / "half", "BF16")
+    plan = fold(source, tmp_path / "single", "F32")
+    assert [spec.value for spec in plan.recipe] == ["gauge"] * 3
+    assert not any("gauge" in name for name in stored(tmp_path / "half"))
+    ids = tokens(2, 30)
+    expected = logits(source, ids)
+    assert relative(logits(tmp_path / "single", ids), expected) < 1e-5
+    assert relative(logits(tmp_path / "half", ids), expected) < 0.2
