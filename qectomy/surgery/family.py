@@ -101,7 +101,7 @@ class Dimensions:
 
     @property
     def gauge_pays(self) -> bool:
-        """Whether the identity blocks of W_V's heads hold more numbers than the order of channels that comes with them."""
+        """Whether the identity blocks of W_V's heads are more numbers than the order of channels they come with."""
         return self.d_head < self.d_model < self.n_kv_heads * self.d_head**2
 
     def stored_layer(self, layer: int) -> int:
