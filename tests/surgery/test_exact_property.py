@@ -162,7 +162,7 @@ def test_exact_is_exact_and_nothing_else_is(tmp_path_factory, net):
         write_fold(source_folder, folder / "whole", whole)
     for layer in others:
         if source.dims.n_heads * source.dims.d_head > 32:
-            assert choice.verdicts[layer].how == "refused"
+            assert choice.verdicts[layer].how == ("least squares" if source.dims.stock else "refused")
             continue
         model = load(folder / "whole" if exact else source_folder)
         assert relative(model(IDS).logits, expected) < allowed
