@@ -252,3 +252,21 @@ def test_rounding_of_the_stored_weights_is_allowed_for(tmp_path, dtype, passes):
     assert open_checkpoint(tmp_path / "longer").dims.stock
     assert plan_exact(open_checkpoint(tmp_path / "longer")).choice.claims == {0: 0}
     assert plan_exact(open_checkpoint(tmp_path / "uneven")).choice.claims == {}
+
+
+@pytest.mark.parametrize("vocab_size", [24, 320], ids=["untying-pays", "untying-costs"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_turn_keeps_the_tie_of_a_norm_free_net(tmp_path, family, vocab_size):
+    """E Θ is the head of states x Θ for an orthogonal Θ: no head of its own is needed, and none is made."""
+    fields = dict(norms=False, tie_word_embeddings=True, num_hidden_layers=2, vocab_size=vocab_size)
+    model = variant_model(family, **fields).double()
+    set_query(model, 1, orthogonal(32) * pairs().abs())
+    model.save_pretrained(tmp_path / "source")
+    plan = fold(tmp_path / "source", tmp_path / "out")
+    assert plan.choice.claims == {0: 1}
+    assert "orthogonal change of basis: it passes the tie" in plan.choice.verdicts[1].reason
+    assert plan.dims.tied
+    assert not plan.choice.untied
+    assert "lm_head.weight" not in stored(tmp_path / "out")
+    ids = tokens(2, 30, vocab_size=vocab_size)
+    assert relative(logits(tmp_path / "out", ids), logits(tmp_path / "source", ids)) < EXACT
