@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from qectomy.surgery.architectures import FAMILIES
 from qectomy.surgery.checkpoint import expected_tensors, open_checkpoint
 from qectomy.surgery.config_files import (
     copy_companions,
@@ -205,6 +206,27 @@ def save_tiny(folder: Path, name: str = "llama", **overrides: Any) -> Path:
     return folder
 
 
+def variant_model(family: str, **fields: Any) -> torch.nn.Module:
+    """A model of the family's reduced class in float32, every parameter scrambled; `fields` beside BASE's, by any name.
+
+    Without `query_maps` all its projections are whole: what norms, skips or sharing leave is all that is not stock.
+    """
+    named = {**SHAPES[family], **fields}
+    named.pop("model_type", None)
+    ours = FAMILIES[family].causal_class(reduced=True)
+    _, _, _, options = resolve(model_type=family, **named)
+    model = ours(FAMILIES[family].config_class(reduced=True)(**options))
+    scramble(model, repr((family, sorted(fields.items(), key=repr))))
+    return model.eval()
+
+
+def save_variant(folder: Path, family: str, dtype: str = "float64", **fields: Any) -> Path:
+    """Save a scrambled model of the family's reduced class with its tokenizer; return the folder."""
+    variant_model(family, **fields).to(getattr(torch, dtype)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def random_query(spec: Any, dims: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Return random tensors for one layer's query map, by the names it stores them under."""
     tensors = {}
@@ -274,6 +296,6 @@ def load_reduced(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.M
     return model.eval()
 
 
-def tokens(batch: int = 2, length: int = 17, seed: int = 0) -> torch.Tensor:
+def tokens(batch: int = 2, length: int = 17, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:
     """Return random token ids, (B, T), none of them special."""
-    return torch.randint(3, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -202,17 +202,18 @@ def _gauge_of(
     dims = source.dims
     output = "merged" if layer in choice.merged else "dense"
     query = "identity" if choice.folded(layer) else "dense"
-    if layer in choice.kept or dims.d_head >= dims.d_model:
+    if layer in choice.kept or not dims.gauge_pays:
         return QueryMapSpec(query, output=output), None, 0.0
-    plan = LayerPlan(
-        spec=QueryMapSpec("dense"),
-        before=folds.basis(("attention", layer)),
-        fold=folds.query(layer),
-    )
+    before, middle = folds.basis(("attention", layer)), folds.basis(("mlp", layer))
+    plan = LayerPlan(spec=QueryMapSpec("dense"), before=before, fold=folds.query(layer))
     W_Q, W_V = readers_in_basis(source.read_layer(layer), dims, source.family.roles, plan)
     gauged = [W_V] if dims.rope or query == "identity" else [W_Q, W_V]
-    pivots, condition = choose_pivots(torch.cat([split_heads(W, dims.d_head) for W in gauged]))
-    if condition > MAX_PIVOT_CONDITION or condition * eps > LOST:
+    blocks = torch.cat([split_heads(W, dims.d_head) for W in gauged])
+    pivots, condition = choose_pivots(blocks)
+    # W[P] goes into W_O, or W_K, which the ill-conditioned basis that made it so multiplies once more.
+    bases = [float(torch.linalg.cond(basis.theta)) for basis in (before, middle) if basis is not None]
+    strain = float(torch.linalg.cond(blocks[:, pivots]).max()) * max(bases) if bases else condition
+    if condition > MAX_PIVOT_CONDITION or strain * eps > LOST:
         return QueryMapSpec(query, output=output), None, condition
     query = "gauge" if len(gauged) == 2 else query
     return QueryMapSpec(query, value="gauge", output=output), pivots, condition

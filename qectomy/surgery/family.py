@@ -92,6 +92,11 @@ class Dimensions:
         """Whether a W_Q has more parameters than a head of its own beside the embedding."""
         return self.n_heads * self.d_head > self.vocab_size
 
+    @property
+    def gauge_pays(self) -> bool:
+        """Whether the identity blocks of W_V's heads are more numbers than the order of channels they come with."""
+        return self.d_head < self.d_model < self.n_kv_heads * self.d_head**2
+
     def stored_layer(self, layer: int) -> int:
         """The layer under whose name a layer's weights are stored."""
         return 0 if self.shared_layers else layer

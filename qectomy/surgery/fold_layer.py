@@ -143,14 +143,16 @@ def _fold_query(dims: Dimensions, roles: LayerRoles, fold: QueryFold, norms: Ten
     parts.key = join_heads(split_heads(W_K, dims.d_head) @ inverse), bias
     if b_Q is None:
         return
-    c = query_shift(b_Q, fold, dims)
+    if dims.absorbs_query_bias and dims.norms:  # the shift becomes what the queries are of a state that it alone makes
+        name = f"{roles.attention_norm}.bias"
+        shift = query_shift(b_Q + norms[name] @ W_Q, fold, dims)
+        c, norms[name] = shift - norms[name], shift
+    else:
+        c = query_shift(b_Q, fold, dims)
     parts.query = W_Q, None if dims.absorbs_query_bias else c[: len(b_Q)]
     if not dims.absorbs_query_bias:
         return
-    if dims.norms:
-        name = f"{roles.attention_norm}.bias"
-        norms[name] = norms[name] + c
-    elif dims.attention_skip:
+    if not dims.norms and dims.attention_skip:
         parts.taken_away = c
     W_V, b_V = parts.value
     assert b_V is not None

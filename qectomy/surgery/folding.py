@@ -33,6 +33,10 @@ class Basis:
     theta: torch.Tensor
     inverse: torch.Tensor
 
+    @property
+    def orthogonal(self) -> bool:
+        return torch.equal(self.inverse, self.theta.mT)
+
 
 @dataclass(frozen=True, kw_only=True)
 class QueryFold:
@@ -113,11 +117,12 @@ def basis_fold(W_Q: torch.Tensor, dims: Dimensions, group: Group, tolerance: flo
     W_Q (D, H*K) has the norm's gain folded in. A makes the heads' columns as orthonormal as the gauge allows, which
     conditions Θ best. `tolerance` is how far from orthogonal rounding of the stored weights can leave a Θ.
     """
-    W, condition = W_Q.double(), condition_number(W_Q)
-    if W.shape[1] > dims.d_model or not condition < SINGULAR:
-        return None
+    W = W_Q.double()
     if group is Group.ORTHOGONAL_KEEPING_MEAN:  # states of mean 0 do not see a constant in a column
         W = W - W.mean(0) + 1 / dims.d_model
+    condition = condition_number(W)
+    if W.shape[1] > dims.d_model or not condition < SINGULAR:
+        return None
     blocks = split_heads(W, dims.d_head)
     try:
         A = pair_scales(blocks, dims.n_heads // dims.n_kv_heads) if dims.rope else orthonormal_gauge(blocks)
@@ -194,8 +199,12 @@ def read_query(source: Checkpoint, layer: int, with_gain: bool = False) -> torch
 
 def claim(source: Checkpoint, layer: int, stream: Stream) -> QueryFold | None:
     """Return the fold by which a layer's W_Q claims its stream, or None if it is not in the stream's group."""
-    group = Group.GENERAL if not source.dims.norms else stream.group
-    return basis_fold(read_query(source, layer, with_gain=True), source.dims, group, 8 * rounding(source.dtype))
+    W_Q = read_query(source, layer, with_gain=True)
+    tolerance = max(8 * rounding(source.dtype), 1e-12)  # the singular values of a float64 W_Q are no more exact
+    fold = basis_fold(W_Q, source.dims, stream.group, tolerance)
+    if fold is None and stream.breaks_tie and source.dims.untying_pays:
+        return basis_fold(W_Q, source.dims, Group.GENERAL, tolerance)
+    return fold
 
 
 def choose_folds(
@@ -232,26 +241,24 @@ def _choose_in(
     if not choice.standing.intersection(stream.queries) and not _tie_forbids(source, stream):
         for layer in set(stream.queries) - choice.kept:
             fold = claim(source, layer, stream)
-            if fold is not None:
+            if fold is not None and fold.basis is not None:
                 conditions[layer] = (fold.condition, fold.basis_condition)
                 if fold.basis_condition * eps <= LOST and (best is None or fold.basis_condition < best[0]):
-                    best = (fold.basis_condition, layer)
+                    best = (fold.basis_condition, layer, fold.basis.orthogonal)
     if best is not None:
         choice.claims[index] = best[1]
-        choice.untied |= stream.breaks_tie
+        choice.untied |= stream.breaks_tie and not best[2]
     for layer in stream.queries:
         choice.verdicts[layer] = _verdict(source, layer, stream, choice, conditions[layer], eps)
 
 
 def _tie_forbids(source: Checkpoint, stream: Stream) -> bool:
-    """Whether claiming a stream would break the tie of embedding and head, and cost more than W_Q is worth."""
+    """Whether no claim of a stream keeps the tie: the tied head would have to take in the final norm's gain."""
     dims = source.dims
-    if not (dims.tied and (stream.embedded or stream.headed)):
+    if not (dims.norms and dims.tied and (stream.embedded or stream.headed)):
         return False
-    if dims.norms:  # the head would have to take in the final norm's gain
-        gain = source.read(f"{source.family.final_norm}.weight")
-        return not torch.equal(gain, gain[:1].expand_as(gain))
-    return stream.breaks_tie and not dims.untying_pays
+    gain = source.read(f"{source.family.final_norm}.weight")
+    return not torch.equal(gain, gain[:1].expand_as(gain))
 
 
 def _verdict(
@@ -269,12 +276,16 @@ def _verdict(
     if layer in choice.standing:
         return Verdict("exact", "W_Q is the identity up to each head's gauge and the norm's gain", condition, 1.0)
     if layer in choice.claims.values():
-        why = f"W_Q is {stream.group.value}: it passes the norm" if dims.norms else why
+        if dims.norms or (stream.breaks_tie and not choice.untied):
+            why = f"W_Q is {stream.group.value}: it passes the {'norm' if dims.norms else 'tie'}"
         return Verdict("exact", why, condition, basis_condition)
     if how != "exact":
         return Verdict(how, f"{why}, and W_Q is not one" if dims.norms else why, condition)
     if not condition < SINGULAR:
         return Verdict("refused", f"W_Q is singular (condition number {condition:.1e})", condition, ill=True)
+    if standing := sorted(choice.standing.intersection(stream.queries)):
+        why = f"its stream stays as it is, for there the W_Q of layer {standing[0]} is the identity already"
+        return Verdict("gauge" if not dims.rope else "refused", why, condition)
     if basis_condition is None or basis_condition * eps > LOST:
         shown = math.inf if basis_condition is None else basis_condition
         why = f"its change of basis has condition number {shown:.1e}, too much for the target dtype: try float32"

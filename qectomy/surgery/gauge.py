@@ -55,7 +55,7 @@ def choose_pivots(blocks: torch.Tensor) -> tuple[torch.Tensor, float]:
 
     They aim at the largest product over the heads of |det W[P]|: greedily by what a row adds, as in QR with column
     pivoting, then by swaps of one channel while that product grows. Conditions are those of orthonormal coordinates,
-    which W[P]⁻¹ undoes. The condition is inf where a head has not full rank.
+    which W[P]⁻¹ undoes. The condition is inf where a head has not full rank, there or at all.
     """
     try:
         Q = blocks @ orthonormal_gauge(blocks)
@@ -74,7 +74,11 @@ def choose_pivots(blocks: torch.Tensor) -> tuple[torch.Tensor, float]:
         taken = torch.cat([taken, row], 1)
         left = left - (Q @ row.mT)[..., 0].square()
     for _ in range(SWAPS):
-        growth = (Q @ torch.linalg.inv(Q[:, pivots])).abs().clamp_min(1e-300).log().sum(0)  # (D, K)
+        try:
+            inverse = torch.linalg.inv(Q[:, pivots])
+        except torch.linalg.LinAlgError:  # as where heads read channels apart, which no common pivots serve
+            return pivots.sort().values, float("inf")
+        growth = (Q @ inverse).abs().clamp_min(1e-300).log().sum(0)  # (D, K)
         growth[pivots] = -torch.inf
         best = growth.argmax()
         if growth.flatten()[best] < 1e-3:

@@ -132,7 +132,7 @@ def structural_recipe(streams: Streams) -> tuple[tuple[QueryMapSpec, ...], Dimen
         stream = streams.of(("attention", layer))
         exact = structural_verdict(streams, layer)[0] == "exact" and (stream not in taken or dims.shared_layers)
         taken |= {stream} if exact else set()
-        value = "gauge" if dims.d_head < dims.d_model else "dense"
+        value = "gauge" if dims.gauge_pays else "dense"
         query = "identity" if exact else value if not dims.rope else "dense"
         recipe.append(QueryMapSpec(query, value=value, output="merged" if layer in merged else "dense"))
     untied = any(streams.streams[index].breaks_tie for index in taken)

@@ -7,11 +7,12 @@ import shutil
 
 import pytest
 import torch
+from foldings import fold, in_float64
 from safetensors.torch import load_file, save_file
-from tiny_models import EVERY_MAP, SHAPES, load_reduced, save_reduced, tokens
+from tiny_models import EVERY_MAP, SHAPES, load_reduced, save_reduced, save_tiny, save_variant, tiny_model, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM
 
-from qectomy.errors import CheckpointError, NonFiniteError, OutputError
+from qectomy.errors import CheckpointError, NonFiniteError, OutputError, UnsupportedArchitecture
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.materialize import materialize
 
@@ -216,3 +217,79 @@ def test_damage_is_named_and_leaves_nothing(tiny_reduced, tmp_path, name, value,
     with pytest.raises(error, match=rf"model.layers.1.self_attn.query.{name}"):
         materialize(open_checkpoint(folder, reduced=True), tmp_path / "stock")
     assert [path.name for path in tmp_path.iterdir()] == ["reduced"]
+
+
+GAUGED = ["gpt2", "gpt2-untied", "gpt2-inverse", "llama", "attention-bias", "biases", "mqa", "narrow-heads", "mistral"]
+
+
+@pytest.mark.parametrize("name", GAUGED)
+@torch.no_grad()
+def test_gauged_projections_are_written_out(tmp_path, name):
+    """Identity blocks and all: a stock model with the folded one's logits, which are the original's."""
+    source = save_tiny(tmp_path / "source", name, dtype="float64")
+    fold(source, tmp_path / "folded")
+    folded = open_checkpoint(tmp_path / "folded", reduced=True)
+    assert {spec.value for spec in folded.recipe} == {"gauge"}
+    materialize(folded, tmp_path / "stock")
+    ids = tokens(2, 40)
+    expected = in_float64(tiny_model(name))(ids).logits
+    stock = in_float64(load_stock(tmp_path / "stock"))
+    assert relative(stock(ids).logits, expected) < 1e-12
+    assert relative(in_float64(load_reduced(tmp_path / "folded", torch.float64))(ids).logits, expected) < 1e-12
+    found, config = load_file(tmp_path / "stock/model.safetensors"), stock.config
+    d_head = config.hidden_size // config.num_attention_heads if name.startswith("gpt2") else config.head_dim
+    for layer, gauge in enumerate(folded.read_layer(i) for i in range(2)):
+        if name.startswith("gpt2"):
+            pivots = gauge["attn.c_attn.gauge.order"][:d_head].long()
+            W = found[f"transformer.h.{layer}.attn.c_attn.weight"]
+            identities = [W[pivots, :32], W[pivots, 64:]]
+            assert not found[f"transformer.h.{layer}.attn.c_attn.bias"][32:].any()
+            assert found[f"transformer.h.{layer}.attn.c_attn.bias"][:32].any()
+        else:
+            pivots = gauge["self_attn.v_proj.order"][:d_head].long()
+            identities = [found[f"model.layers.{layer}.self_attn.v_proj.weight"].T[pivots]]
+            bias = found.get(f"model.layers.{layer}.self_attn.v_proj.bias")
+            assert (bias is None) == (not config.attention_bias if name != "mistral" else True)
+            assert bias is None or not bias.any()
+        for block in identities:
+            assert torch.equal(block, torch.eye(d_head).double().repeat(1, block.shape[1] // d_head))
+    assert open_checkpoint(tmp_path / "stock").parameters == open_checkpoint(source).parameters
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "biases"])
+@torch.no_grad()
+def test_an_exact_identity_is_written_out(tmp_path, name):
+    """Layers whose W_Q went exactly, beside gauged values: W_Q is the identity."""
+    model = tiny_model(name).double()
+    if name == "gpt2":
+        model.transformer.h[1].attn.c_attn.weight[:, :32] = torch.linspace(0.5, 2, 32).diag()
+    else:
+        model.model.layers[1].self_attn.q_proj.weight.copy_(torch.linspace(0.5, 2, 32).diag())
+    model.save_pretrained(tmp_path / "source")
+    plan = fold(tmp_path / "source", tmp_path / "folded")
+    assert [spec.name for spec in plan.recipe] == ["gauge" if name == "gpt2" else "dense", "identity"]
+    materialize(open_checkpoint(tmp_path / "folded", reduced=True), tmp_path / "stock")
+    found, ids = load_file(tmp_path / "stock/model.safetensors"), tokens(2, 40)
+    if name == "gpt2":
+        W_Q = found["transformer.h.1.attn.c_attn.weight"][:, :32]
+    else:
+        W_Q = found["model.layers.1.self_attn.q_proj.weight"]
+    assert torch.equal(W_Q, torch.eye(32).double())
+    expected = in_float64(model)(ids).logits
+    assert relative(in_float64(load_stock(tmp_path / "stock"))(ids).logits, expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "fields", [dict(norms=False), dict(mlp_skip=False), dict(attention_skip=False), dict(shared_layers=True)], ids=str
+)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_variant_has_no_stock_model(tmp_path, family, fields):
+    """Nothing is written, whether something was folded or not."""
+    save_variant(tmp_path / "variant", family, tie_word_embeddings=False, **fields)
+    fold(tmp_path / "variant", tmp_path / "folded")
+    for name in ("variant", "folded"):
+        with pytest.raises(
+            UnsupportedArchitecture, match=f"is no stock {family} model with W_Q written back: it lacks"
+        ):
+            materialize(open_checkpoint(tmp_path / name, reduced=True), tmp_path / "stock")
+    assert not (tmp_path / "stock").exists()

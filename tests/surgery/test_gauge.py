@@ -1,0 +1,182 @@
+"""The heads' gauge: pure functions against other formulas. Dimensions: D d_model, K d_head, n heads."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from foldings import fold, logits, relative, stored
+from tiny_models import save_variant, tiny_model, tokens
+from variant_reference import rotate
+
+from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.surgery.exact import plan_exact
+from qectomy.surgery.gauge import (
+    choose_pivots,
+    fold_pivots,
+    join_heads,
+    orthonormal_gauge,
+    pair_scales,
+    pivot_order,
+    split_heads,
+)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_heads_are_columns_side_by_side():
+    W = normal(7, 12)
+    blocks = split_heads(W, 4)
+    assert blocks.shape == (3, 7, 4)
+    for head in range(3):
+        assert torch.equal(blocks[head], W[:, 4 * head : 4 * head + 4])
+    assert torch.equal(join_heads(blocks), W)
+
+
+def test_the_orthonormal_gauge_is_the_inverse_root_of_the_gram_matrix():
+    blocks = normal(3, 12, 4)
+    gauge = orthonormal_gauge(blocks)
+    for W, A in zip(blocks.numpy(), gauge.numpy(), strict=True):
+        values, vectors = np.linalg.eigh(W.T @ W)
+        np.testing.assert_allclose(A, vectors / np.sqrt(values) @ vectors.T, rtol=1e-11, atol=1e-12)
+        np.testing.assert_allclose((W @ A).T @ W @ A, np.eye(4), atol=1e-13)
+    blocks[1, :, 2] = blocks[1, :, 0] - 2 * blocks[1, :, 3]
+    with pytest.raises(torch.linalg.LinAlgError, match="not full rank"):
+        orthonormal_gauge(blocks)
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_pair_scales_pass_rope_and_are_one_for_heads_that_share_a_key(group):
+    d_head, blocks = 6, normal(4, 12, 6) * torch.arange(1.0, 5.0, dtype=torch.float64)[:, None, None]
+    gauge = pair_scales(blocks, group)
+    x = normal(2, 9, 4 * d_head, seed=1)
+    A = torch.block_diag(*gauge)
+    torch.testing.assert_close(rotate(x @ A, d_head, 500.0), rotate(x, d_head, 500.0) @ A, rtol=1e-13, atol=1e-13)
+    uneven = A.clone()
+    uneven[0, 0] *= 1.1  # without its pair
+    assert not torch.allclose(rotate(x @ uneven, d_head, 500.0), rotate(x, d_head, 500.0) @ uneven, atol=1e-3)
+    W = (blocks @ gauge).numpy()
+    for first in range(0, 4, group):
+        for i in range(d_head // 2):
+            norms = [np.square(W[h, :, c]).sum() for h in range(first, first + group) for c in (i, i + d_head // 2)]
+            assert np.mean(norms) == pytest.approx(1, rel=1e-13)
+        assert all(torch.equal(gauge[h], gauge[first]) for h in range(first, first + group))
+    assert (gauge.diagonal(dim1=1, dim2=2) > 0).all()
+    assert torch.equal(gauge, torch.diag_embed(gauge.diagonal(dim1=1, dim2=2)))
+
+
+def test_a_pair_of_nothing_has_no_scale():
+    blocks = normal(4, 12, 6)
+    blocks[2:, :, [1, 4]] = 0  # both channels of a pair, in both heads of a group
+    with pytest.raises(torch.linalg.LinAlgError, match="a pair of query channels is 0"):
+        pair_scales(blocks, 2)
+    blocks[3, 5, 4] = 1e-3
+    assert pair_scales(blocks, 2).isfinite().all()
+
+
+def volume(blocks, channels):
+    """The product over the heads of |det W A [channels]|, in each head's own orthonormal coordinates."""
+    return np.prod([abs(np.linalg.det(np.linalg.qr(W)[0][list(channels)])) for W in blocks.numpy()])
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("n, d_model, d_head", [(1, 7, 2), (3, 7, 2), (2, 8, 3), (4, 6, 1), (2, 5, 5)])
+def test_no_swap_of_one_pivot_is_better(n, d_model, d_head, seed):
+    blocks = normal(n, d_model, d_head, seed=seed)
+    pivots, condition = choose_pivots(blocks)
+    chosen = tuple(pivots.tolist())
+    assert chosen == tuple(sorted(set(chosen)))
+    best = volume(blocks, chosen)
+    for other in combinations(range(d_model), d_head):
+        if len(set(other) & set(chosen)) == d_head - 1:
+            assert volume(blocks, other) <= best * 1.01
+    everything = max(volume(blocks, other) for other in combinations(range(d_model), d_head))
+    assert best > everything / 4
+    assert condition == pytest.approx(
+        max(np.linalg.cond(np.linalg.qr(W)[0][list(chosen)]) for W in blocks.numpy()), rel=1e-9
+    )
+
+
+def test_pivots_avoid_what_one_head_does_not_read():
+    blocks = normal(3, 10, 2)
+    blocks[0, :4] = 0
+    blocks[1, 6:] = 0
+    pivots, condition = choose_pivots(blocks)
+    assert pivots.tolist() == [4, 5]
+    assert condition < 1e3
+
+
+@pytest.mark.parametrize("case", ["dead", "rank-deficient", "apart"])
+def test_heads_without_common_pivots(case):
+    blocks = normal(3, 8, 2)
+    if case == "dead":
+        blocks[1] = 0
+    elif case == "rank-deficient":
+        blocks[1, :, 1] = 3 * blocks[1, :, 0]
+    else:
+        blocks[0, :4], blocks[1, 4:] = 0, 0
+    assert choose_pivots(blocks)[1] > 1e12
+
+
+def test_pivots_come_first():
+    order = pivot_order(torch.tensor([2, 5]), 7)
+    assert order.tolist() == [2, 5, 0, 1, 3, 4, 6]
+    assert order.dtype == torch.int32
+
+
+def test_folding_the_pivots_leaves_an_identity_and_keeps_every_product():
+    W_Q, W_K = normal(3, 9, 4), normal(3, 9, 4, seed=1)
+    pivots = torch.tensor([1, 4, 6, 7])
+    folded, inverse = fold_pivots(W_Q.clone(), pivots)
+    assert torch.equal(folded[:, pivots], torch.eye(4).double().expand(3, 4, 4))
+    for head in range(3):
+        A = np.linalg.inv(W_Q[head, pivots].numpy())
+        np.testing.assert_allclose(folded[head], W_Q[head].numpy() @ A, rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(inverse[head].numpy() @ A, np.eye(4), atol=1e-10)
+        keys = W_K[head] @ inverse[head].T
+        np.testing.assert_allclose(folded[head] @ keys.T, W_Q[head] @ W_K[head].T, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("role", ["query", "value"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@torch.no_grad()
+def test_a_dead_head_keeps_its_layer_whole(tmp_path, family, role):
+    """No A makes a block of zeros an identity: that layer's gauge is refused, and the others' are not."""
+    model = tiny_model(family, num_hidden_layers=3).double()
+    if family == "gpt2":
+        model.transformer.h[1].attn.c_attn.weight[:, {"query": 8, "value": 72}[role] :][:, :8] = 0
+    else:
+        attention = model.model.layers[1].self_attn
+        (attention.q_proj if role == "query" else attention.v_proj).weight[8:16] = 0
+    model.save_pretrained(tmp_path / "source")
+    plan = fold(tmp_path / "source", tmp_path / "out")
+    whole = family == "gpt2" or role == "value"  # RoPE's queries have no gauge that could fail
+    assert [spec.value for spec in plan.recipe] == ["gauge", "dense" if whole else "gauge", "gauge"]
+    assert sorted(plan.pivots) == ([0, 2] if whole else [0, 1, 2])
+    ids = tokens(2, 30)
+    assert relative(logits(tmp_path / "out", ids), logits(tmp_path / "source", ids)) < 1e-10
+    if family == "gpt2":
+        assert stored(tmp_path / "out")["transformer.h.1.attn.c_attn.weight"] == (32, 96)
+
+
+def test_a_gauge_that_would_cost_more_than_it_saves_is_left(tmp_path):
+    """One key head of 4 channels: 16 numbers of W_V, for an order of 32 channels."""
+    folder = save_variant(tmp_path / "source", "llama", norms=False, head_dim=4, num_key_value_heads=1)
+    plan = plan_exact(open_checkpoint(folder))
+    assert sorted(spec.name for spec in plan.recipe) == ["dense", "identity"]
+    assert [spec.value for spec in plan.recipe] == ["dense", "dense"]
+
+
+def test_an_ill_conditioned_basis_leaves_no_room_for_a_gauge(tmp_path):
+    """W_V[P] and Θ multiply each other's condition: in bfloat16 that costs more than all the rest of the fold."""
+    source = save_variant(tmp_path / "source", "gpt2", norms=False, tie_word_embeddings=False, num_hidden_layers=3)
+    fold(source, tmp_path / "half", "BF16")
+    plan = fold(source, tmp_path / "single", "F32")
+    assert [spec.value for spec in plan.recipe] == ["gauge"] * 3
+    assert not any("gauge" in name for name in stored(tmp_path / "half"))
+    ids = tokens(2, 30)
+    expected = logits(source, ids)
+    assert relative(logits(tmp_path / "single", ids), expected) < 1e-5
+    assert relative(logits(tmp_path / "half", ids), expected) < 0.2
