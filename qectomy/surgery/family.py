@@ -93,6 +93,11 @@ class Dimensions:
         return self.n_heads * self.d_head > self.vocab_size
 
     @property
+    def all_gauge(self) -> bool:
+        """Whether any W_Q is a gauge of the heads: there is one head, and no RoPE."""
+        return self.n_heads == 1 and not self.rope
+
+    @property
     def gauge_pays(self) -> bool:
         """Whether the identity blocks of W_V's heads are more numbers than the order of channels they come with."""
         return self.d_head < self.d_model < self.n_kv_heads * self.d_head**2

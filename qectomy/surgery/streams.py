@@ -106,7 +106,10 @@ def structural_verdict(streams: Streams, layer: int) -> tuple[str, str]:
     how: `exact`, by `gauge`, by `least squares`, or `refused`, which no tool here can do for it.
     """
     dims, stream = streams.dims, streams.streams[streams.of(("attention", layer))]
-    otherwise = "gauge" if not dims.rope else "least squares" if dims.stock else "refused"
+    by_gauge = not dims.rope and dims.gauge_pays
+    otherwise = "gauge" if by_gauge else "least squares" if dims.stock else "refused"
+    if dims.all_gauge:
+        return "exact", "the model has one head, without RoPE: any W_Q is a gauge of it"
     if dims.norms:
         return otherwise, f"{stream.why} lets only {stream.group.value} pass"
     if dims.n_heads * dims.d_head > dims.d_model:
@@ -130,8 +133,10 @@ def structural_recipe(streams: Streams) -> tuple[tuple[QueryMapSpec, ...], Dimen
     for index in range(dims.n_layers):
         layer = dims.stored_layer(index)
         stream = streams.of(("attention", layer))
-        exact = structural_verdict(streams, layer)[0] == "exact" and (stream not in taken or dims.shared_layers)
-        taken |= {stream} if exact else set()
+        exact = structural_verdict(streams, layer)[0] == "exact"
+        if exact and not dims.all_gauge:  # by a change of basis, one a stream
+            exact = stream not in taken or dims.shared_layers
+            taken.add(stream)
         value = "gauge" if dims.gauge_pays else "dense"
         query = "identity" if exact else value if not dims.rope else "dense"
         recipe.append(QueryMapSpec(query, value=value, output="merged" if layer in merged else "dense"))
