@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from qectomy import __version__
+from qectomy.cli_rewrites import fold_norms, import_nanogpt, materialize
 from qectomy.errors import QectomyError
-from qectomy.terminal import print_json, progress_bar
+from qectomy.terminal import Json, print_json, progress_bar
 
 app = typer.Typer(
     name="qectomy",
@@ -21,7 +22,6 @@ app = typer.Typer(
 )
 
 CONTEXT_HELP = "Tokens a window. Default: 512, or what the model was made for if that is less."
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 
 
@@ -276,59 +276,11 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: `qectomy materialize ./reduced --out ./stock`")
-def materialize(
-    reduced: Annotated[str, typer.Argument(help="Folder of a reduced checkpoint.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
-    as_json: Json = False,
-) -> None:
-    """Write W_Q back: the stock model with the reduced one's logits, for engines that know nothing of Qectomy."""
-    from qectomy.surgery.checkpoint import open_checkpoint
-    from qectomy.surgery.materialize import materialize as run
-    from qectomy.surgery.output import check_absent
-
-    check_absent(out)
-    with progress_bar("materializing") as progress:
-        result = run(open_checkpoint(reduced, reduced=True), out, lambda done, total: progress(done, total, ""))
-    if as_json:
-        print_json(result)
-    else:
-        typer.echo(f"wrote {result['out']}: {result['parameters']['after']:,} parameters; {result['note']}")
-
-
-@app.command(
+app.command(epilog="Example: `qectomy materialize ./reduced --out ./stock`")(materialize)
+app.command("fold-norms", epilog="Example: `qectomy fold-norms ./original --out ./folded --only gain`")(fold_norms)
+app.command(
     "import-nanogpt", epilog="Example: `qectomy import-nanogpt ckpt.pt --out ./gpt2 --tokenizer ./gpt2-tokenizer`"
-)
-def import_nanogpt(
-    checkpoint: Annotated[Path, typer.Argument(help="A nanoGPT checkpoint, as in ckpt.pt.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="Folder or hub id whose tokenizer files go along: a nanoGPT checkpoint holds none."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Read a nanoGPT checkpoint, one of the paper's repository too, into a folder that transformers loads."""
-    from qectomy.calibrate.text import load_tokenizer
-    from qectomy.surgery.checkpoint import locate
-    from qectomy.surgery.config_files import TOKENIZER_FILES
-    from qectomy.surgery.nanogpt import import_nanogpt as run
-    from qectomy.surgery.output import check_absent
-
-    check_absent(out)
-    folder = locate(tokenizer, TOKENIZER_FILES) if tokenizer else None
-    if folder is not None:
-        load_tokenizer(folder)  # one that does not load is refused before anything is written
-    result = run(checkpoint, out, folder)
-    if as_json:
-        print_json(result)
-    else:
-        typer.echo(
-            f"wrote {result['out']}: {result['model_type']}, {result['parameters']:,} parameters, from queries of mode "
-            f"{result['query_mode']!r}, softmax scale {result['softmax_scale']:.6g}"
-        )
-        if not result["tokenizer"]:
-            typer.echo("it has no tokenizer: give --tokenizer FOLDER, or copy tokenizer files into it")
+)(import_nanogpt)
 
 
 def main() -> None:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from qectomy.errors import UnsupportedArchitecture
 from qectomy.surgery.family import Dimensions, LayerRoles
 from qectomy.surgery.folding import Basis, QueryFold
 from qectomy.surgery.gauge import fold_pivots, join_heads, pivot_order, split_heads
 from qectomy.surgery.linear_views import Projection, read_view, store_views, without_views
+from qectomy.surgery.norm_folding import absorb_gain, without_gain
 from qectomy.surgery.query_maps import QueryMapSpec
 
 Tensors = dict[str, torch.Tensor]
@@ -92,9 +92,7 @@ def fold_norm(
     gain, absorbed = (gamma, torch.ones_like(gamma)) if stays else (torch.ones_like(gamma), gamma)
     if beta is None:
         return gain, None, absorbed
-    if bool(((absorbed == 0) & (beta != 0)).any()):
-        raise UnsupportedArchitecture("a norm has a gain of 0 beside a shift, which no other basis can hold")
-    return gain, torch.where(beta == 0, 0.0, beta / absorbed) @ basis.theta, absorbed
+    return gain, without_gain(beta, absorbed, "a norm of a folded stream") @ basis.theta, absorbed
 
 
 def _parts(tensors: Tensors, roles: LayerRoles) -> _Parts:
@@ -125,9 +123,9 @@ def _fold_norms(tensors: Tensors, dims: Dimensions, roles: LayerRoles, plan: Lay
             new[f"{norm}.bias"] = shift
 
     def turned(reader: Projection, norm: str, basis: Basis | None) -> Projection:
-        W, gain = reader[0], absorbed[norm]
-        W = W if gain is None else gain[:, None] * W
-        return (W if basis is None else basis.inverse @ W), reader[1]
+        gain = absorbed[norm]
+        W, bias = reader if gain is None else absorb_gain(gain, reader)
+        return (W if basis is None else basis.inverse @ W), bias
 
     for role in ("query", "key", "value"):
         setattr(parts, role, turned(getattr(parts, role), roles.attention_norm, plan.before))

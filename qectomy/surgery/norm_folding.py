@@ -7,10 +7,23 @@
 Dimensions: D d_model; weights are (in, out), as in x W. All algebra in float64, cast once to the weight's type.
 """
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
 
-from qectomy.errors import UnsupportedArchitecture
-from qectomy.surgery.linear_views import Projection
+from qectomy.errors import QectomyError, UnsupportedArchitecture
+from qectomy.surgery.checkpoint import Checkpoint
+from qectomy.surgery.config_files import copy_companions, copy_model_code, write_config
+from qectomy.surgery.family import LayerRoles
+from qectomy.surgery.linear_views import Projection, read_view, store_views
+from qectomy.surgery.output import check_room, new_folder
+from qectomy.surgery.writer import ShardWriter, TensorSpec
+
+PARTS = ("gain", "shift", "mean")
+ROWS_AT_ONCE = 2048  # of the embedding
+Tensors = dict[str, torch.Tensor]
 
 
 def absorb_gain(gamma: torch.Tensor, reader: Projection) -> Projection:
@@ -36,3 +49,91 @@ def centre(writer: Projection) -> Projection:
 def centre_rows(rows: torch.Tensor) -> torch.Tensor:
     """Return rows (..., D) less each one's mean: x (I - 11ᵀ/D)."""
     return (rows.double() - rows.double().mean(-1, keepdim=True)).to(rows.dtype)
+
+
+def fold_layer_norms(tensors: Tensors, roles: LayerRoles, parts: Sequence[str]) -> Tensors:
+    """Return a layer's tensors, by name inside the layer, with these `parts` of its norms folded; the same outputs."""
+    out = dict(tensors)
+    readers = {roles.attention_norm: (roles.query, roles.key, roles.value), roles.mlp_norm: roles.mlp_readers}
+    for norm, views in readers.items():
+        gamma, beta = tensors[f"{norm}.weight"], tensors.get(f"{norm}.bias")
+        projections = [read_view(out, view) for view in views]
+        if "shift" in parts and beta is not None:  # through W itself: the shift stands behind the gain
+            projections = [absorb_shift(beta, projection) for projection in projections]
+            beta = torch.zeros_like(beta)
+        if "gain" in parts:
+            projections = [absorb_gain(gamma, projection) for projection in projections]
+            out[f"{norm}.weight"] = torch.ones_like(gamma)
+            beta = None if beta is None else without_gain(beta, gamma, norm)
+        out |= store_views(list(zip(views, projections, strict=True)))
+        if beta is not None:
+            out[f"{norm}.bias"] = beta
+    if "mean" in parts:
+        for view in (roles.output, roles.mlp_out):
+            out |= store_views([(view, centre(read_view(out, view)))])
+    return out
+
+
+def without_gain(beta: torch.Tensor, gamma: torch.Tensor, norm: str) -> torch.Tensor:
+    """Return β / γ, the shift of a norm whose gain its readers absorb. Raises UnsupportedArchitecture where γ is 0."""
+    if bool(((gamma == 0) & (beta != 0)).any()):
+        raise UnsupportedArchitecture(f"{norm} has a gain of 0 beside a shift: fold its shift first, or too")
+    return torch.where(beta == 0, 0.0, beta.double() / gamma.double()).to(beta.dtype)
+
+
+def fold_norms(
+    source: Checkpoint, out: Path, only: Sequence[str] | None = None, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Write a stock checkpoint with the same logits whose norms have `only` these parts folded; one layer at a time.
+
+    Default: all. What cannot be folded is left and said: the final norm's shift, for want of a bias in the head, and
+    where the head is tied the final gain and the means of the embedding.
+    Raises QectomyError for an unknown part or a model without norms.
+    """
+    family, dims, parts = source.family, source.dims, tuple(only or PARTS)
+    if unknown := set(parts) - set(PARTS):
+        raise QectomyError(f"unknown part of a norm {sorted(unknown)[0]!r}; known: {', '.join(PARTS)}")
+    if not dims.norms:
+        raise UnsupportedArchitecture(f"{source.folder} has no norms to fold")
+    parts = tuple(part for part in parts if part == "gain" or dims.norm_shift)  # RMSNorm has a gain alone
+    specs = {name: TensorSpec(info.shape, info.dtype) for name, info in source.tensors.items()}
+    check_room(out, source.nbytes)
+    with new_folder(out) as work:
+        with ShardWriter(work, specs) as writer:
+            _write_outer(source, writer, parts)
+            for layer in range(dims.n_layers):
+                folded = fold_layer_norms(source.read_layer(layer), family.roles, parts)
+                for name, tensor in folded.items():
+                    writer.write(source.prefix(layer) + name, tensor)
+                if progress:
+                    progress(layer + 1, dims.n_layers)
+            writer.finish()
+        write_config(work, source.config)
+        copy_companions(source.folder, work)
+        if source.reduced:
+            copy_model_code(family, work)
+    kept = {"gain": "the final norm's gain", "shift": "the final norm's shift", "mean": "the embedding's means"}
+    left = [what for part, what in kept.items() if part in parts and (dims.tied or part == "shift")]
+    return {"out": str(out), "folded": list(parts), "left": left}
+
+
+def _write_outer(source: Checkpoint, writer: ShardWriter, parts: Sequence[str]) -> None:
+    """Write what lies outside the layers: a head that takes in the final gain, tables without their rows' means."""
+    family, dims = source.family, source.dims
+    final = {f"{family.final_norm}.{name}": tensor for name, tensor in source.read_module(family.final_norm).items()}
+    gamma, absorbed = final[f"{family.final_norm}.weight"], "gain" in parts and not dims.tied
+    if absorbed:
+        beta = final.get(f"{family.final_norm}.bias")
+        final[f"{family.final_norm}.weight"] = torch.ones_like(gamma)
+        if beta is not None:
+            final[f"{family.final_norm}.bias"] = without_gain(beta, gamma, family.final_norm)
+    centred = ({family.positions} | (set() if dims.tied else {family.embedding})) if "mean" in parts else set()
+    for name in family.outer_shapes(dims):
+        if name in final:
+            writer.write(name, final[name])
+            continue
+        for start in range(0, source.tensors[name].shape[0], ROWS_AT_ONCE):
+            rows = source.read_rows(name, start, min(start + ROWS_AT_ONCE, source.tensors[name].shape[0]))
+            rows = centre_rows(rows) if name in centred else rows
+            rows = absorb_gain(gamma, (rows.T, None))[0].T if absorbed and name == family.head else rows
+            writer.write_rows(name, start, rows)

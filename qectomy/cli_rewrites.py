@@ -1,0 +1,83 @@
+"""The commands that write a folder anew in another form and measure nothing; `cli.py` registers them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qectomy.terminal import Json, print_json, progress_bar
+
+
+def materialize(
+    reduced: Annotated[str, typer.Argument(help="Folder of a reduced checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    as_json: Json = False,
+) -> None:
+    """Write W_Q back: the stock model with the reduced one's logits, for engines that know nothing of Qectomy."""
+    from qectomy.surgery.checkpoint import open_checkpoint
+    from qectomy.surgery.materialize import materialize as run
+    from qectomy.surgery.output import check_absent
+
+    check_absent(out)
+    with progress_bar("materializing") as progress:
+        result = run(open_checkpoint(reduced, reduced=True), out, lambda done, total: progress(done, total, ""))
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(f"wrote {result['out']}: {result['parameters']['after']:,} parameters; {result['note']}")
+
+
+def import_nanogpt(
+    checkpoint: Annotated[Path, typer.Argument(help="A nanoGPT checkpoint, as in ckpt.pt.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id whose tokenizer files go along: a nanoGPT checkpoint holds none."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Read a nanoGPT checkpoint, one of the paper's repository too, into a folder that transformers loads."""
+    from qectomy.calibrate.text import load_tokenizer
+    from qectomy.surgery.checkpoint import locate
+    from qectomy.surgery.config_files import TOKENIZER_FILES
+    from qectomy.surgery.nanogpt import import_nanogpt as run
+    from qectomy.surgery.output import check_absent
+
+    check_absent(out)
+    folder = locate(tokenizer, TOKENIZER_FILES) if tokenizer else None
+    if folder is not None:
+        load_tokenizer(folder)  # one that does not load is refused before anything is written
+    result = run(checkpoint, out, folder)
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(
+            f"wrote {result['out']}: {result['model_type']}, {result['parameters']:,} parameters, from queries of mode "
+            f"{result['query_mode']!r}, softmax scale {result['softmax_scale']:.6g}"
+        )
+        if not result["tokenizer"]:
+            typer.echo("it has no tokenizer: give --tokenizer FOLDER, or copy tokenizer files into it")
+
+
+def fold_norms(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of an original checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="gain, shift or mean; may be repeated. Default: all that the family's norms have."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fold the norms' gains, shifts and means into the matrices around them: a stock model with the same logits."""
+    from qectomy.surgery.checkpoint import open_checkpoint
+    from qectomy.surgery.norm_folding import fold_norms as run
+    from qectomy.surgery.output import check_absent
+
+    check_absent(out)
+    with progress_bar("folding norms") as progress:
+        result = run(open_checkpoint(checkpoint), out, only, lambda done, total: progress(done, total, ""))
+    if as_json:
+        print_json(result)
+    else:
+        left = f"; left as they are: {', '.join(result['left'])}" if result["left"] else ""
+        typer.echo(f"wrote {result['out']}: folded {', '.join(result['folded']) or 'nothing'}{left}")
