@@ -98,12 +98,6 @@ def made(case):
     return model
 
 
-def saved(case, folder):
-    model = made(case)
-    model.save_pretrained(folder)
-    return model
-
-
 @pytest.mark.parametrize("case", ALL.values(), ids=ALL)
 @torch.no_grad()
 def test_the_equations(case):
@@ -123,7 +117,8 @@ def test_the_equations(case):
 
 @pytest.mark.parametrize("case", SOME.values(), ids=SOME)
 def test_save_and_reload(case, tmp_path):
-    model, ids = saved(case, tmp_path / "first"), tokens(2, 40)
+    model, ids = made(case), tokens(2, 40)
+    model.save_pretrained(tmp_path / "first")
     names = set(load_file(tmp_path / "first/model.safetensors"))
     if case[1].get("shared_layers"):
         layers = {name.split(".")[2] for name in names if ".h." in name or ".layers." in name}
@@ -237,7 +232,8 @@ def test_a_stranger_gets_the_same_logits(tmp_path):
     """In a process that cannot import qectomy, by the code that lies beside the weights."""
     ids, models = tokens(2, 24), {}
     for name, case in SOME.items():
-        models[name] = saved(case, tmp_path / name)
+        models[name] = made(case)
+        models[name].save_pretrained(tmp_path / name)
         assert list((tmp_path / name).glob("modeling_qectomy_*.py"))
     environment = {key: os.environ[key] for key in ("PATH", "OMP_NUM_THREADS") if key in os.environ}
     environment |= {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
