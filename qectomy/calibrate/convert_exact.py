@@ -151,8 +151,7 @@ def _measure(
         before, after = score_streamed(original, reduced, held)
         result |= cost(summarize(before, held.n_bytes), summarize(after, held.n_bytes), held.report)
     since = watch.add("measuring", since)
-    states = reduced.states(tokens)[0, -RELOAD_TOKENS:]
-    reload = check_reload(work, tokens, reduced.logits(states, 0, source.dims.vocab_size))
+    reload = check_reload(work, tokens, reduced.all_logits(reduced.states(tokens)[0, -RELOAD_TOKENS:]))
     watch.add("reload", since)
     result["reload_check"] = {
         "largest_relative_logit_error": reload.error,

@@ -69,6 +69,13 @@ class StreamedModel:
         name = family.embedding if self.checkpoint.dims.tied else family.head
         return nn.functional.linear(states, self.checkpoint.read_rows(name, start, stop, self.dtype))
 
+    def all_logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the logits of a few states (N, D), (N, vocab_size); the head is read a slice at a time."""
+        out = torch.empty(len(states), self.checkpoint.dims.vocab_size, dtype=self.dtype)
+        for start, stop in ((a, min(a + SLICE, out.shape[1])) for a in range(0, out.shape[1], SLICE)):
+            out[:, start:stop] = self.logits(states, start, stop)
+        return out
+
     def _tapped(self, tap: Tap) -> list[Any]:
         name, layers = self.checkpoint.family.roles.mlp_out.module, range(self.checkpoint.dims.n_layers)
         modules = dict.fromkeys(self.layer(layer).get_submodule(name) for layer in layers)  # some layers share one

@@ -171,10 +171,9 @@ class GPT2Family(Family):
         )
 
     def layer_shapes(self, dims: Dimensions, spec: "QueryMapSpec") -> Shapes:
-        d_model, gauged = dims.d_model, (spec.name, spec.value).count("gauge")
-        parts = 3 if spec.name == "dense" else 1 if spec.value == "gauge" else 2
+        d_model, parts = dims.d_model, 3 if spec.name in ("dense", "gauge") else 2
         projections = {
-            "attn.c_attn": (d_model, parts * d_model),
+            "attn.c_attn": (d_model - (dims.d_head if spec.value == "gauge" else 0), parts * d_model),
             "attn.c_proj": (d_model, d_model),
             "mlp.c_fc": (d_model, dims.d_mlp),
             "mlp.c_proj": (dims.d_mlp, d_model),
@@ -186,11 +185,10 @@ class GPT2Family(Family):
             shapes[f"{name}.weight"] = (n_in, n_out)
             if name != "attn.c_attn" or spec.name == "dense":
                 shapes[f"{name}.bias"] = (n_out,)
-        if gauged:
-            gauge = self.roles.gauge
-            shapes |= {f"{gauge}.order": (d_model,), f"{gauge}.weight": (d_model - dims.d_head, gauged * d_model)}
-            if spec.name == "gauge":
-                shapes[f"{gauge}.bias"] = (d_model,)
+        if spec.value == "gauge":
+            shapes |= {"attn.c_attn.order": (d_model,), "attn.c_attn.pivot_rows": (dims.d_head, d_model)}
+        if spec.name == "gauge":
+            shapes["attn.c_attn.bias"] = (d_model,)
         for norm in (self.roles.attention_norm, self.roles.mlp_norm):
             shapes |= self.norm_shapes(norm, dims)
         return shapes
@@ -268,7 +266,7 @@ GPT2_ROLES = LayerRoles(
     query_map="attn.c_attn.query",
     reduced_key=LinearView("attn.c_attn", Orientation.IN_OUT, (0, 2)),
     reduced_value=LinearView("attn.c_attn", Orientation.IN_OUT, (1, 2)),
-    gauge="attn.c_attn.gauge",
+    gauge="attn.c_attn",
 )
 
 FAMILIES: dict[str, Family] = {

@@ -54,16 +54,9 @@ class LayerRoles:
 
     def views(self, spec: "QueryMapSpec") -> "dict[str, LinearView]":
         """Return where a layer of these maps stores W_K and W_V, and W_Q if it is dense or in the gauge."""
-        gauged = [role for role, how in (("query", spec.name), ("value", spec.value)) if how == "gauge"]
-        key, value = (self.key, self.value) if spec.name == "dense" else (self.reduced_key, self.reduced_value)
-        views = {"key": key, "value": value}
-        if spec.name == "dense":
-            views["query"] = self.query
-        elif "value" in gauged and key.module == value.module:
-            views["key"] = LinearView(key.module, key.orientation)
-        for place, role in enumerate(gauged):
-            views[role] = LinearView(self.gauge, key.orientation, (place, len(gauged)))
-        return views
+        whole = spec.name in ("dense", "gauge")  # with W_Q beside W_K and W_V, or in a tensor of its own
+        key, value = (self.key, self.value) if whole else (self.reduced_key, self.reduced_value)
+        return {"key": key, "value": value, **({"query": self.query} if whole else {})}
 
 
 @dataclass(frozen=True, kw_only=True)

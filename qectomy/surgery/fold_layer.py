@@ -61,12 +61,10 @@ def fold_layer(tensors: Tensors, dims: Dimensions, roles: LayerRoles, plan: Laye
     _write_streams(plan, parts)
     if plan.spec.name != "dense" and parts.query[1] is not None:
         gauge[f"{roles.gauge if plan.spec.name == 'gauge' else roles.query_map}.bias"] = parts.query[1]
-    views = roles.views(plan.spec)
+        parts.query = parts.query[0], None
     gone = (roles.query, roles.key, roles.value, roles.output, *roles.mlp_readers, roles.mlp_out)
-    kept = [(views["key"], parts.key), (roles.mlp_out, parts.mlp_out)]
-    kept += list(zip(roles.mlp_readers, parts.mlp_readers, strict=True))
-    kept += [(views["value"], parts.value)] if plan.spec.value == "dense" else []
-    kept += [(views["query"], parts.query)] if plan.spec.name == "dense" else []
+    kept = [(view, getattr(parts, role)) for role, view in roles.views(plan.spec).items()]
+    kept += [(roles.mlp_out, parts.mlp_out), *zip(roles.mlp_readers, parts.mlp_readers, strict=True)]
     kept += [(roles.output, parts.output)] if plan.spec.output == "dense" else []
     return without_views(tensors, gone) | norms | gauge | store_views(kept)
 
@@ -182,29 +180,32 @@ def _fold_value_bias(dims: Dimensions, spec: QueryMapSpec, parts: _Parts) -> Non
 
 
 def _gauge(dims: Dimensions, roles: LayerRoles, plan: LayerPlan, parts: _Parts) -> Tensors:
-    """Give the projections that `spec` names an identity block at the pivots; return what is stored of them."""
+    """Give the projections that `spec` names identity blocks at the pivots, and leave the rows of the other channels.
+
+    Returns what is stored beside them.
+    """
     if plan.pivots is None:
         return {}
-    gauged: dict[str, torch.Tensor] = {}
     if plan.spec.name == "gauge":
-        blocks, inverse = fold_pivots(split_heads(parts.query[0], dims.d_head), plan.pivots)
-        gauged["query"] = join_heads(blocks)
-        keys = split_heads(parts.key[0], dims.d_head) @ inverse.mT
-        if parts.query[1] is not None:
-            bias = torch.linalg.solve(inverse, parts.query[1].view(-1, 1, dims.d_head), left=False).flatten()
-            parts.query = parts.query[0], bias
-        parts.key = join_heads(keys), parts.key[1]
-    if plan.spec.value == "gauge":
-        blocks, inverse = fold_pivots(split_heads(parts.value[0], dims.d_head), plan.pivots)
-        gauged["value"] = join_heads(blocks)
-        rows = parts.output[0].unflatten(0, (-1, dims.d_head))  # (H, K, D)
-        inverse = inverse.repeat_interleave(dims.n_heads // dims.n_kv_heads, 0)
-        parts.output = (inverse @ rows).flatten(0, 1), parts.output[1]
+        (W_Q, b_Q), (W_K, b_K) = parts.query, parts.key
+        blocks, inverse = fold_pivots(split_heads(W_Q, dims.d_head), plan.pivots)
+        if b_Q is not None:
+            b_Q = torch.linalg.solve(inverse, b_Q.view(-1, 1, dims.d_head), left=False).flatten()
+        parts.query = join_heads(blocks), b_Q
+        parts.key = join_heads(split_heads(W_K, dims.d_head) @ inverse.mT), b_K
+    blocks, inverse = fold_pivots(split_heads(parts.value[0], dims.d_head), plan.pivots)
+    parts.value = join_heads(blocks), parts.value[1]
+    rows = parts.output[0].unflatten(0, (-1, dims.d_head))  # (H, K, D)
+    inverse = inverse.repeat_interleave(dims.n_heads // dims.n_kv_heads, 0)
+    parts.output = (inverse @ rows).flatten(0, 1), parts.output[1]
     order = pivot_order(plan.pivots, dims.d_model)
-    rest = order[dims.d_head :].long()
-    views = roles.views(plan.spec)
-    stored = store_views([(views[role], (W[rest], None)) for role, W in gauged.items()])
-    return {f"{roles.gauge}.order": order, **stored}
+    views, stored = roles.views(plan.spec), {f"{roles.gauge}.order": order}
+    for role in (role for role, view in views.items() if view.module == roles.gauge):
+        W, bias = getattr(parts, role)
+        setattr(parts, role, (W[order[dims.d_head :].long()], bias))
+        if role == "key":
+            stored[f"{roles.gauge}.pivot_rows"] = W[plan.pivots]
+    return stored
 
 
 def _write_streams(plan: LayerPlan, parts: _Parts) -> None:

@@ -49,19 +49,29 @@ def without_views(tensors: Tensors, views: tuple[LinearView, ...]) -> dict[str, 
 
 def read_maps(tensors: Tensors, roles: LayerRoles, spec: QueryMapSpec, d_head: int) -> dict[str, Projection]:
     """Return W_K and W_V, and W_Q if it is dense or in the gauge, of a layer of these maps, all (d_model, out)."""
-    found = {role: read_view(tensors, view) for role, view in roles.views(spec).items()}
-    for role, how in (("query", spec.name), ("value", spec.value)):
-        if how == "gauge":
-            bias = tensors.get(f"{roles.gauge}.bias") if role == "query" else None
-            found[role] = (ungauged(found[role][0], tensors[f"{roles.gauge}.order"], d_head), bias)
+    views = roles.views(spec)
+    if spec.value != "gauge":
+        return {role: read_view(tensors, view) for role, view in views.items()}
+    query_bias = f"{roles.gauge}.bias"  # not one of all the projections that the module holds
+    weights = {name: tensor for name, tensor in tensors.items() if name != query_bias}
+    found = {role: read_view(weights, view) for role, view in views.items()}
+    for role in (role for role, view in views.items() if view.module == roles.gauge):
+        rest = found[role][0]
+        pivots = tensors[f"{roles.gauge}.pivot_rows"] if role == "key" else identity_blocks(rest, d_head)
+        W = in_order(torch.cat([pivots, rest]), tensors[f"{roles.gauge}.order"])
+        found[role] = W, tensors.get(query_bias) if role == "query" else None
     return found
 
 
-def ungauged(rest: torch.Tensor, order: torch.Tensor, d_head: int) -> torch.Tensor:
-    """Return W (D, n*K): identity blocks at the first K channels of `order` (D,), `rest` (D - K, n*K) at the others."""
-    blocks = torch.eye(d_head, dtype=rest.dtype).repeat(1, rest.shape[1] // d_head)
-    W = torch.empty(len(order), rest.shape[1], dtype=rest.dtype)
-    W[order] = torch.cat([blocks, rest])
+def identity_blocks(W: torch.Tensor, d_head: int) -> torch.Tensor:
+    """Return one K x K identity for each head of W (*, n*K), side by side: (K, n*K)."""
+    return torch.eye(d_head, dtype=W.dtype).repeat(1, W.shape[1] // d_head)
+
+
+def in_order(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return W (D, *) whose rows at the channels of `order` (D,) are `rows` (D, *)."""
+    W = torch.empty_like(rows)
+    W[order.long()] = rows
     return W
 
 

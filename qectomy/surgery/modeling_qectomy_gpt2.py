@@ -30,6 +30,7 @@ from transformers.models.gpt2.modeling_gpt2 import (
     GPT2Model,
     GPT2PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 
 def is_loaded(tensor: torch.Tensor) -> bool:
@@ -145,37 +146,6 @@ def build_query(config, layer_idx: int) -> nn.Module | None:
     return QUERY_MODULES[name](config, int(rank or 0))
 
 
-class GaugedProjections(nn.Module):
-    """x̂ (B, T, D) -> n projections side by side, (B, T, n*D); each head's K x K block at the pivots is the identity.
-
-    `order` (D,): the K pivot channels, then all others. `weight` (D - K, n*D): the others' rows, in GPT-2's layout.
-    """
-
-    def __init__(self, config, n_projections: int, bias: bool):
-        super().__init__()
-        d_model = config.hidden_size
-        self.d_head = d_model // config.num_attention_heads
-        self.order = nn.Buffer(torch.arange(d_model, dtype=torch.int32))
-        self.weight = nn.Parameter(torch.empty(d_model - self.d_head, n_projections * d_model))
-        self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None  # of the first projection, the queries
-
-    def reset_parameters(self, std: float) -> None:
-        nn.init.normal_(self.weight, std=std)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-        if not is_loaded(self.order):
-            with torch.no_grad():
-                self.order.copy_(torch.arange(len(self.order)))
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        ordered = hidden.index_select(-1, self.order)
-        out = torch.matmul(ordered[..., self.d_head :], self.weight)
-        out.unflatten(-1, (-1, self.d_head)).add_(ordered[..., None, : self.d_head])
-        if self.bias is not None:
-            out[..., : len(self.bias)].add_(self.bias)
-        return out
-
-
 class QectomyGPT2Config(GPT2Config):
     """GPT2Config plus `query_maps`, one query-map name a layer, and what else can differ from GPT-2.
 
@@ -208,9 +178,9 @@ class QectomyGPT2Config(GPT2Config):
                 raise ValueError(f"{field} must name the same for all layers, which share their weights")
         if self.shared_layers and self.scale_attn_by_inverse_layer_idx:
             raise ValueError("layers that share their weights cannot scale their logits by their place")
-        for layer, (query, value) in enumerate(zip(self.query_maps, self.value_maps, strict=True)):
-            if query == "dense" and value == "gauge":
-                raise ValueError(f"layer {layer}: c_attn is whole while queries are dense, so its values are too")
+        for layer, pair in enumerate(zip(self.query_maps, self.value_maps, strict=True)):
+            if pair in (("dense", "gauge"), ("gauge", "dense")):
+                raise ValueError(f"layer {layer}: queries of map {pair[0]!r} cannot go with values of map {pair[1]!r}")
         if "merged" in self.output_maps and (self.attention_skip or self.norms):
             raise ValueError("W_O can be merged into the MLP only where no norm and no skip stand between them")
 
@@ -218,27 +188,79 @@ class QectomyGPT2Config(GPT2Config):
 class ReducedProjection(nn.Module):
     """Stands where `c_attn` stood: x̂ (B, T, D) -> queries, keys and values side by side, (B, T, 3D).
 
-    `weight` is W_K, and W_V beside it unless it is gauged, (D, D or 2D), in GPT-2's layout (in, out).
+    `weight` is W_K and W_V side by side, (D, 2D), in GPT-2's layout (in, out).
     """
 
-    def __init__(self, config: QectomyGPT2Config, layer_idx: int):
+    def __init__(self, query: nn.Module, d_model: int):
         super().__init__()
-        gauged_query, gauged_value = (maps[layer_idx] == "gauge" for maps in (config.query_maps, config.value_maps))
-        self.weight = nn.Parameter(torch.empty(config.hidden_size, (1 if gauged_value else 2) * config.hidden_size))
-        self.query = build_query(config, layer_idx)
-        self.gauge = None
-        if gauged_query or gauged_value:
-            self.gauge = GaugedProjections(config, gauged_query + gauged_value, bias=gauged_query)
+        self.weight = nn.Parameter(torch.empty(d_model, 2 * d_model))
+        self.query = query
+
+    def reset_parameters(self, std: float) -> None:
+        nn.init.normal_(self.weight, std=std)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        dense = torch.matmul(hidden, self.weight)
-        d_model = len(self.weight)
-        if self.gauge is None:
-            return torch.cat([self.query(hidden, dense[..., :d_model]), dense], dim=-1)
-        gauged = self.gauge(hidden)
-        if self.query is not None:
-            return torch.cat([self.query(hidden, dense), dense, gauged], dim=-1)
-        return torch.cat([gauged[..., :d_model], dense, gauged[..., d_model:]], dim=-1)
+        key_value = torch.matmul(hidden, self.weight)
+        key = key_value[..., : self.weight.shape[0]]
+        return torch.cat([self.query(hidden, key), key_value], dim=-1)
+
+
+class GaugedProjection(nn.Module):
+    """The same where each head's K x K block of W_V at the K pivot channels, and of W_Q in the gauge, is the identity.
+
+    `order` (D,): the pivot channels, then all others. `weight` (D - K, 3D, or 2D under another query map): W_Q, W_K and
+    W_V at the others. `pivot_rows` (K, D): W_K at the pivots. `bias` (D,): of the queries.
+    """
+
+    def __init__(self, config: QectomyGPT2Config, query: nn.Module | None):
+        super().__init__()
+        d_model = config.hidden_size
+        self.d_head = d_model // config.num_attention_heads
+        self.order = nn.Buffer(torch.arange(d_model, dtype=torch.int32))
+        self.weight = nn.Parameter(torch.empty(d_model - self.d_head, (2 if query else 3) * d_model))
+        self.pivot_rows = nn.Parameter(torch.empty(self.d_head, d_model))
+        self.bias = None if query else nn.Parameter(torch.zeros(d_model))
+        self.query = query
+
+    def reset_parameters(self, std: float) -> None:
+        nn.init.normal_(self.weight, std=std)
+        nn.init.normal_(self.pivot_rows, std=std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if not is_loaded(self.order):
+            with torch.no_grad():
+                self.order.copy_(torch.arange(len(self.order)))
+
+    @torch.no_grad()
+    def written_out(self) -> nn.Module:
+        """The dense module of the same outputs, on the same device."""
+        d_model, parts = len(self.order), list(self.weight.split(len(self.order), 1))
+        blocks = torch.eye(self.d_head).to(self.weight).repeat(1, d_model // self.d_head)
+        tops = [blocks] * (len(parts) - 2) + [self.pivot_rows, blocks]
+        weight = torch.cat([torch.cat([top, rest]) for top, rest in zip(tops, parts, strict=True)], 1)
+        with torch.device(weight.device):
+            dense = Conv1D(3 * d_model, d_model) if self.query is None else ReducedProjection(self.query, d_model)
+        dense = dense.to(weight.dtype).train(self.training)
+        dense.weight[self.order.long()] = weight
+        if self.query is None:
+            dense.bias[:d_model], dense.bias[d_model:] = self.bias, 0
+        return dense
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        d_model = hidden.shape[-1]
+        ordered = hidden.reshape(-1, d_model).index_select(-1, self.order)  # (B*T, D)
+        pivots = ordered[:, : self.d_head]
+        out = torch.mm(ordered[:, self.d_head :], self.weight)
+        parts = out.view(len(out), -1, d_model // self.d_head, self.d_head)  # (B*T, 2 or 3, H, K)
+        key = out[:, -2 * d_model : -d_model]
+        key.add_(torch.mm(pivots, self.pivot_rows))
+        if self.query is None:
+            parts[:, ::2].add_(pivots[:, None, None])  # W_Q's and W_V's identity blocks
+            out[:, :d_model].add_(self.bias)
+        else:
+            parts[:, 1].add_(pivots[:, None])
+            out = torch.cat([self.query(hidden.reshape(-1, d_model), key), out], dim=-1)
+        return out.view(*hidden.shape[:-1], -1)
 
 
 class ReducedGPT2Attention(GPT2Attention):
@@ -246,8 +268,10 @@ class ReducedGPT2Attention(GPT2Attention):
 
     def __init__(self, config: QectomyGPT2Config, layer_idx: int):
         super().__init__(config, layer_idx=layer_idx)
-        if config.query_maps[layer_idx] != "dense":
-            self.c_attn = ReducedProjection(config, layer_idx)
+        if config.value_maps[layer_idx] == "gauge":
+            self.c_attn = GaugedProjection(config, build_query(config, layer_idx))
+        elif config.query_maps[layer_idx] != "dense":
+            self.c_attn = ReducedProjection(build_query(config, layer_idx), config.hidden_size)
         if config.output_maps[layer_idx] == "merged":
             self.c_proj = nn.Identity()
         if config.softmax_scale is not None:
@@ -290,13 +314,33 @@ class QectomyGPT2PreTrainedModel(GPT2PreTrainedModel):
     _no_split_modules = ["ReducedGPT2Block"]
     _can_record_outputs = {"hidden_states": ReducedGPT2Block, "attentions": ReducedGPT2Attention}
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).write_out_gauges_()
+        return loaded
+
+    def write_out_gauges_(self) -> None:
+        """Write the identity blocks out in memory, so that every layer runs one dense product, as in the stock model.
+
+        The config then says `dense`. Nothing happens while weights lie on the meta device.
+        """
+        dense: dict[nn.Module, nn.Module] = {}  # layers that share a module go on sharing it
+        for attention in [module for module in self.modules() if isinstance(module, ReducedGPT2Attention)]:
+            gauged = attention.c_attn
+            if isinstance(gauged, GaugedProjection) and gauged.weight.device.type != "meta":
+                dense[gauged] = dense.get(gauged) or gauged.written_out()
+                attention.c_attn = dense[gauged]
+                layer = attention.layer_idx
+                self.config.value_maps[layer] = "dense"
+                if gauged.query is None:
+                    self.config.query_maps[layer] = "dense"
+
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, QueryMap):
             module.reset_parameters()
-        elif isinstance(module, ReducedProjection):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, GaugedProjections):
+        elif isinstance(module, (ReducedProjection, GaugedProjection)):
             module.reset_parameters(self.config.initializer_range)
         elif getattr(module, "writes_stream", False) and hasattr(module, "weight"):
             # GPT-2 draws these smaller; transformers does it from modules that it leaves out in other people's classes.

@@ -199,11 +199,22 @@ class GaugedValue(nn.Module):
             with torch.no_grad():
                 self.order.copy_(torch.arange(len(self.order)))
 
+    @torch.no_grad()
+    def written_out(self) -> nn.Module:
+        """The dense module of the same outputs, on the same device."""
+        n_value, rest = self.weight.shape
+        blocks = torch.eye(self.d_head).to(self.weight).repeat(n_value // self.d_head, 1)
+        with torch.device(self.weight.device):
+            dense = nn.Linear(rest + self.d_head, n_value, bias=False)
+        dense = dense.to(self.weight.dtype).train(self.training)
+        dense.weight[:, self.order.long()] = torch.cat([blocks, self.weight], 1)
+        return dense
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        ordered = hidden.index_select(-1, self.order)
-        out = nn.functional.linear(ordered[..., self.d_head :], self.weight)
-        out.unflatten(-1, (-1, self.d_head)).add_(ordered[..., None, : self.d_head])
-        return out
+        ordered = hidden.reshape(-1, hidden.shape[-1]).index_select(-1, self.order)  # (B*T, D)
+        out = nn.functional.linear(ordered[:, self.d_head :], self.weight)
+        out.view(len(out), -1, self.d_head).add_(ordered[:, None, : self.d_head])  # the identity blocks
+        return out.view(*hidden.shape[:-1], -1)
 
 
 class ReducedAttention(LlamaAttention):
@@ -282,7 +293,27 @@ class ReducedLayer:
 
 
 class ReducedPreTrained:
-    """The start of new weights in what is not stock."""
+    """How models of reduced layers start and load."""
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).write_out_gauges_()
+        return loaded
+
+    def write_out_gauges_(self) -> None:
+        """Write the identity blocks out in memory, so that every layer runs one dense product, as in the stock model.
+
+        The config then says `dense`. Nothing happens while weights lie on the meta device.
+        """
+        dense: dict[nn.Module, nn.Module] = {}  # layers that share a module go on sharing it
+        for attention in [module for module in self.modules() if isinstance(module, ReducedAttention)]:
+            gauged = attention.v_proj
+            if isinstance(gauged, GaugedValue) and gauged.weight.device.type != "meta":
+                dense[gauged] = dense.get(gauged) or gauged.written_out()
+                attention.v_proj = dense[gauged]
+                layer = attention.layer_idx
+                self.config.value_maps[layer] = "dense"
 
     def _init_weights(self, module):
         if isinstance(module, QueryMap):

@@ -83,7 +83,7 @@ def test_any_text_gives_a_recipe_or_an_explanation(text, n_layers):
     [
         (
             "keyshared",
-            r"unknown query map 'keyshared'; known: identity, select, key-shared, low-rank:R, dense.",
+            r"unknown query map 'keyshared'; known: identity, select, key-shared, low-rank:R, exact, dense.",
         ),
         ("keyshared", r"Did you mean 'key-shared'\?$"),
         ("lowrank:8", r"Did you mean 'low-rank'\?$"),

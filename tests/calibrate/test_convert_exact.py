@@ -1,0 +1,121 @@
+"""`convert --query exact` as a whole: what it writes, what it reports, what it refuses."""
+
+import json
+
+import pytest
+import torch
+from conversions import hashes, measured, reload_here
+from damage import edit_weights
+from tiny_models import save_variant
+from transformers import AutoModelForCausalLM
+
+from qectomy.calibrate.convert_exact import convert_exact, dry_run_exact
+from qectomy.calibrate.settings import ConvertSettings
+from qectomy.errors import QueryMapError, TextError
+from qectomy.surgery.checkpoint import open_checkpoint
+
+NORM_FREE = dict(norms=False, mlp_skip=False)
+
+
+@pytest.fixture(autouse=True)
+def _reload_here(monkeypatch):
+    reload_here(monkeypatch)
+
+
+def run(source, out, **settings):
+    kept = settings.pop("kept", frozenset())
+    return convert_exact(open_checkpoint(source), out, ConvertSettings(**settings), kept)
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "biases", "mistral", "sharded"])
+def test_the_report_tells_what_lies_in_the_folder(shape, tiny_checkpoint, raven, tmp_path):
+    source = tiny_checkpoint(shape)
+    before = hashes(source)
+    report = run(source, tmp_path / "out", eval_text=str(raven), eval_tokens=160, context=32)
+    assert hashes(source) == before
+    assert json.loads((tmp_path / "out/qectomy.json").read_text()) == report
+    old, new = open_checkpoint(source), open_checkpoint(tmp_path / "out", reduced=True)
+    assert report["parameters"] == {"before": old.parameters, "after": new.parameters}
+    assert report["bytes"] == {"before": old.nbytes, "after": new.nbytes}
+    assert new.parameters < old.parameters
+    assert report["method"] == "exact"
+    assert [layer["map"] for layer in report["layers"]] == [str(spec) for spec in new.recipe]
+    assert report["perplexity"]["before"] == pytest.approx(measured(source, raven), rel=1e-5)
+    assert report["perplexity"]["after"] == pytest.approx(measured(tmp_path / "out", raven), rel=1e-5)
+    assert report["perplexity"]["ratio"] == pytest.approx(1, abs=1e-4)
+    assert report["top1_agreement"] == 1
+    assert 0 < report["logit_error"] < 1e-5
+    card = (tmp_path / "out/README.md").read_text()
+    assert "folded exactly" in card
+    assert "Nothing was fitted" in card
+    assert (tmp_path / "out/tokenizer.json").is_file()
+
+
+def test_no_text_is_needed(tiny_checkpoint, tmp_path):
+    report = run(tiny_checkpoint(), tmp_path / "out")
+    assert "perplexity" not in report
+    assert "on random tokens" in (tmp_path / "out/README.md").read_text()
+    assert 0 < report["logit_error"] < 1e-5
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_bfloat16_says_what_it_costs(family, tmp_path, raven):
+    source = save_variant(tmp_path / "source", family, dtype="float32", **NORM_FREE)
+    options = dict(eval_text=str(raven), eval_tokens=160, context=32)
+    whole = run(source, tmp_path / "whole", **options)
+    half = run(source, tmp_path / "half", dtype="float16", **options)
+    assert half["bytes"]["after"] < 0.6 * whole["bytes"]["after"]
+    assert half["logit_error"] > 100 * whole["logit_error"]
+
+
+def test_layers_can_be_left_whole(tmp_path):
+    source = save_variant(tmp_path / "source", "gpt2", **NORM_FREE)
+    report = run(source, tmp_path / "out", kept=frozenset({1}))
+    assert [(layer["map"], layer["value_map"], layer["how"]) for layer in report["layers"]] == [
+        ("identity", "gauge", "exact"),
+        ("dense", "dense", "kept"),
+    ]
+    old, new = open_checkpoint(source), open_checkpoint(tmp_path / "out", reduced=True)
+    assert new.tensors["transformer.h.1.attn.c_attn.weight"].shape == (32, 96)
+    assert torch.allclose(logits(old.folder), logits(new.folder), rtol=1e-9, atol=1e-9)
+
+
+def logits(folder):
+    tokens = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)(input_ids=tokens).logits
+
+
+def test_a_tie_is_broken_only_where_that_pays(tmp_path):
+    few = save_variant(tmp_path / "few", "llama", norms=False, tie_word_embeddings=True, vocab_size=24, pad_token_id=2)
+    report = run(few, tmp_path / "untied")
+    assert report["tie"] == "broken"
+    assert not json.loads((tmp_path / "untied/config.json").read_text())["tie_word_embeddings"]
+    assert "lm_head.weight" in open_checkpoint(tmp_path / "untied", reduced=True).tensors
+    many = save_variant(tmp_path / "many", "llama", norms=False, tie_word_embeddings=True)
+    report = run(many, tmp_path / "tied")
+    assert report["tie"] == "kept"
+    assert "breaks the tie of embedding and head: 10,240 parameters" in report["layers"][0]["reason"]
+
+
+def test_the_dry_run_is_the_plan(tmp_path):
+    source = save_variant(tmp_path / "source", "llama", **NORM_FREE)
+    plan = dry_run_exact(open_checkpoint(source), ConvertSettings())
+    report = run(source, tmp_path / "out")
+    assert plan["dry_run"]
+    for key in ("layers", "tie", "parameters", "bytes", "query_parameters"):
+        assert plan[key] == report[key]
+
+
+def test_what_is_refused_leaves_nothing(tiny_copy, tmp_path, raven):
+    source = save_variant(tmp_path / "source", "llama", **NORM_FREE)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    edit_weights(source, lambda tensors: tensors[name][:, 3].zero_())
+    with pytest.raises(QueryMapError, match=r"layer 1: W_Q is singular.*--query -0=exact,1=dense"):
+        run(source, tmp_path / "out")
+    one = tiny_copy("gpt2-one-head")  # a block as large as the model is no saving, and nothing else goes
+    with pytest.raises(QueryMapError, match="nothing of this checkpoint goes exactly"):
+        run(one, tmp_path / "out")
+    with pytest.raises(TextError, match="longer than the model's 128 positions"):
+        run(one, tmp_path / "out", eval_text=str(raven), context=129)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [one.name, "source"]

@@ -1,0 +1,169 @@
+"""The certificate: exact folders get it, every kind of tampering loses it, and fitted ones say what they are."""
+
+import shutil
+
+import pytest
+import torch
+from conversions import convert_tiny, reload_here
+from damage import edit_json, edit_weights
+from tiny_models import save_reduced, save_variant
+
+from qectomy.calibrate.convert_exact import convert_exact
+from qectomy.calibrate.settings import ConvertSettings
+from qectomy.calibrate.text import load_tokenizer, read_source
+from qectomy.errors import CheckpointError
+from qectomy.eval.perplexity import Protocol, scoring_windows
+from qectomy.eval.verify import verify
+from qectomy.surgery.checkpoint import open_checkpoint
+
+VARIANTS = {
+    "norm-free": dict(norms=False, tie_word_embeddings=False),
+    "attention-skip-only": dict(norms=False, mlp_skip=False),
+    "skipless": dict(norms=False, attention_skip=False, mlp_skip=False),
+    "shared": dict(norms=False, shared_layers=True, tie_word_embeddings=False),
+}
+
+
+def certificate(folder, source, held=None):
+    return verify(open_checkpoint(folder, reduced=True), open_checkpoint(source), held)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_checkpoint, tmp_path_factory):
+    """Return a function (shape, dtype=None) -> (folder converted exactly, its source), made once."""
+    found = {}
+
+    def make(shape, dtype=None):
+        if (shape, dtype) not in found:
+            folder = tmp_path_factory.mktemp("exact")
+            if "/" in shape:
+                family, variant = shape.split("/")
+                source = save_variant(folder / "source", family, **VARIANTS[variant])
+            else:
+                source = tiny_checkpoint(shape)
+            with pytest.MonkeyPatch.context() as patch:
+                reload_here(patch)
+                convert_exact(open_checkpoint(source), folder / "out", ConvertSettings(dtype=dtype))
+            found[shape, dtype] = folder / "out", source
+        return found[shape, dtype]
+
+    return make
+
+
+SHAPES = ["gpt2", "gpt2-untied", "llama", "biases", "mistral", "bf16"]
+SHAPES += [f"{family}/{variant}" for family in ("gpt2", "llama") for variant in VARIANTS]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_exact_folder_is_certified(shape, made):
+    folder, source = made(shape)
+    found = certificate(folder, source)
+    assert (found["verdict"], found["reasons"]) == ("exact", [])
+    assert found["tensors_proved"] == found["tensors"] == len(open_checkpoint(folder, reduced=True).tensors)
+    assert 0 < found["float64"]["logit_error"] + found["bound"] < 0.5
+    assert found["float64"]["logit_error"] <= 10 * found["bound"]
+    for record in found["layers"]:
+        assert record["bound"] == 2 * torch.finfo(getattr(torch, found["dtype"])).eps * record["condition"]
+        assert 0 <= record["roundings"] <= 0.51  # rounding to nearest is half of one
+        assert record["error_float64"] <= 10 * found["bound"]
+        assert f"error_{found['dtype']}" in record
+
+
+def test_it_measures_on_text(made, raven):
+    folder, source = made("llama", "bfloat16")
+    windows = scoring_windows(load_tokenizer(source), read_source(str(raven)), Protocol(context=32, tokens=160), 320)
+    found = certificate(folder, source, windows)
+    assert found["verdict"] == "exact"
+    assert found["text"]["text"] == "raven.txt"
+    assert found["bfloat16"]["ratio"] == pytest.approx(1, abs=0.2)
+    assert found["bfloat16"]["ratio"] != 1
+    assert found["bfloat16"]["logit_error"] > found["float64"]["logit_error"] > 1e-6  # the stored rounding shows in both
+
+
+@pytest.mark.parametrize(
+    "shape, name",
+    [
+        ("gpt2", "transformer.h.1.attn.c_attn.weight"),
+        ("gpt2", "transformer.h.0.attn.c_attn.pivot_rows"),
+        ("gpt2", "transformer.h.1.attn.c_attn.bias"),
+        ("gpt2", "transformer.h.0.attn.c_proj.bias"),
+        ("gpt2", "transformer.wpe.weight"),
+        ("gpt2", "transformer.ln_f.bias"),
+        ("llama", "model.layers.1.self_attn.v_proj.weight"),
+        ("llama", "model.layers.0.self_attn.o_proj.weight"),
+        ("llama", "model.layers.0.mlp.down_proj.weight"),
+        ("llama", "model.layers.1.input_layernorm.weight"),
+        ("llama", "lm_head.weight"),
+        ("llama/attention-skip-only", "model.embed_tokens.weight"),
+        ("gpt2/skipless", "transformer.h.1.mlp.c_fc.bias"),
+    ],
+)
+def test_one_number_changed_in_one_tensor_is_found_and_named(shape, name, made, tmp_path):
+    folder, source = made(shape)
+    shutil.copytree(folder, tmp_path / "tampered")
+
+    def change(tensors):
+        flat = tensors[name].view(-1)
+        flat[len(flat) // 2] += 1e-4 * tensors[name].abs().max()
+
+    edit_weights(tmp_path / "tampered", change)
+    found = certificate(tmp_path / "tampered", source)
+    assert found["verdict"] == "failed"
+    assert [reason.split(" is ")[0] for reason in found["reasons"] if " roundings " in reason] == [name]
+    assert found["tensors_proved"] == found["tensors"] - 1
+
+
+def test_other_pivots_are_found(made, tmp_path):
+    folder, source = made("llama")
+    shutil.copytree(folder, tmp_path / "tampered")
+    name = "model.layers.0.self_attn.v_proj.order"
+    edit_weights(tmp_path / "tampered", lambda tensors: tensors.update({name: tensors[name].flip(0).contiguous()}))
+    found = certificate(tmp_path / "tampered", source)
+    assert found["verdict"] == "failed"
+    assert any("layers.0.self_attn.v_proj" in reason for reason in found["reasons"])
+    assert any("logits in float64 are off" in reason for reason in found["reasons"])
+
+
+def test_a_changed_config_is_found_by_name_and_by_measure(made, tmp_path):
+    folder, source = made("llama")
+    shutil.copytree(folder, tmp_path / "tampered")
+    edit_json(tmp_path / "tampered/config.json", lambda config: config.update(rms_norm_eps=0.1))
+    found = certificate(tmp_path / "tampered", source)
+    assert found["verdict"] == "failed"
+    assert found["reasons"][0] == "config.json: rms_norm_eps differs"
+    assert "logits in float64 are off" in found["reasons"][1]
+
+
+def test_another_original_of_the_same_shape_fails(made, tiny_checkpoint):
+    folder, _ = made("llama")
+    found = certificate(folder, tiny_checkpoint("llama", rms_norm_eps=1e-7))  # other random weights
+    assert found["verdict"] == "failed"
+    assert found["tensors_proved"] < found["tensors"] // 4
+
+
+@pytest.mark.parametrize("query, why", [("select", "layer 0 is fitted (select)"), ("identity", "layer 0 is fitted (id")])
+def test_a_fitted_folder_is_not_exact_and_says_so(query, why, tiny_checkpoint, raven, tmp_path):
+    source = tiny_checkpoint()
+    convert_tiny(source, tmp_path / "out", query, raven)
+    found = certificate(tmp_path / "out", source)
+    assert found["verdict"] == "not exact"
+    assert found["reasons"][0].startswith(why)
+    assert found["bound"] is None
+    assert found["tensors_proved"] == 0
+    assert found["float64"]["logit_error"] > 1e-3  # and by how much it is off is measured all the same
+
+
+def test_two_layers_cannot_claim_one_stream(tmp_path):
+    source = save_variant(tmp_path / "source", "llama", **VARIANTS["norm-free"])
+    save_reduced_identity = save_reduced(tmp_path / "out", source, ("identity", "identity"))
+    found = certificate(save_reduced_identity, source)
+    assert found["verdict"] == "not exact"
+    assert found["reasons"] == ["layer 1: its stream's one change of basis is layer 0's"]
+
+
+def test_models_that_cannot_come_from_each_other(made, tiny_checkpoint):
+    folder, _ = made("llama")
+    with pytest.raises(CheckpointError, match="of the family llama, .* of gpt2"):
+        certificate(folder, tiny_checkpoint("gpt2"))
+    with pytest.raises(CheckpointError, match=r"differ in n_kv_heads \(2 and 4\)"):
+        certificate(folder, tiny_checkpoint("mha"))
