@@ -77,7 +77,9 @@ def test_it_measures_on_text(made, raven):
     assert found["text"]["text"] == "raven.txt"
     assert found["bfloat16"]["ratio"] == pytest.approx(1, abs=0.2)
     assert found["bfloat16"]["ratio"] != 1
-    assert found["bfloat16"]["logit_error"] > found["float64"]["logit_error"] > 1e-6  # the stored rounding shows in both
+    assert (
+        found["bfloat16"]["logit_error"] > found["float64"]["logit_error"] > 1e-6
+    )  # the stored rounding shows in both
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,9 @@ def test_another_original_of_the_same_shape_fails(made, tiny_checkpoint):
     assert found["tensors_proved"] < found["tensors"] // 4
 
 
-@pytest.mark.parametrize("query, why", [("select", "layer 0 is fitted (select)"), ("identity", "layer 0 is fitted (id")])
+@pytest.mark.parametrize(
+    "query, why", [("select", "layer 0 is fitted (select)"), ("identity", "layer 0 is fitted (id")]
+)
 def test_a_fitted_folder_is_not_exact_and_says_so(query, why, tiny_checkpoint, raven, tmp_path):
     source = tiny_checkpoint()
     convert_tiny(source, tmp_path / "out", query, raven)
