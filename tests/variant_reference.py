@@ -93,11 +93,17 @@ def gpt2_projections(config: Any, state: State, at: str, layer: int, x: torch.Te
     if query == "dense":
         b = state[at + "bias"]
         return [x @ W[:, i * D : (i + 1) * D] + b[i * D : (i + 1) * D] for i in range(3)]
-    k = x @ W[:, :D]
-    gauged = ungauge(state[at + "gauge.order"], state[at + "gauge.weight"], K) if "gauge" in (query, value) else None
-    v = x @ (gauged[:, -D:] if value == "gauge" else W[:, D:])
-    q = x @ gauged[:, :D] + state[at + "gauge.bias"] if query == "gauge" else x + state.get(at + "query.bias", 0)
-    return [q, k, v]
+    if value == "dense":
+        k, v = x @ W[:, :D], x @ W[:, D:]
+    else:  # all but the rows at the pivots
+        order = state[at + "order"]
+        W_K = torch.zeros(D, D, dtype=W.dtype)
+        for place, channel in enumerate(order):
+            W_K[channel] = state[at + "pivot_rows"][place] if place < K else W[place - K, -2 * D : -D]
+        k, v = x @ W_K, x @ ungauge(order, W[:, -D:], K)
+    if query == "gauge":
+        return [x @ ungauge(state[at + "order"], W[:, :D], K) + state[at + "bias"], k, v]
+    return [x + state.get(at + "query.bias", 0), k, v]
 
 
 def rms_norm(state: State, name: str, x: torch.Tensor, config: Any) -> torch.Tensor:

@@ -23,17 +23,17 @@ SHARED = dict(shared_layers=True)
 # What a layer's attention stores, by hand: D = 32 in 4 heads of 8, Llama's with 2 key heads; (in, out) for GPT-2.
 GPT2 = {
     "gauge": {
-        "c_attn.weight": (32, 32),  # W_K
-        "c_attn.gauge.order": (32,),
-        "c_attn.gauge.weight": (24, 64),  # W_Q and W_V but for 8 rows
-        "c_attn.gauge.bias": (32,),
+        "c_attn.order": (32,),
+        "c_attn.weight": (24, 96),  # W_Q, W_K and W_V but for 8 rows
+        "c_attn.pivot_rows": (8, 32),  # these rows of W_K
+        "c_attn.bias": (32,),  # of the queries
         "c_proj.weight": (32, 32),
         "c_proj.bias": (32,),
     },
     "identity": {
-        "c_attn.weight": (32, 32),
-        "c_attn.gauge.order": (32,),
-        "c_attn.gauge.weight": (24, 32),  # W_V but for 8 rows
+        "c_attn.order": (32,),
+        "c_attn.weight": (24, 64),
+        "c_attn.pivot_rows": (8, 32),
         "c_proj.weight": (32, 32),
         "c_proj.bias": (32,),
     },
@@ -204,7 +204,7 @@ def test_a_single_head_without_rope_loses_its_query(tmp_path, name):
     assert plan.recipe == (QueryMapSpec("identity"),) * 3
     assert stored(tmp_path / "out")["transformer.h.1.attn.c_attn.weight"] == (32, 64)
     assert stored(tmp_path / "out")["transformer.h.1.attn.c_proj.bias"] == (32,)
-    assert not any("gauge" in name or "query" in name for name in stored(tmp_path / "out"))
+    assert not any("order" in name or "query" in name for name in stored(tmp_path / "out"))
 
 
 SHAPES = {

@@ -240,7 +240,7 @@ def test_gauged_projections_are_written_out(tmp_path, name):
     d_head = config.hidden_size // config.num_attention_heads if name.startswith("gpt2") else config.head_dim
     for layer, gauge in enumerate(folded.read_layer(i) for i in range(2)):
         if name.startswith("gpt2"):
-            pivots = gauge["attn.c_attn.gauge.order"][:d_head].long()
+            pivots = gauge["attn.c_attn.order"][:d_head].long()
             W = found[f"transformer.h.{layer}.attn.c_attn.weight"]
             identities = [W[pivots, :32], W[pivots, 64:]]
             assert not found[f"transformer.h.{layer}.attn.c_attn.bias"][32:].any()

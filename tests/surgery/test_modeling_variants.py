@@ -41,7 +41,6 @@ MAPS = {  # beside all dense
     "identity": maps("identity"),
     "identity-gauge": maps("identity", "gauge"),
     "value": maps("dense", "gauge"),
-    "query": maps("gauge"),
     "both": maps("gauge", "gauge"),
     "mixed": dict(query_maps=["identity", "dense"], value_maps=["gauge", "dense"]),
 }
@@ -53,7 +52,7 @@ def combinations():
         for structure, fields in STRUCTURES.items():
             yield family, structure, "dense", fields
         for name, chosen in MAPS.items():
-            if name in (("value",) if family == "gpt2" else ("query", "both")):  # which that family does not have
+            if name in (("value",) if family == "gpt2" else ("both",)):  # which that family does not have
                 continue
             for structure in ("norm-free", "norms", "shared", "skipless"):
                 if structure != "shared" or name != "mixed":
@@ -98,12 +97,6 @@ def made(case):
     return model
 
 
-def saved(case, folder):
-    model = made(case)
-    model.save_pretrained(folder)
-    return model
-
-
 @pytest.mark.parametrize("case", ALL.values(), ids=ALL)
 @torch.no_grad()
 def test_the_equations(case):
@@ -123,7 +116,8 @@ def test_the_equations(case):
 
 @pytest.mark.parametrize("case", SOME.values(), ids=SOME)
 def test_save_and_reload(case, tmp_path):
-    model, ids = saved(case, tmp_path / "first"), tokens(2, 40)
+    model, ids = made(case), tokens(2, 40)
+    model.save_pretrained(tmp_path / "first")
     names = set(load_file(tmp_path / "first/model.safetensors"))
     if case[1].get("shared_layers"):
         layers = {name.split(".")[2] for name in names if ".h." in name or ".layers." in name}
@@ -132,19 +126,26 @@ def test_save_and_reload(case, tmp_path):
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert type(again) is type(model)
     again.save_pretrained(tmp_path / "second")
-    assert set(load_file(tmp_path / "second/model.safetensors")) == names
+    gauged = "gauge" in case[1].get("value_maps", [])  # whose identity blocks are written out when they are loaded
+    assert (set(load_file(tmp_path / "second/model.safetensors")) == names) == (not gauged)
     third = AutoModelForCausalLM.from_pretrained(tmp_path / "second")
     with torch.no_grad():
         expected = model(ids).logits
         assert expected.isfinite().all()
-        for other in (again, third):
-            assert torch.equal(other(ids).logits, expected)
+        assert relative(again(ids).logits, expected) <= (1e-5 if gauged else 0)
+        assert torch.equal(third(ids).logits, again(ids).logits)
         name, parameter = next((n, p) for n, p in third.named_parameters() if "mlp" in n and p.ndim == 2)
         parameter += 0.1
-        assert not torch.equal(third(ids).logits, expected), name
-    assert sum(p.numel() for p in third.parameters()) == sum(p.numel() for p in model.parameters())
-    for field in ("norms", "attention_skip", "mlp_skip", "shared_layers", "query_maps", "value_maps", "output_maps"):
+        assert relative(third(ids).logits, expected) > 1e-3, name
+    for field in ("norms", "attention_skip", "mlp_skip", "shared_layers", "output_maps"):
         assert getattr(third.config, field) == getattr(model.config, field)
+    kept = ["dense" if gauged and name == "gauge" else name for name in model.config.query_maps]
+    assert third.config.query_maps == kept
+    assert third.config.value_maps == ["dense"] * 2
+    if case[1].get("shared_layers"):
+        assert (
+            len({name.split(".")[2] for name in load_file(tmp_path / "second/model.safetensors") if "mlp" in name}) == 1
+        )
 
 
 @pytest.mark.parametrize("case", SOME.values(), ids=SOME)
@@ -210,7 +211,7 @@ def test_a_fresh_model_is_usable(case):
         assert tensor.isfinite().all(), name
         if name.endswith(".order"):
             assert torch.equal(tensor, torch.arange(32, dtype=torch.int32))
-        if name.endswith(("gauge.weight", "v_proj.weight", "c_attn.weight")):
+        if name.endswith(("v_proj.weight", "c_attn.weight", "pivot_rows")):
             assert tensor.std().item() == pytest.approx(0.02, rel=0.15), name
     assert model(tokens()).logits.abs().max() < 10
 
@@ -237,7 +238,8 @@ def test_a_stranger_gets_the_same_logits(tmp_path):
     """In a process that cannot import qectomy, by the code that lies beside the weights."""
     ids, models = tokens(2, 24), {}
     for name, case in SOME.items():
-        models[name] = saved(case, tmp_path / name)
+        models[name] = made(case)
+        models[name].save_pretrained(tmp_path / name)
         assert list((tmp_path / name).glob("modeling_qectomy_*.py"))
     environment = {key: os.environ[key] for key in ("PATH", "OMP_NUM_THREADS") if key in os.environ}
     environment |= {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
@@ -249,7 +251,7 @@ def test_a_stranger_gets_the_same_logits(tmp_path):
     with torch.no_grad():
         for name, model in models.items():
             theirs = load_file(tmp_path / f"{name}.safetensors")
-            torch.testing.assert_close(theirs["logits"], model(ids).logits, rtol=1e-5, atol=1e-5)
+            assert relative(theirs["logits"], model(ids).logits) < 1e-5, name
             assert torch.equal(theirs["again"], theirs["logits"])
 
 
@@ -282,8 +284,10 @@ def test_configs_that_contradict_themselves(family, fields, message):
 def test_what_one_family_alone_refuses():
     with pytest.raises(ValueError, match="only where n_heads \\* d_head is d_model"):
         variant_model("llama", **STRUCTURES["skipless"], **MERGED, head_dim=6)
-    with pytest.raises(ValueError, match="layer 1: c_attn is whole while queries are dense, so its values are too"):
-        variant_model("gpt2", query_maps=["identity", "dense"], value_maps=["gauge", "gauge"])
+    for query, value in (("dense", "gauge"), ("gauge", "dense")):
+        message = f"layer 1: queries of map '{query}' cannot go with values of map '{value}'"
+        with pytest.raises(ValueError, match=message):
+            variant_model("gpt2", query_maps=["identity", query], value_maps=["dense", value])
     with pytest.raises(ValueError, match="share their weights cannot scale their logits by their place"):
         variant_model("gpt2", shared_layers=True, scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(ValueError, match="unknown query map 'gauge'"):
