@@ -77,9 +77,7 @@ def test_it_measures_on_text(made, raven):
     assert found["text"]["text"] == "raven.txt"
     assert found["bfloat16"]["ratio"] == pytest.approx(1, abs=0.2)
     assert found["bfloat16"]["ratio"] != 1
-    assert (
-        found["bfloat16"]["logit_error"] > found["float64"]["logit_error"] > 1e-6
-    )  # the stored rounding shows in both
+    assert min(found[dtype]["logit_error"] for dtype in ("float64", "bfloat16")) > 1e-4  # stored rounding shows in both
 
 
 @pytest.mark.parametrize(
