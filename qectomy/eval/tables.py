@@ -153,6 +153,8 @@ def show_certificate(result: dict[str, Any]) -> None:
         console.print(f"logits in {name}: off by {found['logit_error']:.1e} of the largest{more}")
     for reason in result["reasons"]:
         console.print(f"- {reason}", markup=False)
+    if result["bound"] is not None and result["bound"] > 1:
+        console.print(f"the layers' bounds add up to more than the logits: in {dtype} only the measure says how close")
     proved = f"{result['tensors_proved']} of {result['tensors']} tensors are what exact folding gives"
     console.print(f"verdict: {result['verdict']} ({proved})")
 

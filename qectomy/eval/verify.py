@@ -152,7 +152,7 @@ def _claimed(original: Checkpoint, layer: int, choice: Choice) -> list[str]:
     if fold is None:
         return [f"layer {layer} is fitted (identity): {stream.why} lets only {stream.group.value} pass"]
     choice.claims[index] = layer
-    choice.verdicts[layer] = Verdict("exact", stream.why, fold.condition, fold.basis_condition)
+    choice.verdicts[layer] = Verdict("exact", stream.why, basis_condition=fold.condition)
     return []
 
 
@@ -200,10 +200,4 @@ def _condition(plan: ExactPlan, layer: int, n_layers: int) -> float:
     """Return κ of a stored layer: of its worst stream's basis, times that of its pivots."""
     places: list[Place] = [("attention", layer), ("mlp", layer)]
     places.append(("attention", layer + 1) if layer + 1 < n_layers else HEAD)
-    streams = plan.choice.streams
-    found = {streams.of(place) for place in places}
-    if streams.tie_spans_two and streams.of(HEAD) in found:
-        found.add(streams.of(("attention", 0)))
-    claimed = [plan.choice.verdicts[plan.choice.claims[index]] for index in found if index in plan.choice.claims]
-    bases = [verdict.basis_condition or 1.0 for verdict in claimed]
-    return max([1.0, *bases]) * max(1.0, plan.pivot_conditions.get(layer, 1.0))
+    return max(map(plan.choice.condition, places)) * max(1.0, plan.pivot_conditions.get(layer, 1.0))

@@ -211,8 +211,10 @@ def _gauge_of(
     blocks = torch.cat([split_heads(W, dims.d_head) for W in gauged])
     pivots, condition = choose_pivots(blocks)
     # W[P] goes into W_O, or W_K, which the ill-conditioned basis that made it so multiplies once more.
-    bases = [float(torch.linalg.cond(basis.theta)) for basis in (before, middle) if basis is not None]
-    strain = float(torch.linalg.cond(blocks[:, pivots]).max()) * max(bases) if bases else condition
+    strain = condition
+    if before is not None or middle is not None:
+        bases = max(choice.condition(("attention", layer)), choice.condition(("mlp", layer)))
+        strain = float(torch.linalg.cond(blocks[:, pivots]).max()) * bases
     if condition > MAX_PIVOT_CONDITION or strain * eps > LOST:
         return QueryMapSpec(query, output=output), None, condition
     query = "gauge" if len(gauged) == 2 else query

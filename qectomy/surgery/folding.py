@@ -19,7 +19,7 @@ from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.family import Dimensions
 from qectomy.surgery.gauge import join_heads, orthonormal_gauge, pair_scales, split_heads
 from qectomy.surgery.linear_views import read_view
-from qectomy.surgery.streams import HEAD, Group, Stream, Streams, derive_streams, mergeable, structural_verdict
+from qectomy.surgery.streams import HEAD, Group, Place, Stream, Streams, derive_streams, mergeable, structural_verdict
 from qectomy.surgery.writer import DTYPES
 
 SINGULAR = 1e13  # a condition number beyond which float64 cannot tell a matrix from a singular one
@@ -43,19 +43,18 @@ class QueryFold:
     """How a layer's queries become slices of what its attention reads.
 
     `gauge` A (H, K, K): the new queries are q A, the new keys k A⁻ᵀ. `scale` (D,): what the norm's gain takes in.
-    `condition` of W_Q as stored; `basis_condition` of Θ, 1 where the basis stands.
+    `condition` of Θ, 1 where the basis stands.
     """
 
     gauge: torch.Tensor
     basis: Basis | None = None
     scale: torch.Tensor | None = None
-    condition: float
-    basis_condition: float = 1.0
+    condition: float = 1.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a layer's W_Q, and why, in one line."""
+    """What becomes of a layer's W_Q, and why, in one line; `condition` of W_Q where that matters, else None."""
 
     how: str  # exact, gauge, least squares, refused, or kept
     reason: str
@@ -80,6 +79,14 @@ class Choice:
         """Whether a layer's W_Q becomes the identity."""
         return layer in self.standing or layer in self.claims.values()
 
+    def condition(self, place: Place) -> float:
+        """Return the condition number of the change of basis at a place; 1 where the basis stands."""
+        index = self.streams.of(place)
+        if index in self.claims:
+            return self.verdicts[self.claims[index]].basis_condition or 1.0
+        follows = self.streams.tie_spans_two and index == self.streams.of(HEAD)
+        return self.condition(("attention", 0)) if follows else 1.0
+
 
 def standing_fold(W_Q: torch.Tensor, dims: Dimensions) -> QueryFold | None:
     """Return the fold of a W_Q that is the identity up to its heads' gauge or the norm's gain, or None.
@@ -94,21 +101,20 @@ def standing_fold(W_Q: torch.Tensor, dims: Dimensions) -> QueryFold | None:
     own = blocks[torch.arange(dims.n_heads), :, torch.arange(dims.n_heads)]  # (H, K, K)
     if bool(W_Q[n_query:].any()) or not torch.equal(torch.block_diag(*own), square):
         return None
-    condition = condition_number(W_Q)
-    if not condition < SINGULAR:
+    if not float(torch.linalg.cond(own).max()) < SINGULAR:
         return None
     if not dims.rope:
-        return QueryFold(gauge=torch.linalg.inv(own), condition=condition)
+        return QueryFold(gauge=torch.linalg.inv(own))
     diagonal = own.diagonal(dim1=1, dim2=2)  # (H, K)
     if not torch.equal(torch.diag_embed(diagonal), own):
         return None
     shared = diagonal.view(dims.n_kv_heads, -1, 2, dims.d_head // 2)
     if torch.equal(shared, shared[:, :1, :1].expand_as(shared)):  # passes RoPE: one scale a pair and KV head
-        return QueryFold(gauge=torch.diag_embed(1 / diagonal), condition=condition)
+        return QueryFold(gauge=torch.diag_embed(1 / diagonal))
     if not dims.norms:
         return None
     scale = torch.cat([diagonal.flatten(), torch.ones(dims.d_model - n_query, dtype=torch.float64)])
-    return QueryFold(gauge=torch.eye(dims.d_head).double().repeat(dims.n_heads, 1, 1), scale=scale, condition=condition)
+    return QueryFold(gauge=torch.eye(dims.d_head).double().repeat(dims.n_heads, 1, 1), scale=scale)
 
 
 def basis_fold(W_Q: torch.Tensor, dims: Dimensions, group: Group, tolerance: float) -> QueryFold | None:
@@ -118,11 +124,10 @@ def basis_fold(W_Q: torch.Tensor, dims: Dimensions, group: Group, tolerance: flo
     conditions Θ best. `tolerance` is how far from orthogonal rounding of the stored weights can leave a Θ.
     """
     W = W_Q.double()
+    if W.shape[1] > dims.d_model:
+        return None
     if group is Group.ORTHOGONAL_KEEPING_MEAN:  # states of mean 0 do not see a constant in a column
         W = W - W.mean(0) + 1 / dims.d_model
-    condition = condition_number(W)
-    if W.shape[1] > dims.d_model or not condition < SINGULAR:
-        return None
     blocks = split_heads(W, dims.d_head)
     try:
         A = pair_scales(blocks, dims.n_heads // dims.n_kv_heads) if dims.rope else orthonormal_gauge(blocks)
@@ -130,18 +135,19 @@ def basis_fold(W_Q: torch.Tensor, dims: Dimensions, group: Group, tolerance: flo
             A = torch.eye(dims.d_head).double().repeat(dims.n_heads, 1, 1)
     except torch.linalg.LinAlgError:
         return None
-    theta = _completed(join_heads(blocks @ A))
+    columns = join_heads(blocks @ A)
     if group is not Group.GENERAL:
-        U, S, Vh = torch.linalg.svd(theta)
-        if float((S - 1).abs().max()) > tolerance:
+        off = columns.mT @ columns - torch.eye(columns.shape[1], dtype=torch.float64)
+        if float(off.abs().max()) > 3 * tolerance:  # as good as every W_Q there is; spares an SVD
             return None
+        U, S, Vh = torch.linalg.svd(_completed(columns))
         theta = U @ Vh
-        return QueryFold(gauge=A, basis=Basis(theta, theta.mT.contiguous()), condition=condition)
-    basis_condition = float(torch.linalg.cond(theta))
-    if not basis_condition < SINGULAR:
+        return None if float((S - 1).abs().max()) > tolerance else QueryFold(gauge=A, basis=Basis(theta, theta.mT))
+    theta = _completed(columns)
+    condition = condition_number(theta)
+    if not condition < SINGULAR:
         return None
-    basis = Basis(theta, torch.linalg.inv(theta))
-    return QueryFold(gauge=A, basis=basis, condition=condition, basis_condition=basis_condition)
+    return QueryFold(gauge=A, basis=Basis(theta, torch.linalg.inv(theta)), condition=condition)
 
 
 def _completed(W: torch.Tensor) -> torch.Tensor:
@@ -162,7 +168,11 @@ class Folds:
 
     def __init__(self, source: Checkpoint, choice: Choice):
         self.source, self.choice = source, choice
-        self.query = lru_cache(maxsize=2)(self._query)
+        self._made = lru_cache(maxsize=2)(self._make)  # a layer's and the next one's
+
+    def query(self, layer: int) -> QueryFold | None:
+        """Return the fold of a stored layer's W_Q; None if it keeps it."""
+        return self._made(layer) if self.choice.folded(layer) else None
 
     def basis(self, place: tuple[str, int]) -> Basis | None:
         """Return the change of basis at a place; None: the basis stands."""
@@ -176,15 +186,10 @@ class Folds:
             return None if first is None else Basis(first.inverse.mT, first.theta.mT)
         return None
 
-    def _query(self, layer: int) -> QueryFold | None:
-        """Return the fold of a stored layer's W_Q; None if it keeps it."""
-        dims = self.source.dims
+    def _make(self, layer: int) -> QueryFold | None:
         if layer in self.choice.standing:
-            return standing_fold(read_query(self.source, layer), dims)
-        if layer in self.choice.claims.values():
-            stream = self.choice.streams.streams[self.choice.streams.of(("attention", layer))]
-            return claim(self.source, layer, stream)
-        return None
+            return standing_fold(read_query(self.source, layer), self.source.dims)
+        return claim(self.source, layer, self.choice.streams.streams[self.choice.streams.of(("attention", layer))])
 
 
 def read_query(source: Checkpoint, layer: int, with_gain: bool = False) -> torch.Tensor:
@@ -200,7 +205,7 @@ def read_query(source: Checkpoint, layer: int, with_gain: bool = False) -> torch
 def claim(source: Checkpoint, layer: int, stream: Stream) -> QueryFold | None:
     """Return the fold by which a layer's W_Q claims its stream, or None if it is not in the stream's group."""
     W_Q = read_query(source, layer, with_gain=True)
-    tolerance = max(8 * rounding(source.dtype), 1e-12)  # the singular values of a float64 W_Q are no more exact
+    tolerance = max(2 * rounding(source.dtype), 1e-12)  # the singular values of a float64 W_Q are no more exact
     fold = basis_fold(W_Q, source.dims, stream.group, tolerance)
     if fold is None and stream.breaks_tie and source.dims.untying_pays:
         return basis_fold(W_Q, source.dims, Group.GENERAL, tolerance)
@@ -213,7 +218,7 @@ def choose_folds(
     kept: frozenset[int] = frozenset(),
     progress: Callable[[], None] = lambda: None,
 ) -> Choice:
-    """Return what of a checkpoint goes exactly, reading each W_Q once or twice.
+    """Return what of a checkpoint goes exactly, reading each W_Q twice at most.
 
     `dtype` is the target's, as safetensors names it; layers in `kept` stay whole. `progress` is called for each layer.
     """
@@ -231,25 +236,22 @@ def _choose_in(
 ) -> None:
     """Choose which of the layers that read a stream lose W_Q, and record each one's verdict."""
     dims, best = source.dims, None
-    conditions: dict[int, tuple[float, float | None]] = {}
+    wanted = sorted(set(stream.queries) - choice.kept)
+    choice.standing |= {layer for layer in wanted if standing_fold(read_query(source, layer), dims) is not None}
+    conditions: dict[int, float] = {}  # of each layer's Θ
     for layer in stream.queries:
-        W_Q = read_query(source, layer)
-        if layer not in choice.kept and standing_fold(W_Q, dims) is not None:
-            choice.standing.add(layer)
-        conditions[layer] = (condition_number(W_Q), None)
-        progress()
-    if not choice.standing.intersection(stream.queries) and not _tie_forbids(source, stream):
-        for layer in set(stream.queries) - choice.kept:
+        if layer in wanted and not choice.standing.intersection(stream.queries) and not _tie_forbids(source, stream):
             fold = claim(source, layer, stream)
             if fold is not None and fold.basis is not None:
-                conditions[layer] = (fold.condition, fold.basis_condition)
-                if fold.basis_condition * eps <= LOST and (best is None or fold.basis_condition < best[0]):
-                    best = (fold.basis_condition, layer, fold.basis.orthogonal)
+                conditions[layer] = fold.condition
+                if fold.condition * eps <= LOST and (best is None or fold.condition < best[0]):
+                    best = (fold.condition, layer, fold.basis.orthogonal)
+        progress()
     if best is not None:
         choice.claims[index] = best[1]
         choice.untied |= stream.breaks_tie and not best[2]
     for layer in stream.queries:
-        choice.verdicts[layer] = _verdict(source, layer, stream, choice, conditions[layer], eps)
+        choice.verdicts[layer] = _verdict(source, layer, stream, choice, conditions.get(layer), eps)
 
 
 def _tie_forbids(source: Checkpoint, stream: Stream) -> bool:
@@ -266,21 +268,22 @@ def _verdict(
     layer: int,
     stream: Stream,
     choice: Choice,
-    conditions: tuple[float, float | None],
+    basis_condition: float | None,
     eps: float,
 ) -> Verdict:
-    dims, (condition, basis_condition) = source.dims, conditions
+    dims = source.dims
     how, why = structural_verdict(choice.streams, layer)
     if layer in choice.kept:
-        return Verdict("kept", "asked to stay dense", condition)
+        return Verdict("kept", "asked to stay dense")
+    if how != "exact" and not choice.folded(layer):
+        return Verdict(how, f"{why}, and W_Q is not one" if dims.norms else why)
+    condition = condition_number(read_query(source, layer))
     if layer in choice.standing:
         return Verdict("exact", "W_Q is the identity up to each head's gauge and the norm's gain", condition, 1.0)
     if layer in choice.claims.values():
         if dims.norms or (stream.breaks_tie and not choice.untied):
             why = f"W_Q is {stream.group.value}: it passes the {'norm' if dims.norms else 'tie'}"
         return Verdict("exact", why, condition, basis_condition)
-    if how != "exact":
-        return Verdict(how, f"{why}, and W_Q is not one" if dims.norms else why, condition)
     if not condition < SINGULAR:
         return Verdict("refused", f"W_Q is singular (condition number {condition:.1e})", condition, ill=True)
     if standing := sorted(choice.standing.intersection(stream.queries)):
