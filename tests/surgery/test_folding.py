@@ -212,8 +212,8 @@ def test_the_best_conditioned_layer_takes_a_shared_stream(tmp_path, family):
     assert list(choice.claims.values()) != [1]
     (claimed,) = choice.claims.values()
     fits = {i: choose_folds(open_checkpoint(source), kept=frozenset({0, 1, 2}) - {i}).verdicts[i] for i in (0, 2)}
-    assert claimed == min(fits, key=lambda i: fits[i].condition)
-    assert choice.verdicts[claimed].basis_condition == fits[claimed].condition
+    assert claimed == min(fits, key=lambda i: fits[i].basis_condition)
+    assert choice.verdicts[claimed].basis_condition == fits[claimed].basis_condition
     assert (choice.verdicts[1].how, choice.verdicts[1].ill) == ("refused", True)
     other = ({0, 2} - {claimed}).pop()
     assert f"layer {claimed}" in choice.verdicts[other].reason
