@@ -12,13 +12,16 @@ import torch
 State = dict[str, torch.Tensor]
 
 
-def ungauge(order: torch.Tensor, rest: torch.Tensor, d_head: int) -> torch.Tensor:
-    """W (D, n): for each head the identity at the first K channels of `order`, `rest` (D - K, n) at the others."""
-    W = torch.zeros(len(order), rest.shape[1], dtype=rest.dtype)
-    for column in range(rest.shape[1]):
-        W[order[column % d_head], column] = 1
-        for row, channel in enumerate(order[d_head:]):
-            W[channel, column] = rest[row, column]
+def ungauge(pivots: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """W (D, n*K): for each head the identity at its `pivots` (n, K), `rest` (D - K, n*K) at its other channels."""
+    heads, d_head = pivots.shape
+    W = torch.zeros(len(rest) + d_head, heads * d_head, dtype=rest.dtype)
+    for head in range(heads):
+        others = [channel for channel in range(len(W)) if channel not in pivots[head].tolist()]
+        for column in range(head * d_head, (head + 1) * d_head):
+            W[pivots[head, column % d_head], column] = 1
+            for row, channel in enumerate(others):
+                W[channel, column] = rest[row, column]
     return W
 
 
@@ -95,14 +98,11 @@ def gpt2_projections(config: Any, state: State, at: str, layer: int, x: torch.Te
         return [x @ W[:, i * D : (i + 1) * D] + b[i * D : (i + 1) * D] for i in range(3)]
     if value == "dense":
         k, v = x @ W[:, :D], x @ W[:, D:]
-    else:  # all but the rows at the pivots
-        order = state[at + "order"]
-        W_K = torch.zeros(D, D, dtype=W.dtype)
-        for place, channel in enumerate(order):
-            W_K[channel] = state[at + "pivot_rows"][place] if place < K else W[place - K, -2 * D : -D]
-        k, v = x @ W_K, x @ ungauge(order, W[:, -D:], K)
+    else:
+        pivots, rest = state[at + "gauge.pivots"], state[at + "gauge.weight"]
+        k, v = x @ W, x @ ungauge(pivots[-D // K :], rest[:, -D:])
     if query == "gauge":
-        return [x @ ungauge(state[at + "order"], W[:, :D], K) + state[at + "bias"], k, v]
+        return [x @ ungauge(pivots[: D // K], rest[:, :D]) + state[at + "gauge.bias"], k, v]
     return [x + state.get(at + "query.bias", 0), k, v]
 
 
@@ -132,7 +132,7 @@ def llama_logits(config: Any, state: State, ids: torch.Tensor) -> torch.Tensor:
             )
         k = linear(at + "self_attn.k_proj", read)
         if config.value_maps[layer] == "gauge":
-            v = read @ ungauge(state[at + "self_attn.v_proj.order"], state[at + "self_attn.v_proj.weight"].T, K)
+            v = read @ ungauge(state[at + "self_attn.v_proj.pivots"], state[at + "self_attn.v_proj.weight"].T)
         else:
             v = linear(at + "self_attn.v_proj", read)
         attended = attend(rotate(q, K, theta), rotate(k, K, theta), v, K, K**-0.5, window)

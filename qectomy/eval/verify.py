@@ -124,8 +124,8 @@ def _plan_of(reduced: Checkpoint, original: Checkpoint) -> tuple[ExactPlan | Non
             why += _claimed(original, layer, choice)
         if spec.output == "merged":
             choice.merged.add(layer)
-        if "gauge" in (spec.name, spec.value):
-            pivots[layer] = reduced.read(f"{reduced.prefix(layer)}{roles.gauge}.order")[: dims.d_head].long()
+        if spec.gauged:
+            pivots[layer] = reduced.read(f"{reduced.prefix(layer)}{roles.gauge}.pivots").long()
     why += [f"layer {layer}: W_O cannot be merged exactly" for layer in choice.merged - mergeable(choice.streams)]
     if why:
         return None, why
@@ -134,7 +134,7 @@ def _plan_of(reduced: Checkpoint, original: Checkpoint) -> tuple[ExactPlan | Non
     for layer, chosen in pivots.items():
         W_Q, W_V = readers_in_basis(original.read_layer(layer), dims, roles, layer_plan(plan, folds, layer))
         spec = reduced.recipe[layer]
-        gauged = [W for W, how in ((W_Q, spec.name), (W_V, spec.value)) if how == "gauge"]
+        gauged = [W for W, role in ((W_Q, "query"), (W_V, "value")) if role in spec.gauged]
         conditions[layer] = pivot_condition(torch.cat([split_heads(W, dims.d_head) for W in gauged]), chosen)
     return plan, []
 

@@ -74,7 +74,9 @@ class LlamaFamily(Family):
             projections["self_attn.v_proj"] = (n_key, dims.d_model - dims.d_head, False)
         if spec.output == "merged":
             del projections["self_attn.o_proj"]
-        shapes: Shapes = {"self_attn.v_proj.order": (dims.d_model,)} if spec.value == "gauge" else {}
+        shapes: Shapes = {}
+        if spec.value == "gauge":
+            shapes["self_attn.v_proj.pivots"] = (dims.n_kv_heads, dims.d_head)
         for name, (n_out, n_in, bias) in projections.items():
             shapes[f"{name}.weight"] = (n_out, n_in)
             if bias:
@@ -171,9 +173,10 @@ class GPT2Family(Family):
         )
 
     def layer_shapes(self, dims: Dimensions, spec: "QueryMapSpec") -> Shapes:
-        d_model, parts = dims.d_model, 3 if spec.name in ("dense", "gauge") else 2
+        d_model, gauged = dims.d_model, len(spec.gauged)
+        parts = 3 if spec.name == "dense" else 1 if "value" in spec.gauged else 2
         projections = {
-            "attn.c_attn": (d_model - (dims.d_head if spec.value == "gauge" else 0), parts * d_model),
+            "attn.c_attn": (d_model, parts * d_model),
             "attn.c_proj": (d_model, d_model),
             "mlp.c_fc": (d_model, dims.d_mlp),
             "mlp.c_proj": (dims.d_mlp, d_model),
@@ -185,10 +188,12 @@ class GPT2Family(Family):
             shapes[f"{name}.weight"] = (n_in, n_out)
             if name != "attn.c_attn" or spec.name == "dense":
                 shapes[f"{name}.bias"] = (n_out,)
-        if spec.value == "gauge":
-            shapes |= {"attn.c_attn.order": (d_model,), "attn.c_attn.pivot_rows": (dims.d_head, d_model)}
+        if gauged:
+            gauge = self.roles.gauge
+            shapes[f"{gauge}.pivots"] = (gauged * dims.n_heads, dims.d_head)
+            shapes[f"{gauge}.weight"] = (d_model - dims.d_head, gauged * d_model)
         if spec.name == "gauge":
-            shapes["attn.c_attn.bias"] = (d_model,)
+            shapes[f"{self.roles.gauge}.bias"] = (d_model,)
         for norm in (self.roles.attention_norm, self.roles.mlp_norm):
             shapes |= self.norm_shapes(norm, dims)
         return shapes
@@ -266,7 +271,7 @@ GPT2_ROLES = LayerRoles(
     query_map="attn.c_attn.query",
     reduced_key=LinearView("attn.c_attn", Orientation.IN_OUT, (0, 2)),
     reduced_value=LinearView("attn.c_attn", Orientation.IN_OUT, (1, 2)),
-    gauge="attn.c_attn",
+    gauge="attn.c_attn.gauge",
 )
 
 FAMILIES: dict[str, Family] = {

@@ -17,7 +17,7 @@ from qectomy.surgery.family import Dimensions
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.fold_layer import LayerPlan, fold_layer, fold_norm, query_shift, readers_in_basis
 from qectomy.surgery.folding import LOST, Choice, Folds, choose_folds, rounding
-from qectomy.surgery.gauge import MAX_PIVOT_CONDITION, choose_pivots, split_heads
+from qectomy.surgery.gauge import MAX_PIVOT_CONDITION, choose_pivots, pivot_rows, split_heads
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.streams import HEAD
 from qectomy.surgery.writer import DTYPES, ShardWriter, TensorSpec
@@ -214,7 +214,7 @@ def _gauge_of(
     strain = condition
     if before is not None or middle is not None:
         bases = max(choice.condition(("attention", layer)), choice.condition(("mlp", layer)))
-        strain = float(torch.linalg.cond(blocks[:, pivots]).max()) * bases
+        strain = float(torch.linalg.cond(pivot_rows(blocks, pivots)).max()) * bases
     if condition > MAX_PIVOT_CONDITION or strain * eps > LOST:
         return QueryMapSpec(query, output=output), None, condition
     query = "gauge" if len(gauged) == 2 else query

@@ -54,9 +54,14 @@ class LayerRoles:
 
     def views(self, spec: "QueryMapSpec") -> "dict[str, LinearView]":
         """Return where a layer of these maps stores W_K and W_V, and W_Q if it is dense or in the gauge."""
-        whole = spec.name in ("dense", "gauge")  # with W_Q beside W_K and W_V, or in a tensor of its own
-        key, value = (self.key, self.value) if whole else (self.reduced_key, self.reduced_value)
-        return {"key": key, "value": value, **({"query": self.query} if whole else {})}
+        key, value = (self.key, self.value) if spec.name == "dense" else (self.reduced_key, self.reduced_value)
+        views = {"key": key, "value": value} | ({"query": self.query} if spec.name == "dense" else {})
+        gauged = spec.gauged
+        if "value" in gauged and key.module == value.module:
+            views["key"] = LinearView(key.module, key.orientation)
+        for place, role in enumerate(gauged):
+            views[role] = LinearView(self.gauge, key.orientation, (place, len(gauged)))
+        return views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +104,8 @@ class Dimensions:
 
     @property
     def gauge_pays(self) -> bool:
-        """Whether the identity blocks of W_V's heads are more numbers than the order of channels they come with."""
-        return self.d_head < self.d_model < self.n_kv_heads * self.d_head**2
+        """Whether a head's identity block has more numbers than channels it stands at, and is not all of its W."""
+        return 1 < self.d_head < self.d_model
 
     def stored_layer(self, layer: int) -> int:
         """The layer under whose name a layer's weights are stored."""
@@ -141,7 +146,7 @@ class Family:
 
     def is_index(self, name: str) -> bool:
         """Whether a tensor holds channel numbers, not weights."""
-        return name.endswith((f"{self.roles.query_map}.index", f"{self.roles.gauge}.order"))
+        return name.endswith((f"{self.roles.query_map}.index", f"{self.roles.gauge}.pivots"))
 
     def norm_shapes(self, name: str, dims: Dimensions) -> Shapes:
         """Return {tensor name: shape} of a norm, if the model has norms."""

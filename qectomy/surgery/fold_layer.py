@@ -15,7 +15,7 @@ import torch
 
 from qectomy.surgery.family import Dimensions, LayerRoles
 from qectomy.surgery.folding import Basis, QueryFold
-from qectomy.surgery.gauge import fold_pivots, join_heads, pivot_order, split_heads
+from qectomy.surgery.gauge import fold_pivots, join_heads, split_heads
 from qectomy.surgery.linear_views import Projection, read_view, store_views, without_views
 from qectomy.surgery.norm_folding import absorb_gain, without_gain
 from qectomy.surgery.query_maps import QueryMapSpec
@@ -25,7 +25,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """What happens to one layer. `pivots` (K,) are those of the gauged projections that `spec` names."""
+    """What happens to one layer. `pivots` (n, K) are those of all heads of the projections that `spec` names gauged."""
 
     spec: QueryMapSpec
     before: Basis | None = None
@@ -178,32 +178,27 @@ def _fold_value_bias(dims: Dimensions, spec: QueryMapSpec, parts: _Parts) -> Non
 
 
 def _gauge(dims: Dimensions, roles: LayerRoles, plan: LayerPlan, parts: _Parts) -> Tensors:
-    """Give the projections that `spec` names identity blocks at the pivots, and leave the rows of the other channels.
+    """Give the projections that `spec` names identity blocks at their pivots, and leave their other rows.
 
     Returns what is stored beside them.
     """
     if plan.pivots is None:
         return {}
-    if plan.spec.name == "gauge":
+    pivots = dict(zip(plan.spec.gauged, plan.pivots.chunk(len(plan.spec.gauged)), strict=True))
+    if "query" in pivots:
         (W_Q, b_Q), (W_K, b_K) = parts.query, parts.key
-        blocks, inverse = fold_pivots(split_heads(W_Q, dims.d_head), plan.pivots)
+        rest, inverse = fold_pivots(split_heads(W_Q, dims.d_head), pivots["query"])
         if b_Q is not None:
             b_Q = torch.linalg.solve(inverse, b_Q.view(-1, 1, dims.d_head), left=False).flatten()
-        parts.query = join_heads(blocks), b_Q
+        parts.query = join_heads(rest), b_Q
         parts.key = join_heads(split_heads(W_K, dims.d_head) @ inverse.mT), b_K
-    blocks, inverse = fold_pivots(split_heads(parts.value[0], dims.d_head), plan.pivots)
-    parts.value = join_heads(blocks), parts.value[1]
-    rows = parts.output[0].unflatten(0, (-1, dims.d_head))  # (H, K, D)
-    inverse = inverse.repeat_interleave(dims.n_heads // dims.n_kv_heads, 0)
-    parts.output = (inverse @ rows).flatten(0, 1), parts.output[1]
-    order = pivot_order(plan.pivots, dims.d_model)
-    views, stored = roles.views(plan.spec), {f"{roles.gauge}.order": order}
-    for role in (role for role, view in views.items() if view.module == roles.gauge):
-        W, bias = getattr(parts, role)
-        setattr(parts, role, (W[order[dims.d_head :].long()], bias))
-        if role == "key":
-            stored[f"{roles.gauge}.pivot_rows"] = W[plan.pivots]
-    return stored
+    if "value" in pivots:
+        rest, inverse = fold_pivots(split_heads(parts.value[0], dims.d_head), pivots["value"])
+        parts.value = join_heads(rest), parts.value[1]
+        rows = parts.output[0].unflatten(0, (-1, dims.d_head))  # (H, K, D)
+        inverse = inverse.repeat_interleave(dims.n_heads // dims.n_kv_heads, 0)
+        parts.output = (inverse @ rows).flatten(0, 1), parts.output[1]
+    return {f"{roles.gauge}.pivots": plan.pivots.to(torch.int32)}
 
 
 def _write_streams(plan: LayerPlan, parts: _Parts) -> None:

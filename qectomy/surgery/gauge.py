@@ -4,7 +4,8 @@
     output   (p x̂ W_V A)(A⁻¹ W_O)     = p x̂ W_V W_O          any invertible A, RoPE or not; one A for each KV head
 
 With A = W[P]⁻¹ for K pivot channels P, the block of W A at P is the identity and need not be stored: d_head² numbers a
-head. One set of pivots serves all heads of a layer, so that all of them stay one matrix product.
+head, for K channel numbers. Each head has pivots of its own: one set for all heads of a layer conditions W[P] up to 40
+times worse (docs/LOG.md), and the block is written out in memory anyway before the one product of all heads.
 RoPE turns channels i and i + K/2 as a pair, so only what commutes with that passes through it; here a positive scale
 for each pair, common to the heads that share a key.
 Dimensions: D d_model, K d_head, n heads; blocks are (n, D, K). All algebra in float64.
@@ -14,6 +15,7 @@ import torch
 
 MAX_PIVOT_CONDITION = 1e4  # of a head's block at the pivots, in the head's own orthonormal coordinates
 SWAPS = 100
+ENOUGH = 1.1  # a swap that grows a determinant by less is not worth it
 
 
 def split_heads(W: torch.Tensor, d_head: int) -> torch.Tensor:
@@ -51,62 +53,72 @@ def pair_scales(blocks: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def choose_pivots(blocks: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Return K pivot channels, common to all heads, and the largest condition number of a head's block there.
+    """Return each head's K pivot channels, (n, K) in ascending order, and the largest condition of a block there.
 
-    They aim at the largest product over the heads of |det W[P]|: greedily by what a row adds, as in QR with column
-    pivoting, then by swaps of one channel while that product grows. Conditions are those of orthonormal coordinates,
-    which W[P]⁻¹ undoes. The condition is inf where a head has not full rank, there or at all.
+    They aim at the largest |det W[P]| of each head: greedily by what a row adds, as in QR with column pivoting, then by
+    swaps of one channel while that grows. Conditions are those of orthonormal coordinates, which W[P]⁻¹ undoes. The
+    condition is inf where a head has not full rank.
     """
+    n, _, K = blocks.shape
     try:
         Q = blocks @ orthonormal_gauge(blocks)
     except torch.linalg.LinAlgError:
-        return torch.arange(blocks.shape[2]), float("inf")
-    pivots, taken = torch.empty(0, dtype=torch.long), torch.zeros(len(Q), 0, Q.shape[2], dtype=Q.dtype)
+        return torch.arange(K).repeat(n, 1), float("inf")
+    heads = torch.arange(n)
+    pivots, taken = torch.empty(n, 0, dtype=torch.long), torch.empty(n, 0, K, dtype=Q.dtype)
     left = Q.square().sum(-1)  # (n, D), what is left of each row beside the pivots' rows
-    for _ in range(Q.shape[2]):
-        gain = left.clamp_min(1e-300).log().sum(0)
-        gain[pivots] = -torch.inf
-        pivots = torch.cat([pivots, gain.argmax()[None]])
-        row = Q[:, pivots[-1], None]  # (n, 1, K)
+    for _ in range(K):
+        best = left.scatter(1, pivots, -1.0).argmax(1)
+        pivots = torch.cat([pivots, best[:, None]], 1)
+        row = Q[heads, best][:, None]  # (n, 1, K)
         for _ in range(2):  # once more, against rounding
             row = row - row @ taken.mT @ taken
         row = row / row.norm(dim=-1, keepdim=True).clamp_min(1e-300)
         taken = torch.cat([taken, row], 1)
         left = left - (Q @ row.mT)[..., 0].square()
     for _ in range(SWAPS):
-        try:
-            inverse = torch.linalg.inv(Q[:, pivots])
-        except torch.linalg.LinAlgError:  # as where heads read channels apart, which no common pivots serve
-            return pivots.sort().values, float("inf")
-        growth = (Q @ inverse).abs().clamp_min(1e-300).log().sum(0)  # (D, K)
-        growth[pivots] = -torch.inf
-        best = growth.argmax()
-        if growth.flatten()[best] < 1e-3:
+        growth = (Q @ torch.linalg.inv(pivot_rows(Q, pivots))).abs()  # (n, D, K); 1 and 0 at the pivots
+        size, best = growth.flatten(1).max(1)
+        swap = size > ENOUGH
+        if not bool(swap.any()):
             break
-        pivots[best % growth.shape[1]] = best // growth.shape[1]
+        pivots[heads[swap], (best % K)[swap]] = (best // K)[swap]
     pivots = pivots.sort().values
     return pivots, pivot_condition(blocks, pivots)
 
 
 def pivot_condition(blocks: torch.Tensor, pivots: torch.Tensor) -> float:
-    """Return the largest condition number of a head's block at the pivots, in orthonormal coordinates of the head."""
+    """Return the largest condition number of a head's block at its pivots (n, K), in orthonormal coordinates of it."""
     try:
         Q = blocks @ orthonormal_gauge(blocks)
     except torch.linalg.LinAlgError:
         return float("inf")
-    return float(torch.linalg.cond(Q[:, pivots]).max())
+    return float(torch.linalg.cond(pivot_rows(Q, pivots)).max())
 
 
-def pivot_order(pivots: torch.Tensor, d_model: int) -> torch.Tensor:
-    """Return all channels, the pivots first, as a gauged projection stores them: (D,) int32."""
-    rest = torch.ones(d_model, dtype=torch.bool)
-    rest[pivots] = False
-    return torch.cat([pivots, rest.nonzero()[:, 0]]).to(torch.int32)
+def pivot_rows(blocks: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+    """Return each head's rows at its own channels (n, C): (n, C, K)."""
+    return blocks.gather(1, channels[..., None].expand(-1, -1, blocks.shape[2]))
+
+
+def other_channels(pivots: torch.Tensor, d_model: int) -> torch.Tensor:
+    """Return each head's channels that are no pivots, ascending, (n, D - K)."""
+    rest = torch.ones(len(pivots), d_model, dtype=torch.bool).scatter(1, pivots, False)
+    return torch.arange(d_model).expand_as(rest)[rest].view(len(pivots), -1)
 
 
 def fold_pivots(blocks: torch.Tensor, pivots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (W A (n, D, K), A⁻¹ (n, K, K)) with A = W[P]⁻¹; the rows of W A at the pivots are the identity exactly."""
-    inverse = blocks[:, pivots]
-    folded = torch.linalg.solve(inverse, blocks, left=False)
-    folded[:, pivots] = torch.eye(inverse.shape[1], dtype=folded.dtype)
-    return folded, inverse
+    """Return (the rows of W A beside the pivots (n, D - K, K), A⁻¹ (n, K, K)) with A = W[P]⁻¹.
+
+    At the pivots W A is the identity, which need not be stored.
+    """
+    inverse = pivot_rows(blocks, pivots)
+    return torch.linalg.solve(inverse, pivot_rows(blocks, other_channels(pivots, blocks.shape[1])), left=False), inverse
+
+
+def unfold_pivots(rest: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
+    """Return W A (n, D, K): the identity at the pivots, `rest` (n, D - K, K) at the other channels."""
+    n, others, K = rest.shape
+    W = torch.empty(n, others + K, K, dtype=rest.dtype)
+    W.scatter_(1, pivots[..., None].expand(-1, -1, K), torch.eye(K, dtype=rest.dtype).expand(n, -1, -1))
+    return W.scatter_(1, other_channels(pivots, others + K)[..., None].expand(-1, -1, K), rest)

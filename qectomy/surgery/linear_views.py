@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from qectomy.surgery.family import LayerRoles, LinearView, Orientation
+from qectomy.surgery.gauge import join_heads, split_heads, unfold_pivots
 from qectomy.surgery.query_maps import QueryMapSpec
 
 Tensors = Mapping[str, torch.Tensor]
@@ -49,30 +50,15 @@ def without_views(tensors: Tensors, views: tuple[LinearView, ...]) -> dict[str, 
 
 def read_maps(tensors: Tensors, roles: LayerRoles, spec: QueryMapSpec, d_head: int) -> dict[str, Projection]:
     """Return W_K and W_V, and W_Q if it is dense or in the gauge, of a layer of these maps, all (d_model, out)."""
-    views = roles.views(spec)
-    if spec.value != "gauge":
-        return {role: read_view(tensors, view) for role, view in views.items()}
     query_bias = f"{roles.gauge}.bias"  # not one of all the projections that the module holds
-    weights = {name: tensor for name, tensor in tensors.items() if name != query_bias}
-    found = {role: read_view(weights, view) for role, view in views.items()}
-    for role in (role for role, view in views.items() if view.module == roles.gauge):
-        rest = found[role][0]
-        pivots = tensors[f"{roles.gauge}.pivot_rows"] if role == "key" else identity_blocks(rest, d_head)
-        W = in_order(torch.cat([pivots, rest]), tensors[f"{roles.gauge}.order"])
-        found[role] = W, tensors.get(query_bias) if role == "query" else None
+    weights = {name: tensor for name, tensor in tensors.items() if not spec.gauged or name != query_bias}
+    found = {role: read_view(weights, view) for role, view in roles.views(spec).items()}
+    for role in spec.gauged:
+        (place, parts), rest = roles.views(spec)[role].part, split_heads(found[role][0], d_head)
+        pivots = tensors[f"{roles.gauge}.pivots"].long().chunk(parts)[place]
+        bias = tensors.get(query_bias) if role == "query" else None
+        found[role] = join_heads(unfold_pivots(rest, pivots)), bias
     return found
-
-
-def identity_blocks(W: torch.Tensor, d_head: int) -> torch.Tensor:
-    """Return one K x K identity for each head of W (*, n*K), side by side: (K, n*K)."""
-    return torch.eye(d_head, dtype=W.dtype).repeat(1, W.shape[1] // d_head)
-
-
-def in_order(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Return W (D, *) whose rows at the channels of `order` (D,) are `rows` (D, *)."""
-    W = torch.empty_like(rows)
-    W[order.long()] = rows
-    return W
 
 
 def add_through(tensors: Tensors, output: LinearView, value: torch.Tensor) -> dict[str, torch.Tensor]:

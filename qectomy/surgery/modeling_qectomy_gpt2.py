@@ -185,82 +185,82 @@ class QectomyGPT2Config(GPT2Config):
             raise ValueError("W_O can be merged into the MLP only where no norm and no skip stand between them")
 
 
+class GaugedProjections(nn.Module):
+    """x̂ (B, T, D) -> n projections side by side, (B, T, n*D), whose heads have an identity block each.
+
+    `pivots` (n*H, K): the channels at which a head's block of K x K is the identity. `weight` (D - K, n*D): its rows at
+    the other channels, ascending, in GPT-2's layout. `bias` (D,): of the first projection, the queries.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, n_projections: int, bias: bool):
+        super().__init__()
+        self.d_model, d_head = d_model, d_model // n_heads
+        self.pivots = nn.Buffer(torch.arange(d_head, dtype=torch.int32).repeat(n_projections * n_heads, 1))
+        self.weight = nn.Parameter(torch.empty(d_model - d_head, n_projections * d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
+
+    def reset_parameters(self, std: float) -> None:
+        nn.init.normal_(self.weight, std=std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if not is_loaded(self.pivots):
+            with torch.no_grad():
+                self.pivots.copy_(torch.arange(self.pivots.shape[1]).expand_as(self.pivots))
+
+    def dense_weight(self) -> torch.Tensor:
+        """All rows, (D, n*D)."""
+        heads, d_head = self.pivots.shape
+        pivots = self.pivots.long()
+        is_rest = torch.ones(heads, self.d_model, dtype=torch.bool, device=pivots.device).scatter(1, pivots, False)
+        rest = torch.arange(self.d_model, device=pivots.device).expand_as(is_rest)[is_rest].view(heads, -1)
+        order = torch.cat([pivots, rest], 1).T[..., None].expand(-1, -1, d_head)  # (D, n*H, K)
+        blocks = torch.eye(d_head, dtype=self.weight.dtype, device=pivots.device)[:, None].expand(-1, heads, -1)
+        rows = torch.cat([blocks, self.weight.view(-1, heads, d_head)])
+        return torch.zeros_like(rows).scatter(0, order, rows).flatten(1)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        out = torch.matmul(hidden, self.dense_weight())
+        if self.bias is None:
+            return out
+        return torch.cat([out[..., : self.d_model] + self.bias, out[..., self.d_model :]], dim=-1)
+
+
 class ReducedProjection(nn.Module):
     """Stands where `c_attn` stood: x̂ (B, T, D) -> queries, keys and values side by side, (B, T, 3D).
 
-    `weight` is W_K and W_V side by side, (D, 2D), in GPT-2's layout (in, out).
+    `weight` is W_K and W_V side by side, (D, 2D), in GPT-2's layout (in, out); W_K alone where `gauge` holds W_V, and
+    W_Q too if there is no query map.
     """
 
-    def __init__(self, query: nn.Module, d_model: int):
+    def __init__(self, d_model: int, query: nn.Module | None, gauge: nn.Module | None = None):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_model, 2 * d_model))
+        self.weight = nn.Parameter(torch.empty(d_model, (2 if gauge is None else 1) * d_model))
         self.query = query
+        self.gauge = gauge
 
     def reset_parameters(self, std: float) -> None:
         nn.init.normal_(self.weight, std=std)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        key_value = torch.matmul(hidden, self.weight)
-        key = key_value[..., : self.weight.shape[0]]
-        return torch.cat([self.query(hidden, key), key_value], dim=-1)
-
-
-class GaugedProjection(nn.Module):
-    """The same where each head's K x K block of W_V at the K pivot channels, and of W_Q in the gauge, is the identity.
-
-    `order` (D,): the pivot channels, then all others. `weight` (D - K, 3D, or 2D under another query map): W_Q, W_K and
-    W_V at the others. `pivot_rows` (K, D): W_K at the pivots. `bias` (D,): of the queries.
-    """
-
-    def __init__(self, config: QectomyGPT2Config, query: nn.Module | None):
-        super().__init__()
-        d_model = config.hidden_size
-        self.d_head = d_model // config.num_attention_heads
-        self.order = nn.Buffer(torch.arange(d_model, dtype=torch.int32))
-        self.weight = nn.Parameter(torch.empty(d_model - self.d_head, (2 if query else 3) * d_model))
-        self.pivot_rows = nn.Parameter(torch.empty(self.d_head, d_model))
-        self.bias = None if query else nn.Parameter(torch.zeros(d_model))
-        self.query = query
-
-    def reset_parameters(self, std: float) -> None:
-        nn.init.normal_(self.weight, std=std)
-        nn.init.normal_(self.pivot_rows, std=std)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-        if not is_loaded(self.order):
-            with torch.no_grad():
-                self.order.copy_(torch.arange(len(self.order)))
 
     @torch.no_grad()
     def written_out(self) -> nn.Module:
-        """The dense module of the same outputs, on the same device."""
-        d_model, parts = len(self.order), list(self.weight.split(len(self.order), 1))
-        blocks = torch.eye(self.d_head).to(self.weight).repeat(1, d_model // self.d_head)
-        tops = [blocks] * (len(parts) - 2) + [self.pivot_rows, blocks]
-        weight = torch.cat([torch.cat([top, rest]) for top, rest in zip(tops, parts, strict=True)], 1)
-        with torch.device(weight.device):
-            dense = Conv1D(3 * d_model, d_model) if self.query is None else ReducedProjection(self.query, d_model)
-        dense = dense.to(weight.dtype).train(self.training)
-        dense.weight[self.order.long()] = weight
+        """The module of the same outputs whose weights are dense, on the same device."""
+        d_model, gauged = len(self.weight), self.gauge.dense_weight()
+        with torch.device(self.weight.device):
+            dense = Conv1D(3 * d_model, d_model) if self.query is None else ReducedProjection(d_model, self.query)
+        dense = dense.to(self.weight.dtype).train(self.training)
+        dense.weight.copy_(torch.cat([gauged[:, :-d_model], self.weight, gauged[:, -d_model:]], 1))
         if self.query is None:
-            dense.bias[:d_model], dense.bias[d_model:] = self.bias, 0
+            dense.bias[:d_model], dense.bias[d_model:] = self.gauge.bias, 0
         return dense
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        d_model = hidden.shape[-1]
-        ordered = hidden.reshape(-1, d_model).index_select(-1, self.order)  # (B*T, D)
-        pivots = ordered[:, : self.d_head]
-        out = torch.mm(ordered[:, self.d_head :], self.weight)
-        parts = out.view(len(out), -1, d_model // self.d_head, self.d_head)  # (B*T, 2 or 3, H, K)
-        key = out[:, -2 * d_model : -d_model]
-        key.add_(torch.mm(pivots, self.pivot_rows))
-        if self.query is None:
-            parts[:, ::2].add_(pivots[:, None, None])  # W_Q's and W_V's identity blocks
-            out[:, :d_model].add_(self.bias)
-        else:
-            parts[:, 1].add_(pivots[:, None])
-            out = torch.cat([self.query(hidden.reshape(-1, d_model), key), out], dim=-1)
-        return out.view(*hidden.shape[:-1], -1)
+        d_model = len(self.weight)
+        dense = torch.matmul(hidden, self.weight)
+        if self.gauge is None:
+            return torch.cat([self.query(hidden, dense[..., :d_model]), dense], dim=-1)
+        gauged = self.gauge(hidden)
+        query = gauged[..., :-d_model] if self.query is None else self.query(hidden, dense)
+        return torch.cat([query, dense, gauged[..., -d_model:]], dim=-1)
 
 
 class ReducedGPT2Attention(GPT2Attention):
@@ -268,10 +268,12 @@ class ReducedGPT2Attention(GPT2Attention):
 
     def __init__(self, config: QectomyGPT2Config, layer_idx: int):
         super().__init__(config, layer_idx=layer_idx)
-        if config.value_maps[layer_idx] == "gauge":
-            self.c_attn = GaugedProjection(config, build_query(config, layer_idx))
-        elif config.query_maps[layer_idx] != "dense":
-            self.c_attn = ReducedProjection(build_query(config, layer_idx), config.hidden_size)
+        if config.query_maps[layer_idx] != "dense":
+            query, gauge = build_query(config, layer_idx), None
+            if config.value_maps[layer_idx] == "gauge":
+                n_projections = 1 if query else 2
+                gauge = GaugedProjections(self.embed_dim, self.num_heads, n_projections, bias=query is None)
+            self.c_attn = ReducedProjection(self.embed_dim, query, gauge)
         if config.output_maps[layer_idx] == "merged":
             self.c_proj = nn.Identity()
         if config.softmax_scale is not None:
@@ -328,7 +330,7 @@ class QectomyGPT2PreTrainedModel(GPT2PreTrainedModel):
         dense: dict[nn.Module, nn.Module] = {}  # layers that share a module go on sharing it
         for attention in [module for module in self.modules() if isinstance(module, ReducedGPT2Attention)]:
             gauged = attention.c_attn
-            if isinstance(gauged, GaugedProjection) and gauged.weight.device.type != "meta":
+            if getattr(gauged, "gauge", None) is not None and gauged.weight.device.type != "meta":
                 dense[gauged] = dense.get(gauged) or gauged.written_out()
                 attention.c_attn = dense[gauged]
                 layer = attention.layer_idx
@@ -340,7 +342,7 @@ class QectomyGPT2PreTrainedModel(GPT2PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, QueryMap):
             module.reset_parameters()
-        elif isinstance(module, (ReducedProjection, GaugedProjection)):
+        elif isinstance(module, (ReducedProjection, GaugedProjections)):
             module.reset_parameters(self.config.initializer_range)
         elif getattr(module, "writes_stream", False) and hasattr(module, "weight"):
             # GPT-2 draws these smaller; transformers does it from modules that it leaves out in other people's classes.

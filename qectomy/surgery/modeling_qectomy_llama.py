@@ -182,39 +182,46 @@ def check_layers(config) -> None:
 
 
 class GaugedValue(nn.Module):
-    """x̂ (B, T, D) -> values (B, T, G*K); the K x K block of each head at the pivots is the identity.
+    """x̂ (B, T, D) -> values (B, T, G*K), whose heads have an identity block each.
 
-    `order` (D,): the K pivot channels, then all others. `weight` (G*K, D - K): the others' columns. W_O holds its bias.
+    `pivots` (G, K): the channels at which a head's block of K x K is the identity. `weight` (G*K, D - K): its columns
+    at the other channels, ascending. W_O holds its bias.
     """
 
     def __init__(self, config):
         super().__init__()
-        d_model, self.d_head = config.hidden_size, config.head_dim
-        self.order = nn.Buffer(torch.arange(d_model, dtype=torch.int32))
-        self.weight = nn.Parameter(torch.empty(config.num_key_value_heads * self.d_head, d_model - self.d_head))
+        self.d_model, d_head, heads = config.hidden_size, config.head_dim, config.num_key_value_heads
+        self.pivots = nn.Buffer(torch.arange(d_head, dtype=torch.int32).repeat(heads, 1))
+        self.weight = nn.Parameter(torch.empty(heads * d_head, self.d_model - d_head))
 
     def reset_parameters(self, std: float) -> None:
         nn.init.normal_(self.weight, std=std)
-        if not is_loaded(self.order):
+        if not is_loaded(self.pivots):
             with torch.no_grad():
-                self.order.copy_(torch.arange(len(self.order)))
+                self.pivots.copy_(torch.arange(self.pivots.shape[1]).expand_as(self.pivots))
+
+    def dense_weight(self) -> torch.Tensor:
+        """All columns, (G*K, D)."""
+        heads, d_head = self.pivots.shape
+        pivots = self.pivots.long()
+        is_rest = torch.ones(heads, self.d_model, dtype=torch.bool, device=pivots.device).scatter(1, pivots, False)
+        rest = torch.arange(self.d_model, device=pivots.device).expand_as(is_rest)[is_rest].view(heads, -1)
+        order = torch.cat([pivots, rest], 1)[:, None].expand(-1, d_head, -1)  # (G, K, D)
+        blocks = torch.eye(d_head, dtype=self.weight.dtype, device=pivots.device).expand(heads, -1, -1)
+        columns = torch.cat([blocks, self.weight.view(heads, d_head, -1)], 2)
+        return torch.zeros_like(columns).scatter(2, order, columns).flatten(0, 1)
 
     @torch.no_grad()
     def written_out(self) -> nn.Module:
         """The dense module of the same outputs, on the same device."""
-        n_value, rest = self.weight.shape
-        blocks = torch.eye(self.d_head).to(self.weight).repeat(n_value // self.d_head, 1)
         with torch.device(self.weight.device):
-            dense = nn.Linear(rest + self.d_head, n_value, bias=False)
+            dense = nn.Linear(self.d_model, len(self.weight), bias=False)
         dense = dense.to(self.weight.dtype).train(self.training)
-        dense.weight[:, self.order.long()] = torch.cat([blocks, self.weight], 1)
+        dense.weight.copy_(self.dense_weight())
         return dense
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        ordered = hidden.reshape(-1, hidden.shape[-1]).index_select(-1, self.order)  # (B*T, D)
-        out = nn.functional.linear(ordered[:, self.d_head :], self.weight)
-        out.view(len(out), -1, self.d_head).add_(ordered[:, None, : self.d_head])  # the identity blocks
-        return out.view(*hidden.shape[:-1], -1)
+        return nn.functional.linear(hidden, self.dense_weight())
 
 
 class ReducedAttention(LlamaAttention):

@@ -32,6 +32,11 @@ class QueryMapSpec:
     def __str__(self) -> str:
         return self.name if self.rank is None else f"{self.name}:{self.rank}"
 
+    @property
+    def gauged(self) -> list[str]:
+        """The projections whose heads have an identity block, in the order in which they are stored."""
+        return [role for role, how in (("query", self.name), ("value", self.value)) if how == "gauge"]
+
     def stored(self, dims: Dimensions) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return {tensor name: (kind, shape)} of what stands in W_Q's place; kind is 'weight' or 'index'.
 
@@ -64,7 +69,7 @@ class QueryMapSpec:
         if self.name == "dense":
             return n_query * dims.d_model + bias
         if self.name == "gauge":
-            return n_query * (dims.d_model - dims.d_head) + dims.d_model + bias
+            return n_query * (dims.d_model - dims.d_head) + n_query + bias
         return sum(math.prod(shape) for _, shape in self.stored(dims).values())
 
 

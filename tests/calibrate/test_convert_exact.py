@@ -112,10 +112,12 @@ def test_what_is_refused_leaves_nothing(tiny_copy, tmp_path, raven):
     edit_weights(source, lambda tensors: tensors[name][:, 3].zero_())
     with pytest.raises(QueryMapError, match=r"layer 1: W_Q is singular.*--query -0=exact,1=dense"):
         run(source, tmp_path / "out")
-    narrow = tiny_copy("llama", head_dim=4)  # whose blocks are no more numbers than the order that comes with them
+    narrow = tiny_copy(
+        "gpt2", num_attention_heads=32
+    )  # whose blocks are no more numbers than the channels they stand at
     with pytest.raises(QueryMapError, match="nothing of this checkpoint goes exactly"):
         run(narrow, tmp_path / "out")
-    learned = tiny_copy("gpt2")
+    learned = tiny_copy("gpt2-untied")
     with pytest.raises(TextError, match="longer than the model's 128 positions"):
         run(learned, tmp_path / "out", eval_text=str(raven), context=129)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([narrow.name, learned.name, "source"])

@@ -84,8 +84,8 @@ def test_it_measures_on_text(made, raven):
     "shape, name",
     [
         ("gpt2", "transformer.h.1.attn.c_attn.weight"),
-        ("gpt2", "transformer.h.0.attn.c_attn.pivot_rows"),
-        ("gpt2", "transformer.h.1.attn.c_attn.bias"),
+        ("gpt2", "transformer.h.0.attn.c_attn.gauge.weight"),
+        ("gpt2", "transformer.h.1.attn.c_attn.gauge.bias"),
         ("gpt2", "transformer.h.0.attn.c_proj.bias"),
         ("gpt2", "transformer.wpe.weight"),
         ("gpt2", "transformer.ln_f.bias"),
@@ -116,7 +116,7 @@ def test_one_number_changed_in_one_tensor_is_found_and_named(shape, name, made, 
 def test_other_pivots_are_found(made, tmp_path):
     folder, source = made("llama")
     shutil.copytree(folder, tmp_path / "tampered")
-    name = "model.layers.0.self_attn.v_proj.order"
+    name = "model.layers.0.self_attn.v_proj.pivots"
     edit_weights(tmp_path / "tampered", lambda tensors: tensors.update({name: tensors[name].flip(0).contiguous()}))
     found = certificate(tmp_path / "tampered", source)
     assert found["verdict"] == "failed"

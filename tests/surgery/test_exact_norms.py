@@ -81,9 +81,9 @@ def test_gpt2_stands_where_no_head_reads_another(tmp_path, name, make):
     assert not plan.choice.claims
     shapes = stored(tmp_path / "out")
     for layer in range(3):
-        assert shapes[f"transformer.h.{layer}.attn.c_attn.weight"] == (24, 64)
-        assert shapes[f"transformer.h.{layer}.attn.c_attn.pivot_rows"] == (8, 32)
-        assert f"transformer.h.{layer}.attn.c_attn.bias" not in shapes
+        assert shapes[f"transformer.h.{layer}.attn.c_attn.weight"] == (32, 32)
+        assert shapes[f"transformer.h.{layer}.attn.c_attn.gauge.weight"] == (24, 32)
+        assert f"transformer.h.{layer}.attn.c_attn.gauge.bias" not in shapes
 
 
 @pytest.mark.parametrize("name", ["llama", "mqa", "mha", "biases", "tied", "narrow-heads", "mistral", "rope-llama3"])

@@ -23,17 +23,17 @@ SHARED = dict(shared_layers=True)
 # What a layer's attention stores, by hand: D = 32 in 4 heads of 8, Llama's with 2 key heads; (in, out) for GPT-2.
 GPT2 = {
     "gauge": {
-        "c_attn.order": (32,),
-        "c_attn.weight": (24, 96),  # W_Q, W_K and W_V but for 8 rows
-        "c_attn.pivot_rows": (8, 32),  # these rows of W_K
-        "c_attn.bias": (32,),  # of the queries
+        "c_attn.weight": (32, 32),  # W_K
+        "c_attn.gauge.pivots": (8, 8),  # of 4 heads of W_Q and 4 of W_V
+        "c_attn.gauge.weight": (24, 64),  # their other rows
+        "c_attn.gauge.bias": (32,),  # of the queries
         "c_proj.weight": (32, 32),
         "c_proj.bias": (32,),
     },
     "identity": {
-        "c_attn.order": (32,),
-        "c_attn.weight": (24, 64),
-        "c_attn.pivot_rows": (8, 32),
+        "c_attn.weight": (32, 32),
+        "c_attn.gauge.pivots": (4, 8),
+        "c_attn.gauge.weight": (24, 32),
         "c_proj.weight": (32, 32),
         "c_proj.bias": (32,),
     },
@@ -43,7 +43,7 @@ LLAMA = {
     "dense": {
         "q_proj.weight": (32, 32),
         "k_proj.weight": (16, 32),
-        "v_proj.order": (32,),
+        "v_proj.pivots": (2, 8),
         "v_proj.weight": (16, 24),
         "o_proj.weight": (32, 32),
     },
@@ -157,21 +157,21 @@ def test_skipless_nets_lose_the_output_projection_too(tmp_path, family, tied, sh
 @pytest.mark.parametrize(
     "name, saved",
     [
-        ("gpt2", 2 * (4 * 8 * 8 + 4 * 8 * 8 + 2 * 32 - 32)),  # W_Q and W_V, key and value biases; less the order
-        ("gpt2-untied", 2 * (4 * 8 * 8 + 4 * 8 * 8 + 2 * 32 - 32)),
-        ("gpt2-inverse", 2 * (4 * 8 * 8 + 4 * 8 * 8 + 2 * 32 - 32)),
-        ("gpt2-unscaled", 2 * (4 * 8 * 8 + 4 * 8 * 8 + 2 * 32 - 32)),
-        ("llama", 2 * (2 * 8 * 8 - 32)),  # W_V, a key head at a time
-        ("mha", 2 * (4 * 8 * 8 - 32)),
-        ("mqa", 2 * (1 * 8 * 8 - 32)),
-        ("tied", 2 * (2 * 8 * 8 - 32)),
-        ("biases", 2 * (2 * 8 * 8 + 16 - 32)),  # W_O's bias takes in the values'
-        ("attention-bias", 2 * (2 * 8 * 8 + 16 - 32)),
-        ("mlp-bias", 2 * (2 * 8 * 8 - 32)),
-        ("narrow-heads", 2 * (2 * 6 * 6 + 12 - 32)),
-        ("wide-heads", 2 * (2 * 12 * 12 - 32)),
-        ("mistral", 2 * (2 * 8 * 8 - 32)),
-        ("rope-yarn", 2 * (2 * 8 * 8 - 32)),
+        ("gpt2", 2 * (4 * 8 * 8 + 4 * 8 * 8 + 2 * 32 - 8 * 8)),  # W_Q and W_V, key and value biases; less the pivots
+        ("gpt2-untied", 2 * (4 * 8 * 8 + 4 * 8 * 8 + 2 * 32 - 8 * 8)),
+        ("gpt2-inverse", 2 * (4 * 8 * 8 + 4 * 8 * 8 + 2 * 32 - 8 * 8)),
+        ("gpt2-unscaled", 2 * (4 * 8 * 8 + 4 * 8 * 8 + 2 * 32 - 8 * 8)),
+        ("llama", 2 * (2 * 8 * 8 - 2 * 8)),  # W_V, a key head at a time
+        ("mha", 2 * (4 * 8 * 8 - 4 * 8)),
+        ("mqa", 2 * (1 * 8 * 8 - 8)),
+        ("tied", 2 * (2 * 8 * 8 - 2 * 8)),
+        ("biases", 2 * (2 * 8 * 8 + 16 - 2 * 8)),  # W_O's bias takes in the values'
+        ("attention-bias", 2 * (2 * 8 * 8 + 16 - 2 * 8)),
+        ("mlp-bias", 2 * (2 * 8 * 8 - 2 * 8)),
+        ("narrow-heads", 2 * (2 * 6 * 6 + 12 - 2 * 6)),
+        ("wide-heads", 2 * (2 * 12 * 12 - 2 * 12)),
+        ("mistral", 2 * (2 * 8 * 8 - 2 * 8)),
+        ("rope-yarn", 2 * (2 * 8 * 8 - 2 * 8)),
     ],
 )
 def test_ordinary_models_have_their_gauge_alone(tmp_path, name, saved):
@@ -204,7 +204,7 @@ def test_a_single_head_without_rope_loses_its_query(tmp_path, name):
     assert plan.recipe == (QueryMapSpec("identity"),) * 3
     assert stored(tmp_path / "out")["transformer.h.1.attn.c_attn.weight"] == (32, 64)
     assert stored(tmp_path / "out")["transformer.h.1.attn.c_proj.bias"] == (32,)
-    assert not any("order" in name or "query" in name for name in stored(tmp_path / "out"))
+    assert not any("pivots" in name or "query" in name for name in stored(tmp_path / "out"))
 
 
 SHAPES = {

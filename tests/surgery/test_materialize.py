@@ -240,19 +240,20 @@ def test_gauged_projections_are_written_out(tmp_path, name):
     d_head = config.hidden_size // config.num_attention_heads if name.startswith("gpt2") else config.head_dim
     for layer, gauge in enumerate(folded.read_layer(i) for i in range(2)):
         if name.startswith("gpt2"):
-            pivots = gauge["attn.c_attn.order"][:d_head].long()
+            pivots = gauge["attn.c_attn.gauge.pivots"].long()
             W = found[f"transformer.h.{layer}.attn.c_attn.weight"]
-            identities = [W[pivots, :32], W[pivots, 64:]]
+            W = torch.cat([W[:, :32], W[:, 64:]], 1)
             assert not found[f"transformer.h.{layer}.attn.c_attn.bias"][32:].any()
             assert found[f"transformer.h.{layer}.attn.c_attn.bias"][:32].any()
         else:
-            pivots = gauge["self_attn.v_proj.order"][:d_head].long()
-            identities = [found[f"model.layers.{layer}.self_attn.v_proj.weight"].T[pivots]]
+            pivots = gauge["self_attn.v_proj.pivots"].long()
+            W = found[f"model.layers.{layer}.self_attn.v_proj.weight"].T
             bias = found.get(f"model.layers.{layer}.self_attn.v_proj.bias")
             assert (bias is None) == (not config.attention_bias if name != "mistral" else True)
             assert bias is None or not bias.any()
-        for block in identities:
-            assert torch.equal(block, torch.eye(d_head).double().repeat(1, block.shape[1] // d_head))
+        assert len(pivots) * d_head == W.shape[1]
+        for head, own in enumerate(pivots):
+            assert torch.equal(W[own, head * d_head : (head + 1) * d_head], torch.eye(d_head).double())
     assert open_checkpoint(tmp_path / "stock").parameters == open_checkpoint(source).parameters
 
 
