@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qectomy.calibrate.convert import convert
+from qectomy.calibrate.convert_exact import convert_exact
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.settings import ConvertSettings, default_context
 from qectomy.calibrate.text import read_source
@@ -49,7 +50,8 @@ def main() -> int:
 def run(options: argparse.Namespace) -> None:
     """Convert with each map in turn; print the table of those that were done, also when a later one fails."""
     source = open_checkpoint(options.checkpoint)
-    recipes = {name: tuple(parse_recipe(name, source.dims)) for name in options.query}
+    kept = {name: parse_exact(name, source.dims) for name in options.query}
+    recipes = {name: tuple(parse_recipe(name, source.dims)) for name in options.query if kept[name] is None}
     for text in filter(None, (options.text, options.eval_text)):
         read_source(text)
     if options.replace:
@@ -57,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     check_absent(options.out)
     reports: dict[str, dict[str, Any]] = {}
     try:
-        for name, recipe in recipes.items():
+        for name, whole in kept.items():
             settings = ConvertSettings(
                 texts=(options.text,),
                 tokens=options.tokens,
@@ -67,13 +69,16 @@ def run(options: argparse.Namespace) -> None:
                 command=shlex.join(["python", *sys.argv]),
             )
             out = options.out / name.replace(":", "-")
-            reports[name] = convert(source, out, recipe, settings, progress(name))
+            if whole is None:
+                reports[name] = convert(source, out, recipes[name], settings, progress(name))
+            else:
+                reports[name] = convert_exact(source, out, settings, whole, progress(name))
     finally:
         if reports:
-            show(source, recipes, reports, options.out)
+            show(source, reports, options.out)
 
 
-def show(source: Checkpoint, recipes: dict[str, Any], reports: dict[str, dict[str, Any]], out: Path) -> None:
+def show(source: Checkpoint, reports: dict[str, dict[str, Any]], out: Path) -> None:
     """Print the table, what was measured and where everything lies."""
     dense = source.dims.n_layers * QueryMapSpec("dense").parameters(source.dims)
     table = Table("query map", "parameters", "W_Q removed", "perplexity", "ratio", "seconds")
@@ -82,11 +87,11 @@ def show(source: Checkpoint, recipes: dict[str, Any], reports: dict[str, dict[st
         "(original)", f"{first['parameters']['before']:,}", "", f"{first['perplexity']['before']:.3f}", "1", ""
     )
     for name, report in reports.items():
-        kept = sum(spec.parameters(source.dims) for spec in recipes[name])
+        queries = report["query_parameters"]
         table.add_row(
             name,
             f"{report['parameters']['after']:,}",
-            f"{1 - kept / dense:.1%}",
+            f"{(queries['before'] - queries['after']) / dense:.1%}",
             f"{report['perplexity']['after']:.3f}",
             f"{report['perplexity']['ratio']:.3f}",
             f"{report['seconds']['total']:.0f}",
