@@ -247,7 +247,7 @@ def verify(
     against: Annotated[str, typer.Option(help="Folder or hub id of the original.")],
     text: Annotated[
         str | None,
-        typer.Option(help="Text to measure on: a UTF-8 file, a .jsonl file, a dataset's name. Default: random tokens."),
+        typer.Option(help="Text to measure on: a file, .jsonl file or dataset's name. Default: 256 random tokens."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to measure on.")] = 2048,
     context: Annotated[int | None, typer.Option(min=2, help=CONTEXT_HELP)] = None,
@@ -256,15 +256,17 @@ def verify(
     """Certify that a reduced checkpoint computes what its original does; exit code 1 if it is not exact."""
     from qectomy.calibrate.settings import default_context
     from qectomy.calibrate.text import load_tokenizer, read_source
-    from qectomy.eval.perplexity import Protocol, scoring_windows
+    from qectomy.eval.perplexity import Protocol, check_positions, scoring_windows
     from qectomy.eval.tables import show_certificate
     from qectomy.eval.verify import verify as run
     from qectomy.surgery.checkpoint import open_checkpoint
+    from qectomy.surgery.config_files import load_config
 
     ours, theirs = open_checkpoint(reduced, reduced=True), open_checkpoint(against)
     held = None
     if text:
         protocol = Protocol(context=context or min(tokens, default_context(theirs)), tokens=tokens)
+        check_positions(against, load_config(theirs.family, theirs.config, theirs.reduced), protocol.context)
         held = scoring_windows(load_tokenizer(theirs.folder), read_source(text), protocol, theirs.dims.vocab_size)
     with progress_bar("verifying") as progress:
         result = run(ours, theirs, held, progress)

@@ -24,7 +24,7 @@ from qectomy.calibrate.text import read_source
 from qectomy.errors import QectomyError
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.output import check_absent
-from qectomy.surgery.query_maps import QueryMapSpec, parse_recipe
+from qectomy.surgery.query_maps import QueryMapSpec, parse_exact, parse_recipe
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 Nothing is fitted and no text is needed; one layer of the model is in memory at a time.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from qectomy.calibrate.layer_pass import Stopwatch
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.text import load_tokenizer, read_source
+from qectomy.errors import QectomyError, QueryMapError
 from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.perplexity import Protocol, ScoringWindows, scoring_windows, summarize
 from qectomy.eval.reload import RELOAD_TOKENS, check_reload
@@ -20,6 +22,8 @@ from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_e
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.config_files import copy_companions, copy_model_code, reduced_config, write_config
 from qectomy.surgery.exact import ExactPlan, Progress, fold_checkpoint, plan_exact
+from qectomy.surgery.folding import usable_error
+from qectomy.surgery.headers import TORCH_NAMES
 from qectomy.surgery.output import check_room, new_folder
 from qectomy.surgery.query_maps import QueryMapSpec
 
@@ -38,6 +42,10 @@ def convert_exact(
     layer is too ill-conditioned, and for what `convert` refuses.
     """
     watch = Stopwatch()
+    if settings.device != "cpu":
+        raise QectomyError(
+            f"--device {settings.device}: exact folding computes in float64 on the processor; leave it out"
+        )
     held = _windows(source, settings)
     plan = plan_exact(source, settings.stored_dtype, kept, progress)
     since = watch.add("planning", watch.begun)
@@ -52,6 +60,7 @@ def convert_exact(
         copy_model_code(source.family, work)
         since = watch.add("folding", since)
         measured = _measure(source, work, held, watch, since)
+        _check_error(measured["logit_error"], settings.stored_dtype or source.dtype)
         report = {
             **provenance(source, settings, hashes),
             "method": "exact",
@@ -65,6 +74,16 @@ def convert_exact(
         }
         write_report(work, report, source)
     return report
+
+
+def _check_error(error: float, dtype: str) -> None:
+    """Raise QueryMapError where rounding, blown up by some fold, left another model than the original."""
+    if not error <= usable_error(dtype):
+        raise QueryMapError(
+            f"folded and stored in {TORCH_NAMES[dtype]}, the logits are off by {error:.1e} of the largest (at most "
+            f"{usable_error(dtype):.0e} is rounding): some head or bias is too ill-conditioned. Fold to a wider "
+            "--dtype, or find the layer by leaving some whole, as in --query 0-3=dense,4-=exact"
+        )
 
 
 def dry_run_exact(
@@ -97,12 +116,18 @@ def layer_records(source: Checkpoint, plan: ExactPlan) -> list[dict[str, Any]]:
                 "output_map": spec.output,
                 "how": verdict.how,
                 "reason": verdict.reason,
-                "W_Q_condition": verdict.condition,
-                "basis_condition": verdict.basis_condition,
-                "pivot_condition": plan.pivot_conditions.get(layer),
+                "W_Q_condition": _finite(verdict.condition),
+                "basis_condition": _finite(verdict.basis_condition),
+                "pivot_condition": _finite(plan.pivot_conditions.get(layer)),
+                "value_reason": plan.left.get(layer),
             }
         )
     return records
+
+
+def _finite(number: float | None) -> float | None:
+    """JSON knows no infinity."""
+    return None if number is None or math.isinf(number) else number
 
 
 def sizes(source: Checkpoint, plan: ExactPlan, dtype: str | None) -> dict[str, Any]:
@@ -110,13 +135,12 @@ def sizes(source: Checkpoint, plan: ExactPlan, dtype: str | None) -> dict[str, A
     planned = plan.tensors(source, dtype).values()
     dense = QueryMapSpec("dense").parameters(source.dims)
     stored = plan.recipe[:1] if source.dims.shared_layers else plan.recipe
-    changed = [spec for spec in stored if spec.name != "dense"]
     return {
         "parameters": {"before": source.parameters, "after": sum(torch.Size(spec.shape).numel() for spec in planned)},
         "bytes": {"before": source.nbytes, "after": sum(spec.nbytes for spec in planned)},
         "query_parameters": {
-            "before": dense * len(changed),
-            "after": sum(spec.parameters(source.dims) for spec in changed),
+            "before": dense * len(stored),
+            "after": sum(spec.parameters(source.dims) for spec in stored),
         },
     }
 
@@ -146,7 +170,7 @@ def _measure(
     theirs, ours = (model.states(tokens)[0, -RELOAD_TOKENS:] for model in double)
     error = relative_logit_error(theirs, ours, *double)
     original, reduced = (StreamedModel(checkpoint) for checkpoint in (source, written))
-    result: dict[str, Any] = {"logit_error": error}
+    result: dict[str, Any] = {"logit_error": error, "logit_error_on": "text" if held else "random tokens"}
     if held is not None:
         before, after = score_streamed(original, reduced, held)
         result |= cost(summarize(before, held.n_bytes), summarize(after, held.n_bytes), held.report)

@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # The model's code is {source.family.modeling}.py, beside the weights.
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
 ```
 
 With `import qectomy` first, `trust_remote_code` is not needed. For engines that know only stock models, write W_Q back:
@@ -74,7 +74,7 @@ def _measured(report: dict[str, Any]) -> str:
     if "perplexity" not in report:
         return f"Largest difference of a logit {report['logit_error']:.1e} of the largest, on random tokens.\n"
     protocol, agreement = report["perplexity"]["protocol"], report["top1_agreement"]
-    return f"""Mean KL to the original {report["kl"]:.4f} nats a token; same most likely token {agreement:.1%} of the
+    return f"""Mean KL to the original {report["kl"]:.4f} nats a token; same most likely token {agreement:.2%} of the
 time. Measured on {protocol["scored_tokens"]:,} tokens of `{_one_line(protocol["text"])}`
 (sha256 {protocol["text_sha256"][:16]}), windows of {protocol["context"]} tokens, stride {protocol["stride"]},
 BOS: {protocol["bos"]}, float32. Perplexity on other text differs.

@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qectomy.surgery.query_maps import ranges
+
 console = Console(highlight=False, soft_wrap=False, emoji=False)
 
 AUDIT_COLUMNS = (
@@ -42,8 +44,7 @@ def show_inspection(result: dict[str, Any]) -> None:
     for row in result["query_maps"]:
         if not row["possible"]:
             console.print(row["why_not"], markup=False)
-    for layers, row in _runs(result["layers"]):
-        console.print(f"W_Q of layers {layers}, {row['how']}: {row['reason']}", markup=False)
+    _show_verdicts(result["layers"])
     if "audit" in result["layers"][0]:
         _show_audit({layer["index"]: layer["audit"] for layer in result["layers"]})
     _show_needs(result["needs"])
@@ -74,47 +75,58 @@ def show_conversion(report: dict[str, Any]) -> None:
 
 def show_exact(report: dict[str, Any]) -> None:
     """Print the outcome of an exact conversion, or of its dry run."""
-    table = Table("layers", "W_Q", "W_V", "W_O", "cond(W_Q)", "cond of basis", "of pivots")
-    runs = _runs(report["layers"])
-    for layers, row in runs:
-        table.add_row(
-            layers,
-            f"{row['map']} ({row['how']})" if row["map"] != row["how"] else row["map"],
-            row["value_map"],
-            row["output_map"],
-            *(_worst(row[name]) for name in ("W_Q_condition", "basis_condition", "pivot_condition")),
-        )
+    table = Table("layers", "W_Q", "W_V", "W_O", "cond W_Q", "cond Θ", "cond pivots")
+    for layers, row in _runs(report["layers"], "map", "value_map", "output_map"):
+        conditions = (_worst(row[name]) for name in ("W_Q_condition", "basis_condition", "pivot_condition"))
+        table.add_row(layers, row["map"], row["value_map"], row["output_map"], *conditions)
     console.print(table)
-    for layers, row in runs:
-        console.print(f"W_Q of layers {layers}, {row['how']}: {row['reason']}", markup=False)
+    console.print(
+        "gauge: a block of each head is the identity, not stored; conditions, the layers' worst: of W_Q where it could "
+        "go, of the change of basis that takes it out, of the pivots of a gauge",
+        markup=False,
+    )
+    _show_verdicts(report["layers"])
+    for layers, row in _runs([layer for layer in report["layers"] if layer["value_reason"]], "value_reason"):
+        console.print(f"heads of layer {layers} without a gauge: {row['value_reason']}", markup=False)
     _show_sizes(report)
-    if report["tie"] == "broken":
-        console.print("embedding and head are no longer tied; what the head adds is counted")
+    if report["tie"] != "none":
+        what = "stay tied" if report["tie"] == "kept" else "are no longer tied; what the head adds is counted"
+        console.print(f"embedding and head {what}")
     if report.get("dry_run"):
         console.print("dry run: nothing was written")
         return
-    console.print(f"largest difference of a logit in float64: {report['logit_error']:.1e} of the largest logit")
+    on = report["logit_error_on"]
+    console.print(
+        f"largest difference of a logit in float64, on {on}: {report['logit_error']:.1e} of the largest logit"
+    )
     if "perplexity" in report:
         perplexity = report["perplexity"]
         console.print(
             f"perplexity {perplexity['before']:.4f} -> {perplexity['after']:.4f} (x {perplexity['ratio']:.6f}), "
-            f"KL {report['kl']:.1e}, top-1 agreement {report['top1_agreement']:.2%}"
+            f"KL {max(report['kl'], 0):.1e}, top-1 agreement {report['top1_agreement']:.2%}"
         )
     console.print(f"{report['seconds']['total']:.0f} s; peak memory {size(report['peak_memory_bytes'])}")
 
 
-def _runs(records: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Gather neighbouring layers of the same fate: [("0-5", a record with lists of their numbers)]."""
-    runs: list[tuple[list[int], dict[str, Any]]] = []
+def _show_verdicts(layers: list[dict[str, Any]]) -> None:
+    """Print once what becomes of the W_Q of layers that share a reason."""
+    words = {"exact": "goes exactly", "gauge": "has its gauge alone", "kept": "stays", "refused": "stays"}
+    for numbers, row in _runs(layers, "how", "reason"):
+        fate = words.get(row["how"], "stays dense, or is fitted by least squares")
+        console.print(f"W_Q of layer {numbers} {fate}: {row['reason']}", markup=False)
+
+
+def _runs(records: list[dict[str, Any]], *fields: str) -> list[tuple[str, dict[str, Any]]]:
+    """Gather layers of the same `fields`: [("0-4, 6", those fields, and lists of the layers' condition numbers)]."""
     numbers = ("W_Q_condition", "basis_condition", "pivot_condition")
+    runs: dict[tuple[Any, ...], tuple[list[int], dict[str, Any]]] = {}
     for record in records:
-        fate = {key: value for key, value in record.items() if key not in ("index", "audit", *numbers)}
-        if not runs or {key: runs[-1][1][key] for key in fate} != fate:
-            runs.append(([], {**fate, **{name: [] for name in numbers}}))
-        runs[-1][0].append(record["index"])
+        fate = {name: record[name] for name in fields}
+        layers, row = runs.setdefault(tuple(fate.values()), ([], {**fate, **{name: [] for name in numbers}}))
+        layers.append(record["index"])
         for name in numbers:
-            runs[-1][1][name].append(record.get(name))
-    return [(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]), row) for run, row in runs]
+            row[name].append(record.get(name))
+    return [(ranges(layers), row) for layers, row in runs.values()]
 
 
 def _worst(numbers: list[float | None]) -> str:
@@ -124,37 +136,38 @@ def _worst(numbers: list[float | None]) -> str:
 
 def show_certificate(result: dict[str, Any]) -> None:
     """Print a certificate of `qectomy verify`."""
-    dtype = result["dtype"]
-    table = Table("layer", "W_Q", "W_V", "W_O", "condition", "bound", "float64", dtype, "roundings")
+    dtype, merged = result["dtype"], any(row["output_map"] == "merged" for row in result["layers"])
+    table = Table("layer", "W_Q", "W_V", *(["W_O"] if merged else []), "κ", "bound", "float64", dtype, "off")
     for row in result["layers"]:
-        deviation = row["roundings"]
         table.add_row(
             str(row["index"]),
             row["map"],
             row["value_map"],
-            row["output_map"],
+            *([row["output_map"]] if merged else []),
             "-" if row["condition"] is None else f"{row['condition']:.3g}",
-            "-" if row["bound"] is None else f"{row['bound']:.1e}",
-            f"{row['error_float64']:.1e}",
-            f"{row[f'error_{dtype}']:.1e}",
-            "-" if deviation is None else f"{deviation:.2g}",
+            "-" if row["bound"] is None else f"{row['bound']:.0e}",
+            f"{row['error_float64']:.0e}",
+            f"{row[f'error_{dtype}']:.0e}",
+            "-" if row["roundings"] is None else f"{row['roundings']:.2g}",
         )
     console.print(table)
     console.print(
-        f"bound: of each product of weights; float64, {dtype}: what the layer's W_down reads, off by as a share of the "
-        "largest; roundings: the layer's tensors, from the exact ones",
+        f"κ: condition of the layer's bases and pivots; bound: of each product of its weights, by κ; float64, {dtype}: "
+        "what its W_down reads, off by as a share of the largest; off: its tensors, in roundings from the exact ones",
         markup=False,
     )
     text = result["text"]
     console.print(f"measured on {text['tokens']:,} tokens of {text['text']}", markup=False)
     for name in dict.fromkeys(("float64", dtype)):
         found = result[name]
-        more = f", perplexity x {found['ratio']:.6f}, KL {found['kl']:.1e}" if "ratio" in found else ""
+        more = f", perplexity x {found['ratio']:.6f}, KL {max(found['kl'], 0):.1e}" if "ratio" in found else ""
         console.print(f"logits in {name}: off by {found['logit_error']:.1e} of the largest{more}")
     for reason in result["reasons"]:
         console.print(f"- {reason}", markup=False)
     if result["bound"] is not None and result["bound"] > 1:
         console.print(f"the layers' bounds add up to more than the logits: in {dtype} only the measure says how close")
+    if not result["code_as_shipped"]:
+        console.print("not covered: the model code beside the weights, which is not this version's")
     proved = f"{result['tensors_proved']} of {result['tensors']} tensors are what exact folding gives"
     console.print(f"verdict: {result['verdict']} ({proved})")
 
@@ -217,6 +230,6 @@ def _show_sizes(report: dict[str, Any]) -> None:
 def _show_needs(needs: dict[str, Any]) -> None:
     minutes = needs["seconds"] / 60
     console.print(
-        f"a conversion here needs about {size(needs['peak_memory_bytes'])} of memory, {size(needs['disk_bytes'])} of "
-        f"disk and {f'{minutes:.0f} minutes' if minutes >= 1.5 else 'a minute or two'}"
+        f"a fitted conversion here needs about {size(needs['peak_memory_bytes'])} of memory, "
+        f"{size(needs['disk_bytes'])} of disk and {f'{minutes:.0f} minutes' if minutes >= 1.5 else 'a minute or two'}"
     )

@@ -9,6 +9,7 @@ Three kinds of evidence, which do not lean on each other:
                exact fold changes, and the logits
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,12 +20,13 @@ from qectomy.errors import CheckpointError
 from qectomy.eval.perplexity import ScoringWindows, summarize
 from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_error, score_streamed
 from qectomy.surgery.checkpoint import Checkpoint
-from qectomy.surgery.config_files import DROPPED, VARIANT
+from qectomy.surgery.config_files import DROPPED, VARIANT, load_config, model_code
 from qectomy.surgery.exact import ExactPlan, folded_tensors, layer_plan
 from qectomy.surgery.fold_layer import readers_in_basis
-from qectomy.surgery.folding import Choice, Folds, Verdict, claim, read_query, rounding, standing_fold
+from qectomy.surgery.folding import Choice, Folds, Verdict, claim, read_query, rounding, standing_fold, usable_error
 from qectomy.surgery.gauge import pivot_condition, split_heads
 from qectomy.surgery.headers import TORCH_NAMES
+from qectomy.surgery.query_maps import ranges
 from qectomy.surgery.streams import HEAD, Place, derive_streams, mergeable
 
 SLACK = 1e-9  # of a tensor's largest entry: float64 rounding, amplified by the condition of a fold
@@ -45,13 +47,20 @@ def verify(
     wrong = _same_model(reduced, original)
     plan, fitted = _plan_of(reduced, original)
     deviations = {} if plan is None else _deviations(reduced, original, plan, progress)
+    wrong += [f"{name} is in no exact fold" for name in reduced.tensors if plan and name not in deviations]
+    if reduced.dims.tied and not original.dims.tied:
+        wrong.append("embedding and head are tied, which the original's are not")
     wrong += [f"{name} is {units:.3g} roundings from the exact one" for name, units in deviations.items() if units > 1]
     layers = _layer_records(reduced, original, plan, deviations)
     measured = measure(reduced, original, held, layers)
     bound = None if plan is None else sum(record["bound"] for record in layers)
     error, eps = measured["float64"]["logit_error"], rounding(reduced.dtype)
-    if bound is not None and not error <= MARGIN * max(bound, eps):
-        wrong.append(f"logits in float64 are off by {error:.1e} of the largest, where the bound is {bound:.1e}")
+    most = usable_error(reduced.dtype)
+    if bound is not None and not error <= min(most, MARGIN * max(bound, eps)):
+        wrong.append(
+            f"logits in float64 are off by {error:.1e} of the largest; rounding is bound by {bound:.1e} here, and "
+            f"{most:.0e} is the most that {TORCH_NAMES[reduced.dtype]} excuses"
+        )
     return {
         "reduced": str(reduced.folder),
         "original": str(original.folder),
@@ -60,10 +69,18 @@ def verify(
         "tensors_proved": sum(units <= 1 for units in deviations.values()),
         "tensors": len(reduced.tensors),
         "dtype": TORCH_NAMES[reduced.dtype],
+        "code_as_shipped": _code_as_shipped(reduced),
         "bound": bound,
         **measured,
         "layers": layers,
     }
+
+
+def _code_as_shipped(reduced: Checkpoint) -> bool:
+    """Whether the model code beside the weights is this version's, which is what was run here."""
+    own = model_code(reduced.family)
+    beside = reduced.folder / own.name
+    return beside.is_file() and beside.read_bytes() == own.read_bytes()
 
 
 def measure(
@@ -106,29 +123,34 @@ def _same_model(reduced: Checkpoint, original: Checkpoint) -> list[str]:
     if names := [name for name in ours.__dataclass_fields__ if getattr(ours, name) != getattr(theirs, name)]:
         shown = ", ".join(f"{name} ({getattr(ours, name)} and {getattr(theirs, name)})" for name in names)
         raise CheckpointError(f"{reduced.folder} cannot come from {original.folder}: they differ in {shown}")
-    ignored = {*DROPPED, "dtype", "model_type", "tie_word_embeddings"} - set(VARIANT)
-    said = {key: value for key, value in original.config.items() if key not in ignored and key in reduced.config}
-    return [f"config.json: {key} differs" for key in sorted(said) if reduced.config[key] != said[key]]
+    # Both as the reduced class reads them, so that a field left out is its default.
+    said, found = (load_config(c.family, c.config, reduced=True).to_dict() for c in (original, reduced))
+    names = sorted(set(said) - ({*DROPPED, "dtype", "model_type", "tie_word_embeddings"} - set(VARIANT)))
+    return [f"config.json: {key} is {found.get(key)}, not {said[key]}" for key in names if found.get(key) != said[key]]
 
 
 def _plan_of(reduced: Checkpoint, original: Checkpoint) -> tuple[ExactPlan | None, list[str]]:
     """Return the exact plan that a reduced checkpoint amounts to; or None, and why parts of it are not exact."""
-    dims, roles, why = original.dims, original.family.roles, []
-    choice, pivots = Choice(derive_streams(dims)), {}
+    dims, roles, why = original.dims, original.family.roles, defaultdict[str, list[int]](list)
+    eps = min(rounding(original.dtype), rounding(reduced.dtype))
+    choice, pivots = Choice(derive_streams(dims), eps), {}
     choice.untied = dims.tied and not reduced.dims.tied
     for layer in range(1 if dims.shared_layers else dims.n_layers):
         spec = reduced.recipe[layer]
         if spec.name not in EXACT_MAPS:
-            why.append(f"layer {layer} is fitted ({spec})")
+            why[f"fitted ({spec})"].append(layer)
         if spec.name == "identity":
-            why += _claimed(original, layer, choice)
+            reason = _claimed(original, layer, choice)
+            if reason is not None:
+                why[reason].append(layer)
         if spec.output == "merged":
             choice.merged.add(layer)
         if spec.gauged:
             pivots[layer] = reduced.read(f"{reduced.prefix(layer)}{roles.gauge}.pivots").long()
-    why += [f"layer {layer}: W_O cannot be merged exactly" for layer in choice.merged - mergeable(choice.streams)]
+    if wrongly := sorted(choice.merged - mergeable(choice.streams)):
+        why["W_O cannot be merged exactly"] += wrongly
     if why:
-        return None, why
+        return None, [f"layer {ranges(layers)}: {reason}" for reason, layers in why.items()]
     folds, conditions = Folds(original, choice), dict[int, float]()
     plan = ExactPlan(choice, reduced.dims, reduced.recipe, pivots, conditions)
     for layer, chosen in pivots.items():
@@ -139,21 +161,23 @@ def _plan_of(reduced: Checkpoint, original: Checkpoint) -> tuple[ExactPlan | Non
     return plan, []
 
 
-def _claimed(original: Checkpoint, layer: int, choice: Choice) -> list[str]:
+def _claimed(original: Checkpoint, layer: int, choice: Choice) -> str | None:
     """Enter a layer whose queries are slices of x̂ into the choice; return why that is not exact, if it is not."""
     if standing_fold(read_query(original, layer), original.dims) is not None:
         choice.standing.add(layer)
-        return []
+        return None
     index = choice.streams.of(("attention", layer))
     stream = choice.streams.streams[index]
     if index in choice.claims:
-        return [f"layer {layer}: its stream's one change of basis is layer {choice.claims[index]}'s"]
-    fold = claim(original, layer, stream)
+        return f"its stream's one change of basis is layer {choice.claims[index]}'s"
+    if choice.standing.intersection(stream.queries):
+        return "its stream stays as it is, for another layer's W_Q is the identity there already"
+    fold = claim(original, layer, stream, choice.eps)
     if fold is None:
-        return [f"layer {layer} is fitted (identity): {stream.why} lets only {stream.group.value} pass"]
+        return f"fitted (identity): {stream.why} lets only {stream.group.value} pass"
     choice.claims[index] = layer
     choice.verdicts[layer] = Verdict("exact", stream.why, basis_condition=fold.condition)
-    return []
+    return None
 
 
 def _deviations(
@@ -167,7 +191,8 @@ def _deviations(
             units = 0.0 if torch.equal(stored, exact.to(stored.dtype)) else float("inf")
         else:
             eps = rounding(reduced.tensors[name].dtype)
-            allowed = eps * exact.abs() + SLACK * exact.abs().max() + 1e-300
+            step = torch.finfo(stored.dtype).smallest_normal * eps  # of numbers too small for the type's exponents
+            allowed = eps * exact.abs() + SLACK * exact.abs().max() + step
             units = float(((stored.double() - exact).abs() / allowed).max())
         worst[name] = max(worst.get(name, 0.0), units)
     return worst

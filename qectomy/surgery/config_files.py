@@ -99,8 +99,12 @@ def copy_companions(source: Path, folder: Path, patterns: tuple[str, ...] = CARR
 
 def copy_model_code(family: Family, folder: Path) -> None:
     """Put the stand-alone model file beside the weights."""
-    name = f"{family.modeling}.py"
-    shutil.copyfile(Path(__file__).parent / name, folder / name)
+    shutil.copyfile(model_code(family), folder / model_code(family).name)
+
+
+def model_code(family: Family) -> Path:
+    """Return the stand-alone model file of a family."""
+    return Path(__file__).parent / f"{family.modeling}.py"
 
 
 def _base_config(source: Checkpoint, dtype: str) -> dict[str, Any]:

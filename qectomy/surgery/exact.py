@@ -6,18 +6,20 @@ are in memory beside the layer.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from qectomy.errors import NonFiniteError, QueryMapError
-from qectomy.surgery.checkpoint import Checkpoint, expected_tensors
+from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.family import Dimensions
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.fold_layer import LayerPlan, fold_layer, fold_norm, query_shift, readers_in_basis
 from qectomy.surgery.folding import LOST, Choice, Folds, choose_folds, rounding
-from qectomy.surgery.gauge import MAX_PIVOT_CONDITION, choose_pivots, pivot_rows, split_heads
+from qectomy.surgery.gauge import MAX_PIVOT_CONDITION, choose_pivots, fold_pivots, pivot_rows, split_heads
+from qectomy.surgery.linear_views import read_view
+from qectomy.surgery.plan import planned_tensors
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.streams import HEAD
 from qectomy.surgery.writer import DTYPES, ShardWriter, TensorSpec
@@ -35,17 +37,12 @@ class ExactPlan:
     recipe: tuple[QueryMapSpec, ...]
     pivots: dict[int, torch.Tensor]
     pivot_conditions: dict[int, float]
+    left: dict[int, str] = field(default_factory=dict)  # why the heads of a stored layer have no gauge
 
     def tensors(self, source: Checkpoint, dtype: str | None) -> dict[str, TensorSpec]:
         """Return what is written, by name; `dtype` None keeps each tensor's own type."""
-        shapes = expected_tensors(source.family, self.dims, self.recipe)
-        return {name: TensorSpec(shape, self._dtype(source, name, dtype)) for name, shape in shapes.items()}
-
-    @staticmethod
-    def _dtype(source: Checkpoint, name: str, dtype: str | None) -> str:
-        if source.family.is_index(name):
-            return "I32"
-        return dtype or (source.tensors[name].dtype if name in source.tensors else source.dtype)
+        planned = planned_tensors(replace(source, dims=self.dims), self.recipe, dtype)
+        return {name: TensorSpec(info.shape, info.dtype) for name, info in planned.items()}
 
 
 def plan_exact(
@@ -69,16 +66,18 @@ def plan_exact(
     choice = choose_folds(source, dtype, kept, lambda: step("conditioning of W_Q"))
     _check_conditions(source, choice)
     folds, eps = Folds(source, choice), rounding(dtype or source.dtype)
-    specs, pivots, conditions = [], {}, {}
+    specs, pivots, conditions, left = [], {}, {}, {}
     for layer in range(stored):
         spec, chosen, condition = _gauge_of(source, choice, folds, layer, eps)
-        if chosen is not None:
+        if isinstance(chosen, str):
+            left[layer] = chosen
+        else:
             pivots[layer], conditions[layer] = chosen, condition
         specs.append(spec)
         step("pivots")
     dims = source.dims
     recipe = tuple(specs[dims.stored_layer(layer)] for layer in range(dims.n_layers))
-    plan = ExactPlan(choice, replace(dims, tied=dims.tied and not choice.untied), recipe, pivots, conditions)
+    plan = ExactPlan(choice, replace(dims, tied=dims.tied and not choice.untied), recipe, pivots, conditions, left)
     after = sum(torch.Size(spec.shape).numel() for spec in plan.tensors(source, dtype).values())
     if after >= source.parameters:
         reasons = "; ".join(sorted({f"{v.how}: {v.reason}" for v in choice.verdicts.values()}))
@@ -177,45 +176,71 @@ def _rows(source: Checkpoint, name: str) -> Iterator[tuple[int, torch.Tensor]]:
 
 
 def _check_conditions(source: Checkpoint, choice: Choice) -> None:
-    """Raise QueryMapError where a stream could let a W_Q go and none of its layers' is fit to."""
+    """Raise QueryMapError where a stream could let a W_Q go and none of its layers' is fit to, naming all of them."""
+    if source.dims.norms:
+        return
+    refused: list[int] = []
     for stream in choice.streams.streams:
-        refused = [layer for layer in stream.queries if choice.verdicts[layer].ill]
-        if source.dims.norms or not refused or any(choice.folded(layer) for layer in stream.queries):
-            continue
-        layer = refused[0]
-        raise QueryMapError(
-            f"layer {layer}: {choice.verdicts[layer].reason}. To fold the others, leave it whole: "
-            f"--query {_leaving(layer, source.dims.n_layers)}"
-        )
+        if not any(choice.folded(layer) for layer in stream.queries):
+            refused += [layer for layer in stream.queries if choice.verdicts[layer].ill]
+    if not refused:
+        return
+    reasons = "; ".join(f"layer {layer}: {choice.verdicts[layer].reason}" for layer in sorted(refused))
+    if not source.dims.shared_layers:
+        them, kept = "it" if len(refused) == 1 else "them", choice.kept | set(refused)
+        reasons += f". To fold the others, leave {them} whole: --query {_leaving(kept, source.dims.n_layers)}"
+    raise QueryMapError(reasons)
 
 
-def _leaving(layer: int, n_layers: int) -> str:
-    before = [f"-{layer - 1}=exact"] if layer else []
-    after = [f"{layer + 1}-=exact"] if layer + 1 < n_layers else []
-    return ",".join([*before, f"{layer}=dense", *after])
+def _leaving(kept: frozenset[int], n_layers: int) -> str:
+    """Return the recipe that leaves some layers dense."""
+    runs: list[tuple[str, list[int]]] = []
+    for layer in range(n_layers):
+        name = "dense" if layer in kept else "exact"
+        if not runs or runs[-1][0] != name:
+            runs.append((name, []))
+        runs[-1][1].append(layer)
+    return ",".join(f"{run[0]}-{run[-1]}={name}" if len(run) > 1 else f"{run[0]}={name}" for name, run in runs)
 
 
 def _gauge_of(
     source: Checkpoint, choice: Choice, folds: Folds, layer: int, eps: float
-) -> tuple[QueryMapSpec, torch.Tensor | None, float]:
-    """Return what a layer stores, and its gauge's pivots and their condition number if it has any."""
+) -> tuple[QueryMapSpec, torch.Tensor | str, float]:
+    """Return what a layer stores, its gauge's pivots, or why it has none, and their condition number."""
     dims = source.dims
     output = "merged" if layer in choice.merged else "dense"
     query = "identity" if choice.folded(layer) else "dense"
     if layer in choice.kept or not dims.gauge_pays:
-        return QueryMapSpec(query, output=output), None, 0.0
+        why = "asked to stay dense" if layer in choice.kept else "a gauge of its heads saves nothing"
+        return QueryMapSpec(query, output=output), why, 0.0
     before, middle = folds.basis(("attention", layer)), folds.basis(("mlp", layer))
     plan = LayerPlan(spec=QueryMapSpec("dense"), before=before, fold=folds.query(layer))
-    W_Q, W_V = readers_in_basis(source.read_layer(layer), dims, source.family.roles, plan)
+    tensors = source.read_layer(layer)
+    W_Q, W_V = readers_in_basis(tensors, dims, source.family.roles, plan)
     gauged = [W_V] if dims.rope or query == "identity" else [W_Q, W_V]
     blocks = torch.cat([split_heads(W, dims.d_head) for W in gauged])
     pivots, condition = choose_pivots(blocks)
-    # W[P] goes into W_O, or W_K, which the ill-conditioned basis that made it so multiplies once more.
+    if condition > MAX_PIVOT_CONDITION:
+        return QueryMapSpec(query, output=output), "a head of it has no full rank", condition
     strain = condition
-    if before is not None or middle is not None:
+    if before is not None or middle is not None:  # W[P] goes into W_O, or W_K, which the basis multiplies once more
         bases = max(choice.condition(("attention", layer)), choice.condition(("mlp", layer)))
         strain = float(torch.linalg.cond(pivot_rows(blocks, pivots)).max()) * bases
-    if condition > MAX_PIVOT_CONDITION or strain * eps > LOST:
-        return QueryMapSpec(query, output=output), None, condition
+    if len(gauged) == 2:
+        strain *= _bias_strain(W_Q, read_view(tensors, source.family.roles.query)[1], pivots[: dims.n_heads])
+    if strain * eps > LOST:
+        why = f"with its basis and bias a gauge has condition number {strain:.1e}, too much for the target dtype"
+        return QueryMapSpec(query, output=output), why, condition
     query = "gauge" if len(gauged) == 2 else query
     return QueryMapSpec(query, value="gauge", output=output), pivots, condition
+
+
+def _bias_strain(W_Q: torch.Tensor, b_Q: torch.Tensor | None, pivots: torch.Tensor) -> float:
+    """Return how much larger b_Q W[P]⁻¹ is than W W[P]⁻¹, 1 at least: a head that hardly reads makes it huge."""
+    if b_Q is None:
+        return 1.0
+    blocks = split_heads(W_Q, pivots.shape[1])
+    rest, inverse = fold_pivots(blocks, pivots)
+    bias = torch.linalg.solve(inverse, b_Q.double().view(len(blocks), 1, -1), left=False)
+    size = (rest.square().sum((1, 2)) + pivots.shape[1]).sqrt()  # of all of W A, its identity block too
+    return max(1.0, float((bias.square().sum((1, 2)).sqrt() / size).max()))

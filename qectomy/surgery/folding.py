@@ -24,6 +24,7 @@ from qectomy.surgery.writer import DTYPES
 
 SINGULAR = 1e13  # a condition number beyond which float64 cannot tell a matrix from a singular one
 LOST = 1.0  # rounding times condition beyond which the target dtype keeps nothing of a product
+SPENT = 0.1  # and beyond which a whole change of basis is not worth W_Q
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Choice:
     """What of a checkpoint goes exactly. Layers are named as they are stored."""
 
     streams: Streams
+    eps: float  # rounding of the finer of the source's and the target's types
     claims: dict[int, int] = field(default_factory=dict)  # stream -> the layer whose W_Q is its Θ
     standing: set[int] = field(default_factory=set)  # layers that need no change of basis
     merged: set[int] = field(default_factory=set)  # layers whose W_O goes into the MLP
@@ -121,7 +123,7 @@ def basis_fold(W_Q: torch.Tensor, dims: Dimensions, group: Group, tolerance: flo
     """Return the fold with Θ = [W_Q A, complement], or None where Θ is not in the group or W_Q is singular.
 
     W_Q (D, H*K) has the norm's gain folded in. A makes the heads' columns as orthonormal as the gauge allows, which
-    conditions Θ best. `tolerance` is how far from orthogonal rounding of the stored weights can leave a Θ.
+    conditions Θ best. `tolerance` is how far from orthogonal, |Θ - polar(Θ)| / |Θ|, rounding can leave a Θ.
     """
     W = W_Q.double()
     if W.shape[1] > dims.d_model:
@@ -138,11 +140,12 @@ def basis_fold(W_Q: torch.Tensor, dims: Dimensions, group: Group, tolerance: flo
     columns = join_heads(blocks @ A)
     if group is not Group.GENERAL:
         off = columns.mT @ columns - torch.eye(columns.shape[1], dtype=torch.float64)
-        if float(off.abs().max()) > 3 * tolerance:  # as good as every W_Q there is; spares an SVD
+        if float(off.square().mean(0).sum().sqrt()) > 3 * tolerance:  # every W_Q there is, or nearly; spares an SVD
             return None
         U, S, Vh = torch.linalg.svd(_completed(columns))
         theta = U @ Vh
-        return None if float((S - 1).abs().max()) > tolerance else QueryFold(gauge=A, basis=Basis(theta, theta.mT))
+        near = float((S - 1).square().mean().sqrt()) <= tolerance
+        return QueryFold(gauge=A, basis=Basis(theta, theta.mT)) if near else None
     theta = _completed(columns)
     condition = condition_number(theta)
     if not condition < SINGULAR:
@@ -151,11 +154,26 @@ def basis_fold(W_Q: torch.Tensor, dims: Dimensions, group: Group, tolerance: flo
 
 
 def _completed(W: torch.Tensor) -> torch.Tensor:
-    """Return W (D, n) with orthonormal columns beside it, orthogonal to its own, of its own mean size: (D, D)."""
-    if W.shape[0] == W.shape[1]:
+    """Return W (D, n) with orthonormal columns beside it, orthogonal to its own, of its own mean size: (D, D).
+
+    They are the Cholesky factor of the projection onto what W leaves, with pivots: the same on every machine.
+    """
+    d_model, n = W.shape
+    if d_model == n:
         return W
-    U, S, _ = torch.linalg.svd(W)
-    return torch.cat([W, U[:, W.shape[1] :] * S.log().mean().exp()], 1)
+    Q, S, _ = torch.linalg.svd(W, full_matrices=False)
+    left, added = torch.eye(d_model, dtype=W.dtype) - Q @ Q.mT, []
+    for _ in range(d_model - n):
+        size = left.diagonal()
+        best = int((size > size.max() - 1e-6).nonzero()[0])  # the first of those that are as large as any
+        added.append(left[:, best] / left[best, best].sqrt())
+        left = left - added[-1][:, None] * added[-1]
+    return torch.cat([W, torch.stack(added, 1) * S.log().mean().exp()], 1)
+
+
+def usable_error(dtype: str) -> float:
+    """Return the largest difference of a logit, of the largest logit, that rounding to a dtype may leave behind."""
+    return min(0.1, max(1e-6, 1e4 * rounding(dtype)))
 
 
 def rounding(dtype: str) -> float:
@@ -189,23 +207,27 @@ class Folds:
     def _make(self, layer: int) -> QueryFold | None:
         if layer in self.choice.standing:
             return standing_fold(read_query(self.source, layer), self.source.dims)
-        return claim(self.source, layer, self.choice.streams.streams[self.choice.streams.of(("attention", layer))])
+        stream = self.choice.streams.streams[self.choice.streams.of(("attention", layer))]
+        return claim(self.source, layer, stream, self.choice.eps)
 
 
 def read_query(source: Checkpoint, layer: int, with_gain: bool = False) -> torch.Tensor:
     """Return W_Q (D, H*K) of a layer in float64, the norm's gain folded in if asked."""
     roles, prefix = source.family.roles, source.prefix(layer)
-    names = [f"{roles.query.module}.weight"]
-    W, _ = read_view({name: source.read(prefix + name, torch.float64) for name in names}, roles.query)
+    name = f"{roles.query.module}.weight"
+    W, _ = read_view({name: source.read(prefix + name, torch.float64)}, roles.query)
     if with_gain and source.dims.norms:
         W = source.read(f"{prefix}{roles.attention_norm}.weight", torch.float64)[:, None] * W
     return W
 
 
-def claim(source: Checkpoint, layer: int, stream: Stream) -> QueryFold | None:
-    """Return the fold by which a layer's W_Q claims its stream, or None if it is not in the stream's group."""
+def claim(source: Checkpoint, layer: int, stream: Stream, eps: float) -> QueryFold | None:
+    """Return the fold by which a layer's W_Q claims its stream, or None if it is not in the stream's group.
+
+    `eps` is the rounding of the finer of the source's and the target's types.
+    """
     W_Q = read_query(source, layer, with_gain=True)
-    tolerance = max(2 * rounding(source.dtype), 1e-12)  # the singular values of a float64 W_Q are no more exact
+    tolerance = max(eps / 2, 1e-13)  # the singular values of a float64 W_Q are no more exact
     fold = basis_fold(W_Q, source.dims, stream.group, tolerance)
     if fold is None and stream.breaks_tie and source.dims.untying_pays:
         return basis_fold(W_Q, source.dims, Group.GENERAL, tolerance)
@@ -222,8 +244,8 @@ def choose_folds(
 
     `dtype` is the target's, as safetensors names it; layers in `kept` stay whole. `progress` is called for each layer.
     """
-    choice = Choice(derive_streams(source.dims), kept=kept)
     eps = rounding(dtype or source.dtype)
+    choice = Choice(derive_streams(source.dims), eps=min(eps, rounding(source.dtype)), kept=kept)
     choice.merged = mergeable(choice.streams) - kept
     for index, stream in enumerate(choice.streams.streams):
         if stream.queries:
@@ -241,10 +263,10 @@ def _choose_in(
     conditions: dict[int, float] = {}  # of each layer's Θ
     for layer in stream.queries:
         if layer in wanted and not choice.standing.intersection(stream.queries) and not _tie_forbids(source, stream):
-            fold = claim(source, layer, stream)
+            fold = claim(source, layer, stream, choice.eps)
             if fold is not None and fold.basis is not None:
                 conditions[layer] = fold.condition
-                if fold.condition * eps <= LOST and (best is None or fold.condition < best[0]):
+                if fold.condition * eps <= SPENT and (best is None or fold.condition < best[0]):
                     best = (fold.condition, layer, fold.basis.orthogonal)
         progress()
     if best is not None:
@@ -284,14 +306,16 @@ def _verdict(
         if dims.norms or (stream.breaks_tie and not choice.untied):
             why = f"W_Q is {stream.group.value}: it passes the {'norm' if dims.norms else 'tie'}"
         return Verdict("exact", why, condition, basis_condition)
-    if not condition < SINGULAR:
-        return Verdict("refused", f"W_Q is singular (condition number {condition:.1e})", condition, ill=True)
+    if not condition < min(SINGULAR, 1 / rounding(source.dtype)):
+        why = f"W_Q is singular to the precision of its type (condition number {condition:.1e})"
+        return Verdict("refused", why, condition, ill=True)
     if standing := sorted(choice.standing.intersection(stream.queries)):
         why = f"its stream stays as it is, for there the W_Q of layer {standing[0]} is the identity already"
         return Verdict("gauge" if not dims.rope else "refused", why, condition)
-    if basis_condition is None or basis_condition * eps > LOST:
+    if basis_condition is None or basis_condition * eps > SPENT:
         shown = math.inf if basis_condition is None else basis_condition
-        why = f"its change of basis has condition number {shown:.1e}, too much for the target dtype: try float32"
+        why = f"its change of basis has condition number {shown:.1e}, too much for the target dtype"
+        why += ": try --dtype float32" if eps > rounding("F32") else ""
         return Verdict("refused", why, condition, basis_condition, ill=True)
     claimed = next(taker for index, taker in choice.claims.items() if choice.streams.streams[index] is stream)
     otherwise = "gauge" if not dims.rope else "refused"

@@ -325,12 +325,20 @@ class QectomyGPT2PreTrainedModel(GPT2PreTrainedModel):
     def write_out_gauges_(self) -> None:
         """Write the identity blocks out in memory, so that every layer runs one dense product, as in the stock model.
 
-        The config then says `dense`. Nothing happens while weights lie on the meta device.
+        The config then says `dense`, and what is saved from here on is. Nothing happens to weights that are quantized,
+        partitioned, or on the meta device.
         """
+        if getattr(self, "hf_quantizer", None) is not None:
+            return
+        self.config.value_maps, self.config.query_maps = [*self.config.value_maps], [*self.config.query_maps]
         dense: dict[nn.Module, nn.Module] = {}  # layers that share a module go on sharing it
         for attention in [module for module in self.modules() if isinstance(module, ReducedGPT2Attention)]:
             gauged = attention.c_attn
-            if getattr(gauged, "gauge", None) is not None and gauged.weight.device.type != "meta":
+            if (
+                getattr(gauged, "gauge", None) is not None
+                and gauged.weight.device.type != "meta"
+                and len(gauged.weight)
+            ):
                 dense[gauged] = dense.get(gauged) or gauged.written_out()
                 attention.c_attn = dense[gauged]
                 layer = attention.layer_idx

@@ -311,12 +311,16 @@ class ReducedPreTrained:
     def write_out_gauges_(self) -> None:
         """Write the identity blocks out in memory, so that every layer runs one dense product, as in the stock model.
 
-        The config then says `dense`. Nothing happens while weights lie on the meta device.
+        The config then says `dense`, and what is saved from here on is. Nothing happens to weights that are quantized,
+        partitioned, or on the meta device.
         """
+        if getattr(self, "hf_quantizer", None) is not None:
+            return
+        self.config.value_maps, self.config.query_maps = [*self.config.value_maps], [*self.config.query_maps]
         dense: dict[nn.Module, nn.Module] = {}  # layers that share a module go on sharing it
         for attention in [module for module in self.modules() if isinstance(module, ReducedAttention)]:
             gauged = attention.v_proj
-            if isinstance(gauged, GaugedValue) and gauged.weight.device.type != "meta":
+            if isinstance(gauged, GaugedValue) and gauged.weight.device.type != "meta" and len(gauged.weight):
                 dense[gauged] = dense.get(gauged) or gauged.written_out()
                 attention.v_proj = dense[gauged]
                 layer = attention.layer_idx

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from qectomy.errors import QectomyError, UnsupportedArchitecture
+from qectomy.errors import NonFiniteError, QectomyError, UnsupportedArchitecture
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.config_files import copy_companions, copy_model_code, write_config
 from qectomy.surgery.family import LayerRoles
+from qectomy.surgery.finite import all_finite
 from qectomy.surgery.linear_views import Projection, read_view, store_views
 from qectomy.surgery.output import check_room, new_folder
 from qectomy.surgery.writer import ShardWriter, TensorSpec
@@ -101,12 +102,17 @@ def fold_norms(
     with new_folder(out) as work:
         with ShardWriter(work, specs) as writer:
             _write_outer(source, writer, parts)
-            for layer in range(dims.n_layers):
+            stored = 1 if dims.shared_layers else dims.n_layers
+            for layer in range(stored):
                 folded = fold_layer_norms(source.read_layer(layer), family.roles, parts)
                 for name, tensor in folded.items():
+                    if not all_finite(tensor):
+                        raise NonFiniteError(
+                            f"layer {layer}: {name} does not fit in its type once the norm is folded in"
+                        )
                     writer.write(source.prefix(layer) + name, tensor)
                 if progress:
-                    progress(layer + 1, dims.n_layers)
+                    progress(layer + 1, stored)
             writer.finish()
         write_config(work, source.config)
         copy_companions(source.folder, work)
@@ -136,4 +142,6 @@ def _write_outer(source: Checkpoint, writer: ShardWriter, parts: Sequence[str]) 
             rows = source.read_rows(name, start, min(start + ROWS_AT_ONCE, source.tensors[name].shape[0]))
             rows = centre_rows(rows) if name in centred else rows
             rows = absorb_gain(gamma, (rows.T, None))[0].T if absorbed and name == family.head else rows
+            if not all_finite(rows):
+                raise NonFiniteError(f"{name} overflows its type with the norm folded in")
             writer.write_rows(name, start, rows)

@@ -127,6 +127,8 @@ def parse_exact(text: str, dims: Dimensions) -> frozenset[int] | None:
     names = _name_layers(text, dims.n_layers)
     if others := set(names) - {"exact", "dense"}:
         raise QueryMapError(f"--query {text!r}: beside exact a layer can only stay dense, not {sorted(others)[0]!r}")
+    if dims.shared_layers and len(set(names)) > 1:
+        raise QueryMapError(f"--query {text!r}: the layers share their weights, so they are all exact or all dense")
     return frozenset(layer for layer, name in enumerate(names) if name == "dense")
 
 
@@ -147,7 +149,7 @@ def _name_layers(text: str, n_layers: int) -> list[str]:
             parse_query_map(name)
     missing = [layer for layer in range(n_layers) if layer not in chosen]
     if missing:
-        raise QueryMapError(f"--query {text!r} says nothing of layer(s) {_ranges(missing)} of {n_layers}")
+        raise QueryMapError(f"--query {text!r} says nothing of layer(s) {ranges(missing)} of {n_layers}")
     return [chosen[layer] for layer in range(n_layers)]
 
 
@@ -180,7 +182,7 @@ def _parse_layers(text: str, n_layers: int) -> range:
     return range(start, stop + 1)
 
 
-def _ranges(layers: list[int]) -> str:
+def ranges(layers: list[int]) -> str:
     """Write [0, 1, 2, 5] as '0-2, 5'."""
     runs: list[list[int]] = []
     for layer in layers:

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from qectomy.calibrate.convert_exact import convert_exact, dry_run_exact
 from qectomy.calibrate.settings import ConvertSettings
-from qectomy.errors import QueryMapError, TextError
+from qectomy.errors import QectomyError, QueryMapError, TextError
 from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.surgery.query_maps import parse_exact
 
 NORM_FREE = dict(norms=False, mlp_skip=False)
 
@@ -58,8 +59,8 @@ def test_no_text_is_needed(tiny_checkpoint, tmp_path):
     assert 0 < report["logit_error"] < 1e-5
 
 
-def test_a_narrow_dtype_says_what_it_costs(tmp_path, raven):
-    source = save_variant(tmp_path / "source", "llama", dtype="float32", **NORM_FREE)
+def test_a_narrow_dtype_says_what_it_costs(tiny_checkpoint, tmp_path, raven):
+    source = tiny_checkpoint()
     options = dict(eval_text=str(raven), eval_tokens=160, context=32)
     whole = run(source, tmp_path / "whole", **options)
     half = run(source, tmp_path / "half", dtype="float16", **options)
@@ -110,7 +111,7 @@ def test_what_is_refused_leaves_nothing(tiny_copy, tmp_path, raven):
     source = save_variant(tmp_path / "source", "llama", **NORM_FREE)
     name = "model.layers.1.self_attn.q_proj.weight"
     edit_weights(source, lambda tensors: tensors[name][:, 3].zero_())
-    with pytest.raises(QueryMapError, match=r"layer 1: W_Q is singular.*--query -0=exact,1=dense"):
+    with pytest.raises(QueryMapError, match=r"layer 1: W_Q is singular.*--query 0=exact,1=dense"):
         run(source, tmp_path / "out")
     narrow = tiny_copy(
         "gpt2", num_attention_heads=32
@@ -121,3 +122,33 @@ def test_what_is_refused_leaves_nothing(tiny_copy, tmp_path, raven):
     with pytest.raises(TextError, match="longer than the model's 128 positions"):
         run(learned, tmp_path / "out", eval_text=str(raven), context=129)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([narrow.name, learned.name, "source"])
+
+
+def test_what_rounding_spoils_is_not_written(tmp_path, monkeypatch):
+    """However it came about: logits further off than the type excuses are an error, and no folder."""
+    monkeypatch.setattr("qectomy.surgery.folding.SPENT", 1e9)
+    monkeypatch.setattr("qectomy.surgery.exact.LOST", 1e9)
+    source = save_variant(tmp_path / "source", "llama", dtype="float32", norms=False, tie_word_embeddings=False)
+    name = "model.layers.{}.self_attn.q_proj.weight"
+
+    def spoil(tensors):
+        for layer in range(2):
+            W = tensors[name.format(layer)]
+            W[9] = W[1] + 1e-4 * W[9]
+
+    edit_weights(source, spoil)
+    with pytest.raises(QueryMapError, match=r"the logits are off by .* of the largest \(at most 1e-03 is rounding\)"):
+        run(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_shared_layers_are_all_exact_or_all_dense(tmp_path):
+    source = open_checkpoint(save_variant(tmp_path / "source", "llama", norms=False, shared_layers=True))
+    with pytest.raises(QueryMapError, match="the layers share their weights, so they are all exact or all dense"):
+        parse_exact("0=exact,1=dense", source.dims)
+    assert parse_exact("exact", source.dims) == frozenset()
+
+
+def test_a_device_is_refused(tiny_checkpoint, tmp_path):
+    with pytest.raises(QectomyError, match="--device cuda: exact folding computes in float64 on the processor"):
+        run(tiny_checkpoint(), tmp_path / "out", device="cuda")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conversions import convert_tiny, reload_here
 from damage import edit_json, edit_weights
-from tiny_models import save_reduced, save_variant
+from tiny_models import save_reduced, save_variant, variant_model
 
 from qectomy.calibrate.convert_exact import convert_exact
 from qectomy.calibrate.settings import ConvertSettings
@@ -15,6 +15,7 @@ from qectomy.errors import CheckpointError
 from qectomy.eval.perplexity import Protocol, scoring_windows
 from qectomy.eval.verify import verify
 from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.surgery.folding import choose_folds
 
 VARIANTS = {
     "norm-free": dict(norms=False, tie_word_embeddings=False),
@@ -130,7 +131,7 @@ def test_a_changed_config_is_found_by_name_and_by_measure(made, tmp_path):
     edit_json(tmp_path / "tampered/config.json", lambda config: config.update(rms_norm_eps=0.1))
     found = certificate(tmp_path / "tampered", source)
     assert found["verdict"] == "failed"
-    assert found["reasons"][0] == "config.json: rms_norm_eps differs"
+    assert found["reasons"][0] == "config.json: rms_norm_eps is 0.1, not 1e-06"
     assert "logits in float64 are off" in found["reasons"][1]
 
 
@@ -149,7 +150,7 @@ def test_a_fitted_folder_is_not_exact_and_says_so(query, why, tiny_checkpoint, r
     convert_tiny(source, tmp_path / "out", query, raven)
     found = certificate(tmp_path / "out", source)
     assert found["verdict"] == "not exact"
-    assert found["reasons"][0].startswith(f"layer 0 is fitted ({query})")
+    assert found["reasons"][0].startswith(f"layer 0-1: fitted ({query})")
     assert found["bound"] is None
     assert found["tensors_proved"] == 0
     assert found["float64"]["logit_error"] > 1e-3  # and by how much it is off is measured all the same
@@ -169,3 +170,43 @@ def test_models_that_cannot_come_from_each_other(made, tiny_checkpoint):
         certificate(folder, tiny_checkpoint("gpt2"))
     with pytest.raises(CheckpointError, match=r"differ in n_kv_heads \(2 and 4\)"):
         certificate(folder, tiny_checkpoint("mha"))
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_float16_and_its_smallest_numbers(shape, made):
+    folder, source = made(shape, "float16")
+    assert certificate(folder, source)["verdict"] == "exact"
+
+
+def test_a_field_that_only_one_config_has_counts_as_its_default(made, tmp_path):
+    folder, source = made("gpt2", "bfloat16")
+    shutil.copytree(folder, tmp_path / "tampered")
+    edit_json(tmp_path / "tampered/config.json", lambda config: config.update(softmax_scale=0.3))
+    found = certificate(tmp_path / "tampered", source)
+    assert (found["verdict"], found["reasons"][0]) == ("failed", "config.json: softmax_scale is 0.3, not None")
+
+
+def test_it_says_when_other_code_lies_beside_the_weights(made, tmp_path):
+    folder, source = made("llama")
+    assert certificate(folder, source)["code_as_shipped"]
+    shutil.copytree(folder, tmp_path / "other")
+    with (tmp_path / "other/modeling_qectomy_llama.py").open("a") as file:
+        file.write("raise SystemExit\n")
+    found = certificate(tmp_path / "other", source)
+    assert (found["verdict"], found["code_as_shipped"]) == ("exact", False)
+
+
+def test_nearly_orthogonal_is_not_orthogonal(tmp_path):
+    """Singular values within 3 % of 1 pass no norm, though bfloat16 has eight bits."""
+    model = variant_model("llama", tie_word_embeddings=False, num_hidden_layers=1).bfloat16()
+    W = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))[0]
+    layer = model.model.layers[0]
+    layer.input_layernorm.weight.data.fill_(1)
+    layer.self_attn.q_proj.weight.data = (W * torch.linspace(0.97, 1.03, 32)).bfloat16()
+    model.save_pretrained(tmp_path / "near")
+    choice = choose_folds(open_checkpoint(tmp_path / "near"))
+    assert not choice.claims
+    layer.self_attn.q_proj.weight.data = W.bfloat16()
+    model.save_pretrained(tmp_path / "orthogonal")
+    assert choose_folds(open_checkpoint(tmp_path / "orthogonal")).claims == {0: 0}
+    assert not choose_folds(open_checkpoint(tmp_path / "orthogonal"), "F32").claims  # not to float32's precision

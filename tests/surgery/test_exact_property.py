@@ -120,7 +120,7 @@ def claimed(source, layer):
     """A plan that lets a layer claim its stream as if any change of basis passed and the tie held."""
     streams = derive_streams(source.dims)
     general = replace(streams, streams=tuple(replace(s, group=Group.GENERAL) for s in streams.streams))
-    choice = Choice(general, claims={streams.of(("attention", layer)): layer})
+    choice = Choice(general, eps=2e-16, claims={streams.of(("attention", layer)): layer})
     specs = [
         QueryMapSpec("identity" if source.dims.stored_layer(i) == layer else "dense")
         for i in range(source.dims.n_layers)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from damage import edit_weights
 from foldings import in_float64, load_stock, relative
 from safetensors.torch import load_file
-from tiny_models import save_variant, tokens
+from tiny_models import load_reduced, save_variant, tokens
 
-from qectomy.errors import OutputError, QectomyError, UnsupportedArchitecture
+from qectomy.errors import NonFiniteError, OutputError, QectomyError, UnsupportedArchitecture
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.norm_folding import fold_norms
 
@@ -73,3 +74,21 @@ def test_what_is_refused(tiny_checkpoint, tmp_path):
     bare = save_variant(tmp_path / "bare", "llama", norms=False)
     with pytest.raises(UnsupportedArchitecture, match="has no norms to fold"):
         fold_norms(open_checkpoint(bare), tmp_path / "out")
+
+
+@torch.no_grad()
+def test_layers_that_share_their_weights(tmp_path):
+    source = save_variant(tmp_path / "source", "llama", shared_layers=True)
+    fold_norms(open_checkpoint(source), tmp_path / "out")
+    old, new = (in_float64(load_reduced(folder, torch.float64)) for folder in (source, tmp_path / "out"))
+    assert relative(new(tokens()).logits, old(tokens()).logits) < 1e-12
+    assert (load_file(tmp_path / "out/model.safetensors")["model.layers.0.input_layernorm.weight"] == 1).all()
+
+
+def test_what_overflows_is_named(tiny_copy, tmp_path):
+    source = tiny_copy("fp16")
+    edit_weights(source, lambda tensors: tensors["model.layers.0.input_layernorm.weight"].fill_(6e4))
+    edit_weights(source, lambda tensors: tensors["model.layers.0.self_attn.q_proj.weight"].mul_(10))
+    with pytest.raises(NonFiniteError, match=r"layer 0: self_attn.q_proj.weight does not fit in its type once the norm"):
+        fold_norms(open_checkpoint(source), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -173,14 +173,14 @@ ONE_SKIP = dict(mlp_skip=False)  # every layer alone on its stream
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize(
-    "layer, recipe", [(0, "0=dense,1-=exact"), (1, "-0=exact,1=dense,2-=exact"), (2, "-1=exact,2=dense")]
+    "layer, recipe", [(0, "0=dense,1-2=exact"), (1, "0=exact,1=dense,2=exact"), (2, "0-1=exact,2=dense")]
 )
 def test_a_singular_query_alone_on_its_stream_is_named(tmp_path, family, layer, recipe):
     source = spoiled(tmp_path, family, 0.0, layer, **ONE_SKIP)
     with pytest.raises(QueryMapError) as raised:
         plan_exact(open_checkpoint(source))
     message = str(raised.value)
-    assert message.startswith(f"layer {layer}: W_Q is singular (condition number ")
+    assert message.startswith(f"layer {layer}: W_Q is singular to the precision of its type (condition number ")
     assert message.endswith(f"To fold the others, leave it whole: --query {recipe}")
     plan = fold(source, tmp_path / "out", kept=frozenset({layer}))
     assert [spec.name for spec in plan.recipe] == ["dense" if i == layer else "identity" for i in range(3)]
@@ -251,7 +251,8 @@ def test_kept_layers_stay_whole(tmp_path, family):
 def test_what_does_not_fit_the_type_is_named(tmp_path):
     """Float16 ends at 65,504: a folded weight beyond it is an error, not an infinity."""
     model = variant_model("llama", norms=False, tie_word_embeddings=False, num_hidden_layers=1).double()
-    model.lm_head.weight.data *= 3e4
+    model.lm_head.weight.data *= 3e5
+    torch.nn.init.orthogonal_(model.model.layers[0].self_attn.q_proj.weight)  # float16 would refuse a scrambled one
     model.save_pretrained(tmp_path / "source")
     with pytest.raises(NonFiniteError, match=r"lm_head.weight does not fit in F16 once folded; use --dtype float32"):
         fold(tmp_path / "source", tmp_path / "out", "F16")

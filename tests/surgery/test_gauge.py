@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from foldings import fold, logits, relative, stored
-from tiny_models import save_tiny, save_variant, tiny_model, tokens
+from tiny_models import save_tiny, tiny_model, tokens, variant_model
 from variant_reference import rotate
 
 from qectomy.errors import QueryMapError
@@ -171,14 +171,39 @@ def test_a_gauge_that_would_save_nothing_is_left(tmp_path):
         plan_exact(open_checkpoint(folder))
 
 
+@torch.no_grad()
 def test_an_ill_conditioned_basis_leaves_no_room_for_a_gauge(tmp_path):
     """W_V[P] and Θ multiply each other's condition: in bfloat16 that costs more than all the rest of the fold."""
-    source = save_variant(tmp_path / "source", "gpt2", norms=False, tie_word_embeddings=False, num_hidden_layers=3)
-    fold(source, tmp_path / "half", "BF16")
-    plan = fold(source, tmp_path / "single", "F32")
-    assert [spec.value for spec in plan.recipe] == ["gauge"] * 3
-    assert not any(name.endswith(".pivots") for name in stored(tmp_path / "half"))
+    model = variant_model("gpt2", norms=False, tie_word_embeddings=False, num_hidden_layers=1).double()
+    W = model.transformer.h[0].attn.c_attn.weight
+    W[:, :32] = torch.linalg.qr(normal(32, 32))[0] * torch.linspace(1, 6, 32, dtype=torch.float64)[:, None]
+    W[:, 64:] *= torch.logspace(-2.5, 0, 8, dtype=torch.float64).repeat(4)
+    model.save_pretrained(tmp_path / "source")
+    half, single = (fold(tmp_path / "source", tmp_path / dtype, dtype) for dtype in ("BF16", "F32"))
+    assert [spec.value for plan in (half, single) for spec in plan.recipe] == ["dense", "gauge"]
+    assert "too much for the target dtype" in half.left[0]
+    assert not any(name.endswith(".pivots") for name in stored(tmp_path / "BF16"))
     ids = tokens(2, 30)
-    expected = logits(source, ids)
-    assert relative(logits(tmp_path / "single", ids), expected) < 1e-5
-    assert relative(logits(tmp_path / "half", ids), expected) < 0.2
+    expected = logits(tmp_path / "source", ids)
+    assert relative(logits(tmp_path / "F32", ids), expected) < 1e-4
+    assert relative(logits(tmp_path / "BF16", ids), expected) < 0.1
+
+
+@torch.no_grad()
+def test_a_bias_that_a_gauge_would_blow_up_leaves_the_layer_whole(tmp_path):
+    """A head that hardly reads: W[P]⁻¹ is huge, and so would be its query's bias, in which rounding drowns the rest."""
+    model = tiny_model("gpt2", num_hidden_layers=2)
+    W, b = model.transformer.h[1].attn.c_attn.weight, model.transformer.h[1].attn.c_attn.bias
+    U, S, Vh = torch.linalg.svd(W[:, :8], full_matrices=False)
+    W[:, :8] = U @ (S * torch.logspace(0, -7, 8)).diag() @ Vh
+    model.save_pretrained(tmp_path / "source")
+    plan = fold(tmp_path / "source", tmp_path / "out")
+    assert [spec.name for spec in plan.recipe] == ["gauge", "dense"]
+    assert "with its basis and bias" in plan.left[1]
+    ids = tokens(2, 30)
+    assert relative(logits(tmp_path / "out", ids), logits(tmp_path / "source", ids)) < 1e-5
+    b[:32] = 0  # without which nothing is blown up
+    model.save_pretrained(tmp_path / "unbiased")
+    plan = fold(tmp_path / "unbiased", tmp_path / "out2")
+    assert [spec.name for spec in plan.recipe] == ["gauge", "gauge"]
+    assert relative(logits(tmp_path / "out2", ids), logits(tmp_path / "unbiased", ids)) < 1e-5
