@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qectomy.surgery.family import Dimensions, LayerRoles
+from qectomy.surgery.family import Dimensions, LayerRoles, LinearView
 from qectomy.surgery.folding import Basis, QueryFold
 from qectomy.surgery.gauge import fold_pivots, join_heads, split_heads
 from qectomy.surgery.linear_views import Projection, read_view, store_views, without_views
@@ -21,6 +21,7 @@ from qectomy.surgery.norm_folding import absorb_gain, without_gain
 from qectomy.surgery.query_maps import QueryMapSpec
 
 Tensors = dict[str, torch.Tensor]
+PARTS = ("weight", "bias")  # of a norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,12 @@ class LayerPlan:
     pivots: torch.Tensor | None = None
     shift_after: torch.Tensor | None = None  # c of the next layer's queries, which W_down's bias brings in
 
+    @property
+    def moves_mlp(self) -> bool:
+        """Whether the MLP's matrices change: they are most of a layer, and stay as they are stored otherwise."""
+        moved = (self.middle, self.after, self.shift_after)
+        return self.spec.output == "merged" or any(change is not None for change in moved)
+
 
 @dataclass
 class _Parts:
@@ -44,15 +51,14 @@ class _Parts:
     key: Projection
     value: Projection
     output: Projection
-    mlp_readers: list[Projection]
-    mlp_out: Projection
+    mlp_readers: list[Projection]  # none of them, nor ...
+    mlp_out: Projection | None  # ... this one, where the MLP stays as it is
     taken_away: torch.Tensor | None = None  # c (D,), which W_O's bias takes out of the stream again
 
 
 def fold_layer(tensors: Tensors, dims: Dimensions, roles: LayerRoles, plan: LayerPlan) -> Tensors:
-    """Return the tensors of the folded layer, by name inside the layer; weights in float64."""
-    tensors = {name: tensor.double() for name, tensor in tensors.items()}
-    parts = _parts(tensors, roles)
+    """Return the tensors of the folded layer, by name inside the layer; those that change in float64."""
+    parts = _parts(tensors, roles, mlp=plan.moves_mlp)
     norms = _fold_norms(tensors, dims, roles, plan, parts)
     if plan.fold is not None:
         _fold_query(dims, roles, plan.fold, norms, parts)
@@ -62,10 +68,12 @@ def fold_layer(tensors: Tensors, dims: Dimensions, roles: LayerRoles, plan: Laye
     if plan.spec.name != "dense" and parts.query[1] is not None:
         gauge[f"{roles.gauge if plan.spec.name == 'gauge' else roles.query_map}.bias"] = parts.query[1]
         parts.query = parts.query[0], None
-    gone = (roles.query, roles.key, roles.value, roles.output, *roles.mlp_readers, roles.mlp_out)
     kept = [(view, getattr(parts, role)) for role, view in roles.views(plan.spec).items()]
-    kept += [(roles.mlp_out, parts.mlp_out), *zip(roles.mlp_readers, parts.mlp_readers, strict=True)]
     kept += [(roles.output, parts.output)] if plan.spec.output == "dense" else []
+    gone: tuple[LinearView, ...] = (roles.query, roles.key, roles.value, roles.output)
+    if parts.mlp_out is not None:
+        kept += [(roles.mlp_out, parts.mlp_out), *zip(roles.mlp_readers, parts.mlp_readers, strict=True)]
+        gone += (*roles.mlp_readers, roles.mlp_out)
     return without_views(tensors, gone) | norms | gauge | store_views(kept)
 
 
@@ -73,8 +81,7 @@ def readers_in_basis(
     tensors: Tensors, dims: Dimensions, roles: LayerRoles, plan: LayerPlan
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return W_Q and W_V as they read their stream once it has its new basis: what pivots are chosen for."""
-    tensors = {name: tensor.double() for name, tensor in tensors.items()}
-    parts = _parts(tensors, roles)
+    parts = _parts(tensors, roles, mlp=False)
     _fold_norms(tensors, dims, roles, plan, parts)
     return parts.query[0], parts.value[0]
 
@@ -95,14 +102,18 @@ def fold_norm(
     return gain, without_gain(beta, absorbed, "a norm of a folded stream") @ basis.theta, absorbed
 
 
-def _parts(tensors: Tensors, roles: LayerRoles) -> _Parts:
+def _parts(tensors: Tensors, roles: LayerRoles, mlp: bool) -> _Parts:
+    def read(view: LinearView) -> Projection:
+        W, bias = read_view(tensors, view)
+        return W.double(), None if bias is None else bias.double()
+
     return _Parts(
-        query=read_view(tensors, roles.query),
-        key=read_view(tensors, roles.key),
-        value=read_view(tensors, roles.value),
-        output=read_view(tensors, roles.output),
-        mlp_readers=[read_view(tensors, view) for view in roles.mlp_readers],
-        mlp_out=read_view(tensors, roles.mlp_out),
+        query=read(roles.query),
+        key=read(roles.key),
+        value=read(roles.value),
+        output=read(roles.output),
+        mlp_readers=[read(view) for view in roles.mlp_readers] if mlp else [],
+        mlp_out=read(roles.mlp_out) if mlp else None,
     )
 
 
@@ -113,7 +124,8 @@ def _fold_norms(tensors: Tensors, dims: Dimensions, roles: LayerRoles, plan: Lay
     for norm, basis in ((roles.attention_norm, plan.before), (roles.mlp_norm, plan.middle)):
         if not dims.norms:
             continue
-        gain, shift = tensors[f"{norm}.weight"], tensors.get(f"{norm}.bias")
+        gain, shift = (tensors[f"{norm}.{name}"].double() if f"{norm}.{name}" in tensors else None for name in PARTS)
+        assert gain is not None
         if basis is not None:
             gain, shift, absorbed[norm] = fold_norm(gain, shift, basis)
         elif norm == roles.attention_norm and plan.fold is not None and plan.fold.scale is not None:
@@ -212,6 +224,8 @@ def _write_streams(plan: LayerPlan, parts: _Parts) -> None:
         assert b_O is not None
         b_O = b_O - parts.taken_away
     parts.output = W_O, b_O
+    if parts.mlp_out is None:
+        return
     W, b = parts.mlp_out
     if plan.after is not None:
         W, b = W @ plan.after.theta, None if b is None else b @ plan.after.theta
