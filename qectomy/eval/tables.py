@@ -87,7 +87,7 @@ def show_exact(report: dict[str, Any]) -> None:
     )
     _show_verdicts(report["layers"])
     for layers, row in _runs([layer for layer in report["layers"] if layer["value_reason"]], "value_reason"):
-        console.print(f"heads of layer {layers} without a gauge: {row['value_reason']}", markup=False)
+        console.print(f"heads of {_layers(layers)} without a gauge: {row['value_reason']}", markup=False)
     _show_sizes(report)
     if report["tie"] != "none":
         what = "stay tied" if report["tie"] == "kept" else "are no longer tied; what the head adds is counted"
@@ -113,7 +113,7 @@ def _show_verdicts(layers: list[dict[str, Any]]) -> None:
     words = {"exact": "goes exactly", "gauge": "has its gauge alone", "kept": "stays", "refused": "stays"}
     for numbers, row in _runs(layers, "how", "reason"):
         fate = words.get(row["how"], "stays dense, or is fitted by least squares")
-        console.print(f"W_Q of layer {numbers} {fate}: {row['reason']}", markup=False)
+        console.print(f"W_Q of {_layers(numbers)} {fate}: {row['reason']}", markup=False)
 
 
 def _runs(records: list[dict[str, Any]], *fields: str) -> list[tuple[str, dict[str, Any]]]:
@@ -127,6 +127,10 @@ def _runs(records: list[dict[str, Any]], *fields: str) -> list[tuple[str, dict[s
         for name in numbers:
             row[name].append(record.get(name))
     return [(ranges(layers), row) for layers, row in runs.values()]
+
+
+def _layers(numbers: str) -> str:
+    return f"layer {numbers}" if numbers.isdigit() else f"layers {numbers}"
 
 
 def _worst(numbers: list[float | None]) -> str:
