@@ -110,10 +110,10 @@ def show_exact(report: dict[str, Any]) -> None:
 
 def _show_verdicts(layers: list[dict[str, Any]]) -> None:
     """Print once what becomes of the W_Q of layers that share a reason."""
-    words = {"exact": "goes exactly", "gauge": "has its gauge alone", "kept": "stays", "refused": "stays"}
+    words = {"exact": "exactly", "gauge": "its gauge alone", "kept": "left", "refused": "left"}
     for numbers, row in _runs(layers, "how", "reason"):
-        fate = words.get(row["how"], "stays dense, or is fitted by least squares")
-        console.print(f"W_Q of {_layers(numbers)} {fate}: {row['reason']}", markup=False)
+        fate = words.get(row["how"], "left, or fitted by least squares")
+        console.print(f"W_Q of {_layers(numbers)}, {fate}: {row['reason']}", markup=False)
 
 
 def _runs(records: list[dict[str, Any]], *fields: str) -> list[tuple[str, dict[str, Any]]]:

@@ -30,7 +30,7 @@ def test_an_inspection(shape, tiny_checkpoint, printed):
     assert "4 query heads on 2 KV heads of 8" in text
     assert "key-shared" in text
     assert "possible" in text  # not low-rank:64 in a model 32 wide
-    assert "W_Q of layers 0-1 stays dense, or is fitted by least squares: RMSNorm before its readers lets" in text
+    assert "W_Q of layers 0-1, left, or fitted by least squares: RMSNorm before its readers lets" in text
 
 
 def test_an_audit(tiny_checkpoint, printed):
