@@ -150,6 +150,7 @@ def convert(
         from qectomy.eval.tables import show_conversion
 
         show_conversion(report)
+        typer.echo(f"wrote {out}")
 
 
 def _show_plan(source: Any, recipe: Any, settings: Any, as_json: bool) -> None:
@@ -181,6 +182,8 @@ def _convert_exact(source: Any, out: Path, settings: Any, kept: Any, dry_run: bo
         print_json(report)
     else:
         show_exact(report)
+        if not dry_run:
+            typer.echo(f"wrote {out}")
 
 
 @app.command("eval", epilog="Example: `qectomy eval ./original ./reduced --text heldout.txt --reference ./original`")

@@ -126,15 +126,11 @@ def make_windows(
         share = None if wanted is None else (wanted * (i + 1)) // len(sources) - (wanted * i) // len(sources)
         if share == 0:
             continue
-        ids = first_tokens(tokenizer, source, None if share is None else left_out + share * width)[left_out:]
+        ids = first_tokens(tokenizer, source, None if share is None else left_out + share * width)
+        there, ids = len(ids), ids[left_out:]
         count = len(ids) // width
         if count == 0:
-            evaluated = f" after the first {left_out}, which are kept for evaluation" if left_out else ""
-            mend = "an --eval-text, fewer --eval-tokens" if left_out else "more text"
-            raise TextError(
-                f"{source.name} has {len(ids)} tokens{evaluated}, fewer than one window of {width}; give {mend} or a "
-                "smaller --context"
-            )
+            raise TextError(_too_short(source.name, there, left_out, width))
         block = torch.tensor(ids[: count * width], dtype=torch.int64).view(count, width)
         if int(block.max()) >= vocab_size:
             raise CheckpointError(
@@ -150,6 +146,18 @@ def make_windows(
         start = torch.full((all_blocks.shape[0], 1), tokenizer.bos_token_id, dtype=torch.int64)
         all_blocks = torch.cat([start, all_blocks], dim=1)
     return Windows(all_blocks, bos, reports)
+
+
+def _too_short(name: str, there: int, left_out: int, width: int) -> str:
+    """Say that a text of `there` tokens, the first `left_out` of them evaluated on, leaves no window to fit on."""
+    if not left_out:
+        return f"{name} has {there} tokens, fewer than one window of {width}; give more text or a smaller --context"
+    half = there // 2 // width * width
+    fewer = f", --eval-tokens {half} or fewer" if half else ""
+    return (
+        f"{name} has {there} tokens; less the first {min(left_out, there)}, which are kept for evaluation, that is "
+        f"fewer than one window of {width}; give an --eval-text{fewer} or a smaller --context"
+    )
 
 
 def _read_jsonl(path: Path, text: str) -> Iterator[str]:

@@ -51,6 +51,11 @@ def verify(
     if reduced.dims.tied and not original.dims.tied:
         wrong.append("embedding and head are tied, which the original's are not")
     wrong += [f"{name} is {units:.3g} roundings from the exact one" for name, units in deviations.items() if units > 1]
+    if wrong and not (reduced.folder / "qectomy.json").is_file():
+        wrong.append(
+            "it holds no qectomy.json: if it was saved anew after loading, its gauges were written out, in other "
+            "coordinates than the original's; verify the folder that convert wrote"
+        )
     layers = _layer_records(reduced, original, plan, deviations)
     measured = measure(reduced, original, held, layers)
     bound = None if plan is None else sum(record["bound"] for record in layers)

@@ -7,6 +7,7 @@ import torch
 from conversions import convert_tiny, reload_here
 from damage import edit_json, edit_weights
 from tiny_models import save_reduced, save_variant, variant_model
+from transformers import AutoModelForCausalLM
 
 from qectomy.calibrate.convert_exact import convert_exact
 from qectomy.calibrate.settings import ConvertSettings
@@ -210,3 +211,14 @@ def test_nearly_orthogonal_is_not_orthogonal(tmp_path):
     model.save_pretrained(tmp_path / "orthogonal")
     assert choose_folds(open_checkpoint(tmp_path / "orthogonal")).claims == {0: 0}
     assert not choose_folds(open_checkpoint(tmp_path / "orthogonal"), "F32").claims  # not to float32's precision
+
+
+def test_a_folder_saved_anew_is_told_from_one_that_was_written(made, tmp_path):
+    """from_pretrained writes the gauges out, so what is saved from there has other coordinates and its full size."""
+    folder, source = made("llama")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    found = certificate(tmp_path / "again", source)
+    assert found["verdict"] == "failed"
+    assert "if it was saved anew after loading" in found["reasons"][-1]
+    assert open_checkpoint(tmp_path / "again", reduced=True).parameters == open_checkpoint(source).parameters
+    assert "saved anew" not in str(certificate(folder, source)["reasons"])
