@@ -35,7 +35,7 @@ def make_start(
     plain = moments.centred() if dims.attention_bias else moments
     C, mean = plain.student, plain.student_mean
     W_Q, W_K = carry_over(plain, teacher.W_Q), carry_over(plain, teacher.W_K)
-    gain = None
+    gain, b_K = None, teacher.b_K
     if not dims.rope:
         assert key_moments is not None
         carried = Projections(W_Q, teacher.b_Q, W_K, None)
@@ -53,9 +53,26 @@ def make_start(
     else:
         gain, W_K = identity_gain(C, mean, W_Q, W_K, rope)
         query = {}
-    if dims.attention_bias:
-        query["bias"] = _query_bias(spec, moments, teacher, Start(W_K, query, teacher.b_K, gain), dims)
-    return Start(W_K, query, teacher.b_K, gain)
+    if teacher.b_Q is not None and b_K is not None:
+        wanted = moments.teacher_mean @ teacher.W_Q + teacher.b_Q
+        if spec.name in ("select", "identity"):  # whose keys are the teacher's in other coordinates
+            wanted, b_K = turn_biases(wanted, b_K, carry_over(plain, teacher.W_K), W_K, rope)
+        query["bias"] = _query_bias(spec, moments, wanted, Start(W_K, query, b_K, gain), dims)
+    return Start(W_K, query, b_K, gain)
+
+
+def turn_biases(
+    query: torch.Tensor, key: torch.Tensor, W_K: torch.Tensor, turned: torch.Tensor, rope: Rope
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a query (H*K,) and a key (G*K,) in the coordinates in which W_K (D, G*K) became `turned`.
+
+    W_K' = W_K T head by head, so that keys become k T and queries q T⁻ᵀ.
+    """
+    heads = (rope.n_kv_heads, rope.d_head)
+    before, after = (W.view(-1, *heads).transpose(0, 1) for W in (W_K, turned))  # (G, D, K)
+    T = torch.linalg.pinv(before) @ after
+    queries = query.view(rope.n_kv_heads, rope.per_group, rope.d_head) @ torch.linalg.pinv(T).mT
+    return queries.flatten(), (key.view(rope.n_kv_heads, 1, rope.d_head) @ T).flatten()
 
 
 def carry_over(moments: Moments, W: torch.Tensor) -> torch.Tensor:
@@ -105,11 +122,9 @@ def _identity_angles(
 
 
 def _query_bias(
-    spec: QueryMapSpec, moments: Moments, teacher: Projections, start: Start, dims: Dimensions
+    spec: QueryMapSpec, moments: Moments, wanted: torch.Tensor, start: Start, dims: Dimensions
 ) -> torch.Tensor:
-    """Return the bias (H*K,) that gives the queries the teacher's mean."""
-    assert teacher.b_Q is not None
-    wanted = moments.teacher_mean @ teacher.W_Q + teacher.b_Q
+    """Return the bias (H*K,) that gives the queries the mean that is wanted."""
     mean, query = moments.student_mean, start.query
     channels = torch.arange(len(wanted), device=mean.device) % dims.d_model
     if spec.name == "select":

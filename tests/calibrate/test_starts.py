@@ -86,6 +86,27 @@ def test_select_expresses_scaled_channels(shape, bias):
     assert bench.kl("select", start) < 1e-6
 
 
+def turned_pairs(bench):
+    """Turn each pair of channels of the teacher's heads, those of a KV head by one angle; biases stay as they are."""
+    angle = torch.randint(16, (bench.n_kv_heads, bench.d_head // 2), generator=bench.generator) * torch.pi / 16
+    angle = angle.double()
+    bench.W_K = rotate_pairs(bench.W_K, angle)
+    bench.W_Q = rotate_pairs(bench.W_Q, angle.repeat_interleave(bench.n_heads // bench.n_kv_heads, 0))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_biases_turn_with_their_pairs(shape):
+    """What the start turns in W_Q and W_K it turns in their biases too, or keys and queries miss each other."""
+    bench = AttentionBench(bias=True, **shape)
+    expressible_by_select(bench)
+    turned_pairs(bench)
+    assert bench.kl("select", bench.start("select")) < 1e-5
+    if bench.n_heads * bench.d_head <= bench.d_model:
+        bench.W_Q = torch.eye(bench.d_model, dtype=torch.float64)[:, : bench.W_Q.shape[1]]
+        turned_pairs(bench)
+        assert bench.kl("identity", bench.start("identity")) < 1e-5
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_select_chooses_slow_channels_jointly(shape):
     """Greedy choices need not find the one exact answer; they come near, and nearer than channel by channel."""
