@@ -41,13 +41,13 @@ def show_inspection(result: dict[str, Any]) -> None:
         else:
             table.add_row(row["map"], "not possible", "-", "-", "-")
     console.print(table)
-    for row in result["query_maps"]:
-        if not row["possible"]:
-            console.print(row["why_not"], markup=False)
+    for why in dict.fromkeys(row["why_not"] for row in result["query_maps"] if not row["possible"]):
+        console.print(why, markup=False)
     _show_verdicts(result["layers"])
     if "audit" in result["layers"][0]:
         _show_audit({layer["index"]: layer["audit"] for layer in result["layers"]})
-    _show_needs(result["needs"])
+    if any(row["possible"] for row in result["query_maps"] if row["map"] != "exact"):
+        _show_needs(result["needs"])
 
 
 def show_plan(plan: dict[str, Any]) -> None:

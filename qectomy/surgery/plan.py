@@ -12,6 +12,7 @@ from qectomy.surgery.query_maps import QueryMapSpec, parse_query_map, refusal
 from qectomy.surgery.streams import derive_streams, structural_recipe, structural_verdict
 
 SHOWN_MAPS = ("identity", "select", "key-shared", "low-rank:16", "low-rank:64")
+FITS_STOCK = "query maps are fitted to stock models; what goes from this one goes exactly"
 LIBRARY_BYTES = 430_000_000  # torch, transformers and a tokenizer, loaded (measured, docs/LOG.md)
 CONVERT_PASSES = 5.0  # a conversion's time over one float32 forward pass of the same tokens (measured, docs/LOG.md)
 
@@ -79,7 +80,7 @@ def inspect(checkpoint: Checkpoint, *, tokens: int, eval_tokens: int, context: i
     maps = []
     for name in SHOWN_MAPS:
         spec = parse_query_map(name)
-        why = refusal(spec, dims)
+        why = FITS_STOCK if checkpoint.reduced else refusal(spec, dims)
         row: dict[str, Any] = {"map": name, "possible": why is None, "why_not": why}
         if why is None:
             sizes = totals(checkpoint, (spec,) * dims.n_layers)

@@ -2,6 +2,7 @@
 
 import pytest
 from conversions import convert_tiny
+from tiny_models import save_variant
 
 from qectomy.eval import tables
 from qectomy.surgery.checkpoint import open_checkpoint
@@ -31,6 +32,16 @@ def test_an_inspection(shape, tiny_checkpoint, printed):
     assert "key-shared" in text
     assert "possible" in text  # not low-rank:64 in a model 32 wide
     assert "W_Q of layers 0-1, left, or fitted by least squares: RMSNorm before its readers lets" in text
+
+
+def test_an_inspection_of_what_no_map_is_fitted_to(tmp_path, printed):
+    checkpoint = open_checkpoint(save_variant(tmp_path / "source", "llama", norms=False, mlp_skip=False))
+    tables.show_inspection(inspect(checkpoint, **NEEDS))
+    text = printed()
+    assert text.count("query maps are fitted to stock models; what goes from this one goes exactly") == 1
+    assert "│ exact │ 100.0% │ 2,272 │" in text  # two W_Q of 1,024, and 112 numbers of each W_V
+    assert "W_Q of layers 0-1, exactly: no norm before its readers" in text
+    assert "a fitted conversion" not in text
 
 
 def test_an_audit(tiny_checkpoint, printed):
