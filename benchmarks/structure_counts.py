@@ -45,7 +45,7 @@ def count(family_name: str, config: dict[str, Any]) -> tuple[int, int, str]:
         sum(TensorInfo("", shape, "F32").numel for shape in expected_tensors(family, sizes, maps).values())
         for sizes, maps in ((dims, dense), (folded, recipe))
     )
-    stored = recipe[:1] if dims.shared_layers else recipe
+    stored = recipe[: dims.n_stored]
     gone = [sum(spec.name == "identity" for spec in stored), sum(spec.output == "merged" for spec in stored)]
     return before, after, f"{gone[0]} and {gone[1]} of {len(stored)}"
 

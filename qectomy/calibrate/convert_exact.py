@@ -134,7 +134,7 @@ def sizes(source: Checkpoint, plan: ExactPlan, dtype: str | None) -> dict[str, A
     """Return parameters and bytes before and after, net: everything added, indices and an untied head, is counted."""
     planned = plan.tensors(source, dtype).values()
     dense = QueryMapSpec("dense").parameters(source.dims)
-    stored = plan.recipe[:1] if source.dims.shared_layers else plan.recipe
+    stored = plan.recipe[: source.dims.n_stored]
     return {
         "parameters": {"before": source.parameters, "after": sum(torch.Size(spec.shape).numel() for spec in planned)},
         "bytes": {"before": source.nbytes, "after": sum(spec.nbytes for spec in planned)},

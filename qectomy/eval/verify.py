@@ -10,7 +10,6 @@ Three kinds of evidence, which do not lean on each other:
 """
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +20,7 @@ from qectomy.eval.perplexity import ScoringWindows, summarize
 from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_error, score_streamed
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.config_files import DROPPED, VARIANT, load_config, model_code
-from qectomy.surgery.exact import ExactPlan, folded_tensors, layer_plan
+from qectomy.surgery.exact import ExactPlan, Progress, folded_tensors, layer_plan
 from qectomy.surgery.fold_layer import readers_in_basis
 from qectomy.surgery.folding import Choice, Folds, Verdict, claim, read_query, rounding, standing_fold, usable_error
 from qectomy.surgery.gauge import pivot_condition, split_heads
@@ -33,7 +32,6 @@ SLACK = 1e-9  # of a tensor's largest entry: float64 rounding, amplified by the 
 MARGIN = 10.0  # by how much the measured error of the logits may exceed the sum of the layers' bounds
 SAMPLED = 64  # positions at which the layers are compared
 EXACT_MAPS = ("identity", "gauge", "dense")  # query maps that exact folding leaves
-Progress = Callable[[int, int, str], None]
 
 
 def verify(
@@ -140,7 +138,7 @@ def _plan_of(reduced: Checkpoint, original: Checkpoint) -> tuple[ExactPlan | Non
     eps = min(rounding(original.dtype), rounding(reduced.dtype))
     choice, pivots = Choice(derive_streams(dims), eps), {}
     choice.untied = dims.tied and not reduced.dims.tied
-    for layer in range(1 if dims.shared_layers else dims.n_layers):
+    for layer in range(dims.n_stored):
         spec = reduced.recipe[layer]
         if spec.name not in EXACT_MAPS:
             why[f"fitted ({spec})"].append(layer)

@@ -7,6 +7,7 @@ Dimensions: D d_model, H n_heads, G n_kv_heads, K d_head.
 import torch
 
 from qectomy.surgery.family import Dimensions
+from qectomy.surgery.gauge import join_heads, split_heads
 
 ENERGY = 0.99  # the share of the queries' energy that `leading_rank` asks for
 
@@ -42,7 +43,7 @@ def distance_from_orthogonal(
         return None, f"n_heads * d_head is {n_query}, more than d_model {d_model}: its columns cannot be orthogonal"
     M = effective_query(W_Q, gamma, centred)
     rank = min(dims.d_head, d_model - centred)  # of a head's block, at most
-    sigma = torch.linalg.svdvals(heads_of(M, dims.n_heads))[:, :rank]
+    sigma = torch.linalg.svdvals(split_heads(M, dims.d_head))[:, :rank]
     for head, values in enumerate(sigma):
         if _singular(values, d_model):
             return None, f"the block of head {head} is singular: no gauge makes its columns orthogonal"
@@ -65,8 +66,8 @@ def head_gauge(M: torch.Tensor, dims: Dimensions, rank: int) -> torch.Tensor:
     Without RoPE any invertible A_h goes: (W_Q^h A_h, W_K^h A_h⁻ᵀ) gives the same logits.
     """
     assert dims.n_kv_heads == dims.n_heads, "heads that share a key share its gauge"
-    left, _, right = torch.linalg.svd(heads_of(M, dims.n_heads), full_matrices=False)
-    return (left[..., :rank] @ right[:, :rank]).movedim(0, 1).flatten(1)
+    left, _, right = torch.linalg.svd(split_heads(M, dims.d_head), full_matrices=False)
+    return join_heads(left[..., :rank] @ right[:, :rank])
 
 
 def share_mean_direction(U: torch.Tensor, n_heads: int) -> torch.Tensor:
@@ -91,11 +92,6 @@ def pair_gauge(M: torch.Tensor, dims: Dimensions) -> torch.Tensor:
     pairs = M.view(len(M), dims.n_kv_heads, dims.n_heads // dims.n_kv_heads, 2, -1)  # (D, G, H/G, 2, K/2)
     power = pairs.square().sum(0).mean((1, 2), keepdim=True)
     return (pairs * power.rsqrt()).reshape(M.shape)
-
-
-def heads_of(M: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Return M (D, H*K) as (H, D, K)."""
-    return M.unflatten(1, (n_heads, -1)).movedim(1, 0)
 
 
 def _singular(sigma: torch.Tensor, size: int) -> bool:

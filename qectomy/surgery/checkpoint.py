@@ -209,7 +209,7 @@ def expected_tensors(family: Family, dims: Dimensions, recipe: tuple[QueryMapSpe
     """Return {tensor name: shape} of a whole checkpoint, in the order in which a pass writes it."""
     outer = family.outer_shapes(dims)
     shapes = {family.embedding: outer.pop(family.embedding)}
-    for layer, spec in enumerate(recipe[:1] if dims.shared_layers else recipe):
+    for layer, spec in enumerate(recipe[: dims.n_stored]):
         prefix = family.prefix(layer)
         shapes.update((prefix + name, shape) for name, shape in expected_layer(family, dims, spec).items())
     return {**shapes, **outer}

@@ -56,7 +56,7 @@ def plan_exact(
     Raises QueryMapError naming the layer where a W_Q that could go is singular or too ill-conditioned for the dtype,
     and where nothing would go at all.
     """
-    stored = 1 if source.dims.shared_layers else source.dims.n_layers
+    stored = source.dims.n_stored
     steps = iter(range(1, 2 * stored + 1))
 
     def step(note: str) -> None:
@@ -132,7 +132,7 @@ def folded_tensors(
     """Yield (name, first row, rows) of every tensor of the folded model, in float64."""
     folds = Folds(source, plan.choice)
     yield from _embedding(source, folds)
-    stored = 1 if source.dims.shared_layers else source.dims.n_layers
+    stored = source.dims.n_stored
     for layer in range(stored):
         folded = fold_layer(source.read_layer(layer), source.dims, source.family.roles, layer_plan(plan, folds, layer))
         for name, tensor in folded.items():

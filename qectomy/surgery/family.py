@@ -107,6 +107,11 @@ class Dimensions:
         """Whether a head's identity block has more numbers than channels it stands at, and is not all of its W."""
         return 1 < self.d_head < self.d_model
 
+    @property
+    def n_stored(self) -> int:
+        """How many layers have weights of their own; they are the first ones."""
+        return 1 if self.shared_layers else self.n_layers
+
     def stored_layer(self, layer: int) -> int:
         """The layer under whose name a layer's weights are stored."""
         return 0 if self.shared_layers else layer

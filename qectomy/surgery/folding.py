@@ -261,8 +261,9 @@ def _choose_in(
     wanted = sorted(set(stream.queries) - choice.kept)
     choice.standing |= {layer for layer in wanted if standing_fold(read_query(source, layer), dims) is not None}
     conditions: dict[int, float] = {}  # of each layer's Θ
+    open_to_claims = not choice.standing.intersection(wanted) and not _tie_forbids(source, stream)
     for layer in stream.queries:
-        if layer in wanted and not choice.standing.intersection(stream.queries) and not _tie_forbids(source, stream):
+        if open_to_claims and layer in wanted:
             fold = claim(source, layer, stream, choice.eps)
             if fold is not None and fold.basis is not None:
                 conditions[layer] = fold.condition

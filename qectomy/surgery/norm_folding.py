@@ -102,8 +102,7 @@ def fold_norms(
     with new_folder(out) as work:
         with ShardWriter(work, specs) as writer:
             _write_outer(source, writer, parts)
-            stored = 1 if dims.shared_layers else dims.n_layers
-            for layer in range(stored):
+            for layer in range(dims.n_stored):
                 folded = fold_layer_norms(source.read_layer(layer), family.roles, parts)
                 for name, tensor in folded.items():
                     if not all_finite(tensor):
@@ -112,7 +111,7 @@ def fold_norms(
                         )
                     writer.write(source.prefix(layer) + name, tensor)
                 if progress:
-                    progress(layer + 1, stored)
+                    progress(layer + 1, dims.n_stored)
             writer.finish()
         write_config(work, source.config)
         copy_companions(source.folder, work)

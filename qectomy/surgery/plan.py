@@ -122,7 +122,7 @@ def _exact_row(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what exact folding would remove if no layer is too ill-conditioned for it."""
     dims, dense = checkpoint.dims, QueryMapSpec("dense")
     recipe, folded = structural_recipe(derive_streams(dims))
-    stored = recipe[:1] if dims.shared_layers else recipe
+    stored = recipe[: dims.n_stored]
     planned = planned_tensors(replace(checkpoint, dims=folded), recipe).values()
     removed = checkpoint.parameters - sum(info.numel for info in planned)
     before = len(stored) * dense.parameters(dims)
