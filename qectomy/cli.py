@@ -61,7 +61,7 @@ def inspect(
     result = inspect_checkpoint(source, tokens=tokens, eval_tokens=eval_tokens, context=context)
     if audit:
         from qectomy.calibrate.audit_pass import audit_layers
-        from qectomy.surgery.folding import choose_folds
+        from qectomy.surgery.fold_choice import choose_folds
 
         with progress_bar("auditing") as progress:
             records = audit_layers(source, text or (), tokens=tokens, context=context, progress=progress)

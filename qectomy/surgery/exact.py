@@ -15,8 +15,9 @@ from qectomy.errors import NonFiniteError, QueryMapError
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.family import Dimensions
 from qectomy.surgery.finite import all_finite
+from qectomy.surgery.fold_choice import choose_folds
 from qectomy.surgery.fold_layer import LayerPlan, fold_layer, fold_norm, query_shift, readers_in_basis
-from qectomy.surgery.folding import LOST, Choice, Folds, choose_folds, rounding
+from qectomy.surgery.folding import LOST, Choice, Folds, rounding
 from qectomy.surgery.gauge import MAX_PIVOT_CONDITION, choose_pivots, fold_pivots, pivot_rows, split_heads
 from qectomy.surgery.linear_views import read_view
 from qectomy.surgery.plan import planned_tensors

@@ -1,4 +1,4 @@
-"""Which layers of a checkpoint lose W_Q exactly, and the change of basis that takes it out: the rule of `streams.py`.
+"""How a W_Q goes exactly, and the change of basis that takes it out: the rule of `streams.py`.
 
 A layer's W_Q becomes the identity in one of two ways.
     standing   it is block-diagonal already, so that a gauge of its heads (or, under RoPE, the norm's gain) makes it the
@@ -7,8 +7,6 @@ A layer's W_Q becomes the identity in one of two ways.
 Dimensions: D d_model, H n_heads, K d_head; weights (in, out), as in x W. All algebra in float64.
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -19,12 +17,11 @@ from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.family import Dimensions
 from qectomy.surgery.gauge import join_heads, orthonormal_gauge, pair_scales, split_heads
 from qectomy.surgery.linear_views import read_view
-from qectomy.surgery.streams import HEAD, Group, Place, Stream, Streams, derive_streams, mergeable, structural_verdict
+from qectomy.surgery.streams import HEAD, Group, Place, Stream, Streams
 from qectomy.surgery.writer import DTYPES
 
 SINGULAR = 1e13  # a condition number beyond which float64 cannot tell a matrix from a singular one
 LOST = 1.0  # rounding times condition beyond which the target dtype keeps nothing of a product
-SPENT = 0.1  # and beyond which a whole change of basis is not worth W_Q
 
 
 @dataclass(frozen=True)
@@ -232,92 +229,3 @@ def claim(source: Checkpoint, layer: int, stream: Stream, eps: float) -> QueryFo
     if fold is None and stream.breaks_tie and source.dims.untying_pays:
         return basis_fold(W_Q, source.dims, Group.GENERAL, tolerance)
     return fold
-
-
-def choose_folds(
-    source: Checkpoint,
-    dtype: str | None = None,
-    kept: frozenset[int] = frozenset(),
-    progress: Callable[[], None] = lambda: None,
-) -> Choice:
-    """Return what of a checkpoint goes exactly, reading each W_Q twice at most.
-
-    `dtype` is the target's, as safetensors names it; layers in `kept` stay whole. `progress` is called for each layer.
-    """
-    eps = rounding(dtype or source.dtype)
-    choice = Choice(derive_streams(source.dims), eps=min(eps, rounding(source.dtype)), kept=kept)
-    choice.merged = mergeable(choice.streams) - kept
-    for index, stream in enumerate(choice.streams.streams):
-        if stream.queries:
-            _choose_in(source, index, stream, choice, eps, progress)
-    return choice
-
-
-def _choose_in(
-    source: Checkpoint, index: int, stream: Stream, choice: Choice, eps: float, progress: Callable[[], None]
-) -> None:
-    """Choose which of the layers that read a stream lose W_Q, and record each one's verdict."""
-    dims, best = source.dims, None
-    wanted = sorted(set(stream.queries) - choice.kept)
-    choice.standing |= {layer for layer in wanted if standing_fold(read_query(source, layer), dims) is not None}
-    conditions: dict[int, float] = {}  # of each layer's Θ
-    open_to_claims = not choice.standing.intersection(wanted) and not _tie_forbids(source, stream)
-    for layer in stream.queries:
-        if open_to_claims and layer in wanted:
-            fold = claim(source, layer, stream, choice.eps)
-            if fold is not None and fold.basis is not None:
-                conditions[layer] = fold.condition
-                if fold.condition * eps <= SPENT and (best is None or fold.condition < best[0]):
-                    best = (fold.condition, layer, fold.basis.orthogonal)
-        progress()
-    if best is not None:
-        choice.claims[index] = best[1]
-        choice.untied |= stream.breaks_tie and not best[2]
-    for layer in stream.queries:
-        choice.verdicts[layer] = _verdict(source, layer, stream, choice, conditions.get(layer), eps)
-
-
-def _tie_forbids(source: Checkpoint, stream: Stream) -> bool:
-    """Whether no claim of a stream keeps the tie: the tied head would have to take in the final norm's gain."""
-    dims = source.dims
-    if not (dims.norms and dims.tied and (stream.embedded or stream.headed)):
-        return False
-    gain = source.read(f"{source.family.final_norm}.weight")
-    return not torch.equal(gain, gain[:1].expand_as(gain))
-
-
-def _verdict(
-    source: Checkpoint,
-    layer: int,
-    stream: Stream,
-    choice: Choice,
-    basis_condition: float | None,
-    eps: float,
-) -> Verdict:
-    dims = source.dims
-    how, why = structural_verdict(choice.streams, layer)
-    if layer in choice.kept:
-        return Verdict("kept", "asked to stay dense")
-    if how != "exact" and not choice.folded(layer):
-        return Verdict(how, f"{why}, and W_Q is not one" if dims.norms else why)
-    condition = condition_number(read_query(source, layer))
-    if layer in choice.standing:
-        return Verdict("exact", "W_Q is the identity up to each head's gauge and the norm's gain", condition, 1.0)
-    if layer in choice.claims.values():
-        if dims.norms or (stream.breaks_tie and not choice.untied):
-            why = f"W_Q is {stream.group.value}: it passes the {'norm' if dims.norms else 'tie'}"
-        return Verdict("exact", why, condition, basis_condition)
-    if not condition < min(SINGULAR, 1 / rounding(source.dtype)):
-        why = f"W_Q is singular to the precision of its type (condition number {condition:.1e})"
-        return Verdict("refused", why, condition, ill=True)
-    if standing := sorted(choice.standing.intersection(stream.queries)):
-        why = f"its stream stays as it is, for there the W_Q of layer {standing[0]} is the identity already"
-        return Verdict("gauge" if not dims.rope else "refused", why, condition)
-    if basis_condition is None or basis_condition * eps > SPENT:
-        shown = math.inf if basis_condition is None else basis_condition
-        why = f"its change of basis has condition number {shown:.1e}, too much for the target dtype"
-        why += ": try --dtype float32" if eps > rounding("F32") else ""
-        return Verdict("refused", why, condition, basis_condition, ill=True)
-    claimed = next(taker for index, taker in choice.claims.items() if choice.streams.streams[index] is stream)
-    otherwise = "gauge" if not dims.rope else "refused"
-    return Verdict(otherwise, f"its stream's one change of basis is layer {claimed}'s", condition, basis_condition)

@@ -16,7 +16,7 @@ from qectomy.errors import CheckpointError
 from qectomy.eval.perplexity import Protocol, scoring_windows
 from qectomy.eval.verify import verify
 from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.folding import choose_folds
+from qectomy.surgery.fold_choice import choose_folds
 
 VARIANTS = {
     "norm-free": dict(norms=False, tie_word_embeddings=False),

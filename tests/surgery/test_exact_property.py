@@ -11,7 +11,8 @@ from tiny_models import load_reduced, tiny_model, tokens, variant_model
 from qectomy.errors import QueryMapError
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.exact import ExactPlan, plan_exact
-from qectomy.surgery.folding import Choice, choose_folds
+from qectomy.surgery.fold_choice import choose_folds
+from qectomy.surgery.folding import Choice
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.streams import Group, derive_streams
 

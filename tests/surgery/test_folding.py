@@ -15,8 +15,9 @@ from qectomy.errors import NonFiniteError, QueryMapError
 from qectomy.surgery.architectures import FAMILIES
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.exact import plan_exact
+from qectomy.surgery.fold_choice import choose_folds
 from qectomy.surgery.fold_layer import query_shift
-from qectomy.surgery.folding import basis_fold, choose_folds, read_query, standing_fold
+from qectomy.surgery.folding import basis_fold, read_query, standing_fold
 from qectomy.surgery.streams import Group
 
 TOLERANCE = 1e-9
