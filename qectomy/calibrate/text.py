@@ -1,25 +1,24 @@
-"""Text to windows of tokens: files, JSONL or a `datasets` name in, (n, context) token ids out.
+"""Text to windows of tokens: files, JSONL, parquet or a `datasets` name in, (n, context) token ids out.
 
 How windows are made: the documents of a source are joined by a blank line and tokenized as one text without
 special tokens; the first tokens are cut into windows of `context` tokens that do not overlap. Where the
 tokenizer itself starts a text with BOS, every window starts with BOS too (and holds one text token fewer).
 """
 
+import codecs
 import hashlib
-import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qectomy.calibrate.documents import dataset_documents, jsonl_documents, parquet_documents
 from qectomy.errors import CheckpointError, TextError
+from qectomy.surgery.checkpoint import sha256
 
 JOIN = "\n\n"
-FILE_ENDINGS = (".txt", ".jsonl", ".ndjson", ".json", ".md")  # of a name mistyped, not of a dataset's
-TEXT_FIELDS = ("text", "page", "content", "document")
 CHARACTERS_A_TOKEN = 6  # how much text is read at first for each token wanted; more is read when it falls short
 
 
@@ -47,24 +46,35 @@ class Windows:
 
 
 def read_source(name: str) -> Source:
-    """Read a UTF-8 text file, a JSONL file, or a dataset. Raises TextError if there is nothing to read."""
+    """Read a UTF-8 text file, a JSONL or parquet file, or a dataset. Raises TextError if there is nothing to read."""
     path = Path(name)
     if os.path.isdir(name):  # unlike Path's own, false for a name too long to be one
-        raise TextError(f"{path} is a folder; give a text file, a .jsonl file or a dataset's name")
+        raise TextError(f"{path} is a folder; give a text file, a .jsonl or .parquet file or a dataset's name")
     if not os.path.exists(name):
-        return _read_dataset(name)
+        text = JOIN.join(dataset_documents(name))
+        return Source(name, hashlib.sha256(text.encode()).hexdigest(), text)
+    if path.suffix == ".parquet":
+        text, digest = JOIN.join(parquet_documents(path)), sha256(path)
+    else:
+        text, digest = _read_file(path)
+    if not text.strip():
+        raise TextError(f"{path} holds no text")
+    return Source(path.name, digest, text)
+
+
+def _read_file(path: Path) -> tuple[str, str]:
+    """Return the text of a plain or a JSONL file, and the sha256 of its bytes."""
     try:
         data = path.read_bytes()
-        text = data.decode("utf-8-sig")
+        mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+        text = data[mark:].decode()
     except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text (byte {error.start} does not decode)") from error
+        raise TextError(f"{path} is not UTF-8 text (byte {mark + error.start} does not decode)") from error
     except OSError as error:
         raise TextError(f"{path} cannot be read: {error.strerror}") from error
     if path.suffix in (".jsonl", ".ndjson"):
-        text = JOIN.join(_read_jsonl(path, text))
-    if not text.strip():
-        raise TextError(f"{path} holds no text")
-    return Source(path.name, hashlib.sha256(data).hexdigest(), text)
+        text = JOIN.join(jsonl_documents(path, text.split("\n")))  # splitlines would cut at a U+2028 inside a string
+    return text, hashlib.sha256(data).hexdigest()
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -158,41 +168,3 @@ def _too_short(name: str, there: int, left_out: int, width: int) -> str:
         f"{name} has {there} tokens; less the first {min(left_out, there)}, which are kept for evaluation, that is "
         f"fewer than one window of {width}; give an --eval-text{fewer} or a smaller --context"
     )
-
-
-def _read_jsonl(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at a U+2028 inside a string
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise TextError(f"{path}, line {number}: not JSON ({error})") from error
-        field = next((f for f in TEXT_FIELDS if isinstance(record, dict) and isinstance(record.get(f), str)), None)
-        if field is None:
-            raise TextError(f"{path}, line {number}: no text in any of the fields {', '.join(TEXT_FIELDS)}")
-        try:
-            record[field].encode()
-        except UnicodeEncodeError as error:
-            raise TextError(f"{path}, line {number}: half of a surrogate pair, which is no character") from error
-        yield record[field]
-
-
-def _read_dataset(name: str) -> Source:
-    """Read a dataset from the hub: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (split `train` by default)."""
-    if name.endswith(FILE_ENDINGS):
-        raise TextError(f"no file {name!r}, and no dataset of that name could be read: its ending is a file's")
-    repo, _, rest = name.partition(":")
-    config, _, split = rest.partition(":")
-    try:
-        from datasets import load_dataset
-
-        rows = load_dataset(repo, config or None, split=split or "train")
-        field = next((f for f in TEXT_FIELDS if f in rows.column_names), None)
-    except Exception as error:  # no such file, no such dataset, no network: one message covers them
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise TextError(f"no file {name!r}, and no dataset of that name could be read: {reason}") from error
-    if field is None:
-        raise TextError(f"dataset {name!r} has no column {', '.join(TEXT_FIELDS)}; it has {rows.column_names}")
-    text = JOIN.join(entry for entry in rows[field] if isinstance(entry, str))
-    return Source(name, hashlib.sha256(text.encode()).hexdigest(), text)

@@ -117,18 +117,12 @@ def test_a_missing_file_without_network(name, monkeypatch, tmp_path):
     assert len(str(caught.value).splitlines()) == 1
 
 
-class Rows(dict):
-    """As much of a dataset as is looked at."""
-
-    column_names = property(list)
-
-
 def test_datasets_by_name_config_and_split(monkeypatch):
     calls = []
 
     def load_dataset(*arguments, **options):
         calls.append((*arguments, options))
-        return Rows(id=[1, 2], page=["one", "two"])
+        return [{"id": 1, "page": "one"}, {"id": 2, "page": None}, {"id": 3, "page": "two"}]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     names = ["some/data", "some/data:config", "some/data:config:test", "some/data::test"]
@@ -136,15 +130,15 @@ def test_datasets_by_name_config_and_split(monkeypatch):
     assert [source.text for source in sources] == ["one" + JOIN + "two"] * 4
     assert [source.name for source in sources] == names
     assert calls == [
-        ("some/data", None, {"split": "train"}),
-        ("some/data", "config", {"split": "train"}),
-        ("some/data", "config", {"split": "test"}),
-        ("some/data", None, {"split": "test"}),
+        ("some/data", None, {"split": "train", "streaming": True}),
+        ("some/data", "config", {"split": "train", "streaming": True}),
+        ("some/data", "config", {"split": "test", "streaming": True}),
+        ("some/data", None, {"split": "test", "streaming": True}),
     ]
 
 
 def test_a_dataset_without_text(monkeypatch):
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Rows(id=[1], label=["a"]))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [{"id": 1, "label": "a"}])
     with pytest.raises(TextError, match=r"has no column text, page, content, document; it has \['id', 'label'\]"):
         read_source("some/data")
 
