@@ -1,13 +1,13 @@
 """The command line: parse, call one function, print. Heavy imports live inside the commands."""
 
-import shlex
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from qectomy import __version__
+from qectomy.cli_convert import CONTEXT_HELP, Device, convert
+from qectomy.cli_heal import heal
 from qectomy.cli_rewrites import fold_norms, import_nanogpt, materialize
 from qectomy.errors import QectomyError
 from qectomy.terminal import Json, print_json, progress_bar
@@ -20,9 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-
-CONTEXT_HELP = "Tokens a window. Default: 512, or what the model was made for if that is less."
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -75,115 +72,6 @@ def inspect(
         from qectomy.eval.tables import show_inspection
 
         show_inspection(result)
-
-
-@app.command(
-    epilog="Example: `qectomy convert ./smollm2-135m-instruct --out ./reduced --query key-shared "
-    "--text calibration.txt --eval-text heldout.txt`"
-)
-def convert(
-    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of an original checkpoint.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
-    query: Annotated[
-        str,
-        typer.Option(
-            help="Query map: identity, select, key-shared, low-rank:R, dense; per layer as in 0-2=dense,3-=key-shared. "
-            "`exact` takes out what goes without any loss and needs no text; a layer can stay dense beside it."
-        ),
-    ] = "key-shared",
-    text: Annotated[
-        list[str] | None,
-        typer.Option(help="Calibration text: a UTF-8 file, a .jsonl file or a dataset's name. May be repeated."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens, shared evenly among the texts.")] = 32_768,
-    context: Annotated[int | None, typer.Option(min=16, help=CONTEXT_HELP)] = None,
-    eval_text: Annotated[
-        str | None,
-        typer.Option(help="Text to measure perplexity on, never fitted on. Default: the start of the first --text."),
-    ] = None,
-    eval_tokens: Annotated[int, typer.Option(min=1, help="Evaluation tokens.")] = 32_768,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Type of the written weights: float32, bfloat16, float16. Default: the source's."),
-    ] = None,
-    device: Device = "cpu",
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")] = 0,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and what it needs; write nothing.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Take W_Q out of a checkpoint in one pass; write the reduced one and its perplexity before and after."""
-    from qectomy.calibrate.settings import ConvertSettings, default_context
-    from qectomy.surgery.checkpoint import open_checkpoint
-    from qectomy.surgery.output import check_absent
-    from qectomy.surgery.query_maps import parse_exact, parse_recipe
-
-    check_absent(out)
-    source = open_checkpoint(checkpoint)
-    settings = ConvertSettings(
-        texts=tuple(text or ()),
-        tokens=tokens,
-        context=context or default_context(source),
-        eval_text=eval_text,
-        eval_tokens=eval_tokens,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        command=shlex.join(["qectomy", *sys.argv[1:]]),
-    )
-    kept = parse_exact(query, source.dims)
-    if kept is not None:
-        _convert_exact(source, out, settings, kept, dry_run, as_json)
-        return
-    recipe = tuple(parse_recipe(query, source.dims))
-    if dry_run:
-        _show_plan(source, recipe, settings, as_json)
-        return
-    from qectomy.calibrate.convert import convert as run
-
-    with progress_bar("converting") as progress:
-        report = run(source, out, recipe, settings, progress)
-    if as_json:
-        print_json(report)
-    else:
-        from qectomy.eval.tables import show_conversion
-
-        show_conversion(report)
-        typer.echo(f"wrote {out}")
-
-
-def _show_plan(source: Any, recipe: Any, settings: Any, as_json: bool) -> None:
-    """Print what a conversion would write and need."""
-    from qectomy.surgery.plan import estimate, totals
-
-    settings.check_context(source)
-    needs = estimate(source, tokens=settings.tokens, eval_tokens=settings.eval_tokens, context=settings.context)
-    plan = {"plan": [str(spec) for spec in recipe], **totals(source, recipe, settings.stored_dtype), "needs": needs}
-    if as_json:
-        print_json(plan)
-    else:
-        from qectomy.eval.tables import show_plan
-
-        show_plan(plan)
-
-
-def _convert_exact(source: Any, out: Path, settings: Any, kept: Any, dry_run: bool, as_json: bool) -> None:
-    """Run `convert --query exact`, or with `dry_run` only its plan, which reads the weights."""
-    from qectomy.calibrate.convert_exact import convert_exact, dry_run_exact
-    from qectomy.eval.tables import show_exact
-
-    with progress_bar("planning" if dry_run else "folding") as progress:
-        if dry_run:
-            report = dry_run_exact(source, settings, kept, progress)
-        else:
-            report = convert_exact(source, out, settings, kept, progress)
-    if as_json:
-        print_json(report)
-    else:
-        show_exact(report)
-        if not dry_run:
-            typer.echo(f"wrote {out}")
 
 
 @app.command("eval", epilog="Example: `qectomy eval ./original ./reduced --text heldout.txt --reference ./original`")
@@ -281,6 +169,13 @@ def verify(
         raise typer.Exit(1)
 
 
+app.command(
+    epilog="Example: `qectomy convert ./smollm2-135m-instruct --out ./reduced --query key-shared "
+    "--text calibration.txt --eval-text heldout.txt`"
+)(convert)
+app.command(
+    epilog="Example: `qectomy heal ./reduced --teacher ./original --out ./healed --text mine.txt --minutes 10`"
+)(heal)
 app.command(epilog="Example: `qectomy materialize ./reduced --out ./stock`")(materialize)
 app.command("fold-norms", epilog="Example: `qectomy fold-norms ./original --out ./folded --only gain`")(fold_norms)
 app.command(

@@ -37,8 +37,11 @@ def few_steps(patch: pytest.MonkeyPatch, steps: int = 8) -> None:
 def reload_here(patch: pytest.MonkeyPatch) -> None:
     """Let the reload check load the folder in this process: a fresh one takes seconds to import torch."""
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        assert any("qectomy.eval.reload" in part for part in command)
+    others = subprocess.run
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+        if not any("qectomy.eval.reload" in part for part in command):  # matplotlib asks for the fonts
+            return others(command, **options)
         try:
             return subprocess.CompletedProcess(
                 command, 0, f"{json.dumps(asdict(reload._reload(Path(command[-1]))))}\n", ""

@@ -62,7 +62,7 @@ def convert_exact(
         measured = _measure(source, work, held, watch, since)
         _check_error(measured["logit_error"], settings.stored_dtype or source.dtype)
         report = {
-            **provenance(source, settings, hashes),
+            **provenance(source, settings.command, hashes),
             "method": "exact",
             "layers": layer_records(source, plan),
             "tie": _tie(source, plan),

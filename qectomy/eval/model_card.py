@@ -6,8 +6,12 @@ from typing import Any
 from qectomy.surgery.checkpoint import Checkpoint
 
 FITTED = """The query projections of this {family} checkpoint were taken out by Qectomy {version}:
-{recipe}. No training from end to end: query maps and W_K were fitted on calibration text layer by layer, W_O and W_down
-refitted to them in closed form."""
+{recipe}. {ending}"""
+FITTED_ALONE = """No training from end to end: query maps and W_K were fitted on calibration text layer by layer,
+W_O and W_down refitted to them in closed form."""
+HEALED = """Query maps and W_K were fitted on calibration text layer by layer, W_O and W_down refitted to them in closed
+form; then the model was healed, trained on {tokens:,} tokens of {texts} to predict what the original predicts
+(`healing.png`)."""
 EXACT = """What goes exactly of this {family} checkpoint was taken out by Qectomy {version}: query maps
 {recipe}. Nothing was fitted: up to rounding it computes what the original does. `gauge` means that a block of each
 head's W_Q, and of its W_V, is the identity and not stored; `identity` that a whole W_Q is."""
@@ -17,7 +21,9 @@ def model_card(report: dict[str, Any], source: Checkpoint) -> str:
     """Return the README.md of a reduced checkpoint."""
     exact = report.get("method") == "exact"
     recipe = ", ".join(f"{name} ({count} layers)" for name, count in _counts(report["layers"]).items())
-    how = (EXACT if exact else FITTED).format(family=source.family.model_type, version=report["qectomy"], recipe=recipe)
+    how = (EXACT if exact else FITTED).format(
+        family=source.family.model_type, version=report["qectomy"], recipe=recipe, ending=_ending(report)
+    )
     return f"""---
 library_name: transformers
 base_model: {json.dumps(source.name, ensure_ascii=False)}
@@ -45,11 +51,28 @@ With `import qectomy` first, `trust_remote_code` is not needed. For engines that
 
 ## Made by
 
-{_indented(report["command"])}
+{_indented(_commands(report))}
 
 Theory: Karbevski & Mijoski, "Key and Value Weights Are Probably All You Need", arXiv 2510.23912. The licence is that of
 the original checkpoint.
 """
+
+
+def _ending(report: dict[str, Any]) -> str:
+    healing = report.get("healing")
+    if healing is None:
+        return FITTED_ALONE
+    if not healing["best_step"]:
+        return FITTED_ALONE + " Healing it, by training against the original, made it no better (`healing.png`)."
+    texts = ", ".join(f"`{_one_line(text['text'])}`" for text in healing["texts"])
+    if healing["self_generated"]:
+        texts = "text that the original wrote itself"
+    return HEALED.format(tokens=healing["best_step"] * healing["tokens_a_step"], texts=texts)
+
+
+def _commands(report: dict[str, Any]) -> str:
+    healing = report.get("healing")
+    return report["command"] if healing is None else "\n".join(dict.fromkeys((report["command"], healing["command"])))
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -65,9 +88,18 @@ def _table(report: dict[str, Any]) -> str:
         perplexity, bits = report["perplexity"], report["bits_per_byte"]
         rows += [
             f"| perplexity | {perplexity['before']:.3f} | {perplexity['after']:.3f} (x {perplexity['ratio']:.3f}) |",
+            *_fitted_row(report),
             f"| bits per byte | {bits['before']:.4f} | {bits['after']:.4f} |",
         ]
     return "\n".join(rows) + "\n"
+
+
+def _fitted_row(report: dict[str, Any]) -> list[str]:
+    """What the reduced model was at before it was healed."""
+    if "healing" not in report:
+        return []
+    found = report["healing"]["perplexity"]
+    return [f"| perplexity before healing | | {found['fitted']:.3f} (x {found['fitted_ratio']:.3f}) |"]
 
 
 def _measured(report: dict[str, Any]) -> str:

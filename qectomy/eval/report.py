@@ -38,7 +38,7 @@ def conversion_report(
     """Return the record of one conversion: everything needed to believe it and to repeat it."""
     sizes = totals(source, recipe, settings.stored_dtype)
     return {
-        **provenance(source, settings, hashes),
+        **provenance(source, settings.command, hashes),
         "calibration": {"texts": calibration, "context": settings.context, "seed": settings.seed},
         "layers": layers,
         **cost(before, after, protocol),
@@ -57,8 +57,21 @@ def conversion_report(
     }
 
 
-def provenance(source: Checkpoint, settings: ConvertSettings, hashes: dict[str, str]) -> dict[str, Any]:
+def provenance(source: Checkpoint, command: str, hashes: dict[str, str]) -> dict[str, Any]:
     """Return what made a checkpoint: versions, the command, and the source by its hashes."""
+    return {
+        **made(command),
+        "source": {
+            "name": source.name,
+            "model_type": source.family.model_type,
+            "dtype": source.dtype,
+            "sha256": hashes,
+        },
+    }
+
+
+def made(command: str) -> dict[str, Any]:
+    """Return by which versions, when and by which command something was made."""
     return {
         "qectomy": __version__,
         "versions": {
@@ -66,13 +79,7 @@ def provenance(source: Checkpoint, settings: ConvertSettings, hashes: dict[str, 
             **{p: importlib.metadata.version(p) for p in PACKAGES},
         },
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": settings.command,
-        "source": {
-            "name": source.name,
-            "model_type": source.family.model_type,
-            "dtype": source.dtype,
-            "sha256": hashes,
-        },
+        "command": command,
     }
 
 

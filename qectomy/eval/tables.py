@@ -73,6 +73,41 @@ def show_conversion(report: dict[str, Any]) -> None:
     )
 
 
+def show_healing(report: dict[str, Any]) -> None:
+    """Print what healing came to."""
+    healing, protocol = report["healing"], report["perplexity"]["protocol"]
+    perplexity = healing["perplexity"]
+    table = Table("model", "perplexity", "ratio", "KL", "top-1 agreement")
+    table.add_row("original", f"{perplexity['original']:.3f}", "1", "", "")
+    for kind in ("fitted", "healed"):
+        table.add_row(
+            kind,
+            f"{perplexity[kind]:.3f}",
+            f"{perplexity[f'{kind}_ratio']:.4f}",
+            f"{healing['kl'][kind]:.4f}",
+            f"{healing['top1_agreement'][kind]:.1%}",
+        )
+    console.print(table)
+    fitted_on = ", which the reduced model was fitted on" if protocol["fitted_on"] else ""
+    console.print(
+        f"measured on {protocol['scored_tokens']:,} tokens of {protocol['text']} in windows of {protocol['context']}, "
+        f"not trained on{fitted_on}",
+        markup=False,
+    )
+    if not healing["teacher_is_source"]:
+        console.print("the teacher is not the checkpoint that the reduced one was made from, by its qectomy.json")
+    seconds = healing["seconds"]["training"]
+    early = healing["steps"] < healing["planned_steps"]
+    stopped = f", of {healing['planned_steps']} planned (--patience, --minutes)" if early else ""
+    best = f"step {healing['best_step']} was best on the validation windows and is kept"
+    if not healing["best_step"]:
+        best = "no step was better on the validation windows than the start, whose weights are kept: try a lower --lr"
+    console.print(
+        f"{healing['tokens']:,} tokens in {healing['steps']} steps{stopped}, {seconds:.0f} s "
+        f"({healing['tokens'] / max(seconds, 1e-9):,.0f} tokens/s); {best}"
+    )
+
+
 def show_exact(report: dict[str, Any]) -> None:
     """Print the outcome of an exact conversion, or of its dry run."""
     table = Table("layers", "W_Q", "W_V", "W_O", "cond W_Q", "cond Θ", "cond pivots")

@@ -1,0 +1,78 @@
+"""Fit and heal in one go."""
+
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qectomy.calibrate.convert import convert
+from qectomy.calibrate.healing.heal import heal
+from qectomy.calibrate.healing.processes import Processes
+from qectomy.calibrate.healing.run_folder import RunFolder
+from qectomy.calibrate.healing.settings import HealSettings
+from qectomy.calibrate.layer_pass import Progress
+from qectomy.calibrate.settings import ConvertSettings
+from qectomy.errors import QectomyError, TextError
+from qectomy.surgery.checkpoint import Checkpoint
+from qectomy.surgery.output import check_absent
+from qectomy.surgery.query_maps import QueryMapSpec
+
+
+def convert_and_heal(
+    source: Checkpoint,
+    out: Path,
+    recipe: tuple[QueryMapSpec, ...],
+    settings: ConvertSettings,
+    heal_settings: HealSettings,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the fitted checkpoint to OUT.fitted, heal it to `out`, remove the first; return the report.
+
+    What goes wrong in healing leaves OUT.fitted, and OUT.healing to resume from; the error says with which command.
+    """
+    if settings.context > source.dims.n_positions:
+        raise TextError(f"--context {settings.context} is longer than the model's {source.dims.n_positions} positions")
+    processes = Processes(settings.device)
+    if processes.count > 1:
+        raise QectomyError("--heal in convert is for one process: convert first, then start `qectomy heal` on several")
+    settings = replace(settings, device=processes.device)
+    heal_settings = replace(heal_settings, device=processes.device)
+    fitted = out.absolute().with_name(f"{out.absolute().name}.fitted")
+    command = _heal_command(fitted, source, out, heal_settings)
+    if fitted.exists():
+        raise QectomyError(f"{fitted} is there from a run before. Go on with it by\n  {command}\nor remove it")
+    if (run := RunFolder(out).path).exists():
+        raise QectomyError(f"{run} holds a run that was not finished; remove it, or give another --out")
+    check_absent(fitted)
+    convert(source, fitted, recipe, settings, progress)
+    try:
+        report = heal(str(fitted), str(source.folder), out, heal_settings, progress=progress)
+    except QectomyError as error:
+        raise type(error)(
+            f"{error}\nThe fitted checkpoint is whole, in {fitted}. Go on with it, also with other settings once "
+            f"{RunFolder(out).path} is removed, by\n  {command}"
+        ) from error
+    assert report is not None, "one process"
+    shutil.rmtree(fitted)
+    return report
+
+
+def _heal_command(fitted: Path, source: Checkpoint, out: Path, settings: HealSettings) -> str:
+    """Return the command line that heals the fitted checkpoint as `convert --heal` does."""
+    told = {
+        "teacher": source.folder,
+        "out": out,
+        "tokens": settings.tokens,
+        "context": settings.context,
+        "eval-text": settings.eval_text,
+        "eval-tokens": settings.eval_tokens,
+        "device": settings.device,
+        "seed": settings.seed,
+    }
+    command = ["qectomy", "heal", str(fitted), *(["--self-generated"] if settings.self_generated else [])]
+    for name in settings.texts:
+        command += ["--text", name]
+    for name, value in told.items():
+        command += [] if value is None else [f"--{name}", str(value)]
+    return shlex.join([*command, "--resume"])

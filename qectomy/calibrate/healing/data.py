@@ -1,0 +1,90 @@
+"""Which text a run trains on, validates on and is measured on, and which of it the reduced model was fitted on."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qectomy.calibrate.healing.export import fitted_report
+from qectomy.calibrate.healing.packing import Packed, Progress, Reserved, pack, text_from
+from qectomy.calibrate.healing.settings import HealSettings
+from qectomy.calibrate.text import Source, load_tokenizer, read_source
+from qectomy.errors import TextError
+from qectomy.eval.perplexity import Protocol, ScoringWindows, scoring_windows
+from qectomy.surgery.checkpoint import Checkpoint, sha256
+
+
+def prepare(
+    folder: Path, student: Checkpoint, settings: HealSettings, names: list[str], tokens: int, progress: Progress | None
+) -> tuple[Packed, ScoringWindows]:
+    """Pack at most `tokens` of the texts to train on into `folder`; return that, and the windows to measure on.
+
+    What an earlier process packed there is kept.
+    """
+    vocab_size = student.dims.vocab_size
+    tokenizer = load_tokenizer(student.folder)
+    fitted = {name: fitted_span(student, name) for name in names}
+    reserved = {name: Reserved(fitted=stop) for name, (_, stop) in fitted.items()}
+    hashes = [sha256(Path(name)) if Path(name).is_file() else name for name in names]
+    if twice := [name for name, own in zip(names, hashes, strict=True) if hashes.count(own) > 1]:
+        raise TextError(f"the same text is given twice ({', '.join(twice)}); give each once")
+    measured, start = settings.eval_tokens, 0
+    if settings.eval_text:
+        source = read_source(settings.eval_text)
+        for name, own in zip(names, hashes, strict=True):
+            if own in (source.sha256, settings.eval_text):
+                reserved[name] = replace(reserved[name], stop=measured)
+    else:
+        source, start, measured = _own_eval_text(settings, tokenizer, names[0], fitted[names[0]])
+        untouched = fitted[names[0]][0] if start == 0 else 0  # convert measured on all of it
+        reserved[names[0]] = replace(reserved[names[0]], start=start, stop=max(start + measured, untouched))
+    held = scoring_windows(tokenizer, source, Protocol(context=settings.context, tokens=measured), vocab_size)
+    was_fitted = not settings.eval_text and start < fitted[names[0]][1] and fitted[names[0]][0] < start + measured
+    held = replace(held, report=held.report | {"first_token": start, "fitted_on": was_fitted})
+    if (kept := Packed.kept(folder)) is not None:
+        return kept, held
+    packed = pack(
+        tokenizer,
+        names,
+        folder,
+        context=settings.context,
+        tokens=tokens,
+        validation_tokens=settings.validation_tokens,
+        vocab_size=vocab_size,
+        reserved=reserved,
+        progress=progress,
+    )
+    return packed, held
+
+
+def _own_eval_text(
+    settings: HealSettings, tokenizer: Any, name: str, fitted: tuple[int, int]
+) -> tuple[Source, int, int]:
+    """Return (text to measure on, its first token, tokens), where none was given: the start of the first text.
+
+    Where the reduced model was fitted on that start, what follows it; the start all the same where nothing does. An
+    eighth of a short text at most.
+    """
+    untouched = fitted[0] >= settings.context
+    start, most = (0, fitted[0]) if untouched else (fitted[1], settings.eval_tokens)
+    text = text_from(tokenizer, name, start, 8 * settings.eval_tokens)
+    there = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if start and there < 8 * settings.context:
+        start, text = 0, text_from(tokenizer, name, 0, 8 * settings.eval_tokens)
+        there = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    tokens = min(settings.eval_tokens, most, there // 8) // settings.context * settings.context
+    is_file = Path(name).is_file()
+    source = Source(Path(name).name if is_file else name, sha256(Path(name)) if is_file else "", text)
+    return source, start, max(settings.context, tokens)
+
+
+def fitted_span(student: Checkpoint, name: str) -> tuple[int, int]:
+    """Return which tokens [start, stop) of a text the reduced checkpoint was fitted on, by its qectomy.json."""
+    calibration = fitted_report(student).get("calibration")
+    texts = calibration.get("texts") if isinstance(calibration, dict) else None
+    is_file = Path(name).is_file()
+    for text in texts if isinstance(texts, list) else []:
+        first, tokens = text.get("first_token"), text.get("tokens")
+        same = text.get("sha256") == sha256(Path(name)) if is_file else text.get("file") == name
+        if same and isinstance(first, int) and isinstance(tokens, int):
+            return first, first + tokens
+    return 0, 0

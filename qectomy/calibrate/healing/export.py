@@ -1,0 +1,224 @@
+"""What is left of a healing run: the healed checkpoint, what it cost, its curve and its report."""
+
+import json
+import platform
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qectomy.calibrate.healing.curve import curve_of, write_curve
+from qectomy.calibrate.healing.models import Distillation
+from qectomy.calibrate.healing.packing import Packed, PackedWindows
+from qectomy.calibrate.healing.plan import Plan
+from qectomy.calibrate.healing.settings import HealSettings
+from qectomy.calibrate.healing.trainer import Progress
+from qectomy.errors import NonFiniteError
+from qectomy.eval.perplexity import ScoringWindows, load_model, score_model, summarize
+from qectomy.eval.reload import RELOAD_TOKENS, Reload, check_reload
+from qectomy.eval.report import cost, made, provenance, write_report
+from qectomy.surgery.checkpoint import Checkpoint
+from qectomy.surgery.config_files import copy_companions, copy_model_code, write_config
+from qectomy.surgery.finite import all_finite
+from qectomy.surgery.headers import TORCH_NAMES
+from qectomy.surgery.output import new_folder
+from qectomy.surgery.plan import totals
+from qectomy.surgery.writer import ShardWriter, TensorSpec
+
+MEASURED = ("original", "fitted", "healed")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training came to. `weights` are those of the best validation; `best_step` is 0 if the start was best."""
+
+    weights: dict[str, Tensor]
+    history: list[dict[str, Any]]
+    plan: Plan
+    steps: int
+    best_step: int
+    seconds: float
+    trained: int  # parameters
+    original_perplexity: float  # on the validation windows
+    processes: int
+    logs: Path  # TensorBoard's, where it was asked for
+    lr: float  # the largest
+    generated: dict[str, Any] | None  # the provenance of text that the original wrote
+
+
+def export(
+    student: Checkpoint,
+    original: Checkpoint,
+    out: Path,
+    settings: HealSettings,
+    outcome: Outcome,
+    packed: Packed,
+    held: ScoringWindows,
+    device: str,
+    progress: Progress | None,
+    begun: float,
+) -> dict[str, Any]:
+    """Write the healed checkpoint, its curve, report and card to `out`; return the report."""
+    with new_folder(out) as work:
+        _write_weights(student, outcome, work)
+        write_config(work, student.config)
+        copy_companions(student.folder, work)
+        copy_model_code(student.family, work)
+        if outcome.logs.is_dir():
+            shutil.copytree(outcome.logs, work / "runs")
+        curve = curve_of(outcome.history, outcome.plan.tokens_a_step)
+        write_curve(work, curve, outcome.original_perplexity, outcome.best_step)
+        scores, reload = _measure(student, original, work, held, device, progress)
+        healing = _record(
+            settings, outcome, packed, curve, scores, outcome.generated, device, time.perf_counter() - begun
+        )
+        report = _report(student, original, settings, healing, held, scores, reload)
+        name = report["source"].get("name")  # the hub's, where the fit knew it
+        write_report(work, report, replace(original, name=name) if isinstance(name, str) else original)
+    return report
+
+
+def _write_weights(student: Checkpoint, outcome: Outcome, work: Path) -> None:
+    """Write the trained weights in the types of the reduced checkpoint; with best step 0, the weights as they were."""
+    specs = {name: TensorSpec(info.shape, info.dtype) for name, info in student.tensors.items()}
+    with ShardWriter(work, specs) as writer:
+        for name, spec in specs.items():
+            tensor = outcome.weights[name] if outcome.best_step else student.read(name)
+            stored = tensor.to(getattr(torch, TORCH_NAMES[spec.dtype]))
+            if stored.is_floating_point() and not all_finite(stored):
+                raise NonFiniteError(f"{name} does not fit in {TORCH_NAMES[spec.dtype]} after healing")
+            writer.write(name, stored)
+        writer.finish()
+
+
+def _measure(
+    student: Checkpoint, original: Checkpoint, work: Path, held: ScoringWindows, device: str, progress: Progress | None
+) -> tuple[dict[str, dict[str, float]], Reload]:
+    """Return the scores of original, fitted and healed model, in float32, and what a fresh process found."""
+    reference, _, _ = load_model(str(original.folder), "float32", device)
+    scores: dict[str, dict[str, float]] = {}
+    for kind, folder in (("fitted", student.folder), ("healed", work)):
+        model: Any = None  # not two reduced models at once
+        model, _, _ = load_model(str(folder), "float32", device)
+
+        def report(done: int, total: int, kind: str = kind) -> None:
+            if progress:
+                progress(done, total, f"measuring the {kind} model")
+
+        found = score_model(model, held, report, reference, f"the {kind} model")
+        scores[kind] = summarize(found, held.n_bytes)
+        assert found.reference_nll is not None
+        nll = found.reference_nll
+        bits = float(nll.sum()) / float(torch.log(torch.tensor(2.0, dtype=torch.float64)))
+        scores["original"] = {
+            "perplexity": float(nll.mean().exp()),
+            "nll": float(nll.mean()),
+            "bits_per_byte": bits / max(1, held.n_bytes),
+        }
+    tokens = held.tokens[:1, :RELOAD_TOKENS]
+    with torch.no_grad():
+        logits = model(input_ids=tokens.to(device)).logits[0].float().cpu()
+    return scores, check_reload(work, tokens, logits)
+
+
+@torch.no_grad()
+def teacher_perplexity(criterion: Distillation, packed: Packed, settings: HealSettings, device: str) -> float:
+    """Return the original's perplexity on the validation windows, computed as the student's was."""
+    windows = PackedWindows(packed.validation, settings.context)
+    total = 0.0
+    for i in range(len(windows)):
+        tokens = windows[i]["input_ids"][None].to(device)
+        states = criterion.teach(tokens)
+        total += float(criterion.of_states(criterion.teacher, states, tokens, states)["nll"].double())
+    return float(torch.tensor(total / len(windows), dtype=torch.float64).exp())
+
+
+def _record(
+    settings: HealSettings,
+    outcome: Outcome,
+    packed: Packed,
+    curve: list[dict[str, int | float | None]],
+    scores: dict[str, dict[str, float]],
+    generated: dict[str, Any] | None,
+    device: str,
+    total_seconds: float,
+) -> dict[str, Any]:
+    """Return what qectomy.json says of the healing; `generated` is where text that the original wrote comes from."""
+    plan = outcome.plan
+    told = asdict(settings) | {"lr": outcome.lr}
+    for name in ("command", "texts", "device"):
+        told.pop(name)
+    return {
+        "texts": packed.report,
+        "self_generated": generated,
+        "tokens": outcome.steps * plan.tokens_a_step,
+        "steps": outcome.steps,
+        "planned_steps": plan.steps,
+        "best_step": outcome.best_step,
+        "trained_parameters": outcome.trained,
+        "settings": told,
+        "micro_batch": plan.micro_batch,
+        "accumulation": plan.accumulation,
+        "tokens_a_step": plan.tokens_a_step,
+        "processes": outcome.processes,
+        "device": _device_name(device),
+        "seconds": {"training": round(outcome.seconds, 3), "this_process": round(total_seconds, 3)},
+        "validation": {"original_perplexity": outcome.original_perplexity, "curve": curve},
+        "perplexity": {
+            **{kind: scores[kind]["perplexity"] for kind in MEASURED},
+            "fitted_ratio": scores["fitted"]["perplexity"] / scores["original"]["perplexity"],
+            "healed_ratio": scores["healed"]["perplexity"] / scores["original"]["perplexity"],
+        },
+        "kl": {kind: scores[kind]["kl"] for kind in ("fitted", "healed")},
+        "top1_agreement": {kind: scores[kind]["top1_agreement"] for kind in ("fitted", "healed")},
+    }
+
+
+def _report(
+    student: Checkpoint,
+    original: Checkpoint,
+    settings: HealSettings,
+    healing: dict[str, Any],
+    held: ScoringWindows,
+    scores: dict[str, dict[str, float]],
+    reload: Reload,
+) -> dict[str, Any]:
+    """Return the fitted checkpoint's report with the healing; costs and the reload check are the healed model's."""
+    report = {
+        **provenance(original, settings.command, original.hashes()),
+        "layers": [{"index": index, "map": str(spec)} for index, spec in enumerate(student.recipe)],
+        **totals(original, student.recipe, student.dtype),
+        **fitted_report(student),
+    }
+    healing |= {"earlier": report["healing"]} if "healing" in report else {}
+    teacher = provenance(original, settings.command, original.hashes())["source"]
+    healing |= {"teacher_is_source": report["source"].get("sha256") == teacher["sha256"]}
+    report |= {} if healing["teacher_is_source"] else {"source": teacher}
+    return {
+        **report,
+        **cost(scores["original"], scores["healed"], held.report),
+        "reload_check": {
+            "largest_relative_logit_error": reload.error,
+            "peak_memory_bytes": reload.peak_memory_bytes,
+        },
+        "healing": {**made(settings.command), "fitted_sha256": student.hashes(), **healing},
+    }
+
+
+def fitted_report(student: Checkpoint) -> dict[str, Any]:
+    """Return the qectomy.json of the checkpoint that is healed; nothing, if there is none that can be read."""
+    try:
+        found = json.loads((student.folder / "qectomy.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    layers = found.get("layers") if isinstance(found, dict) else None
+    return found if isinstance(layers, list) and len(layers) == student.dims.n_layers else {}
+
+
+def _device_name(device: str) -> str:
+    kind = torch.device(device).type
+    return torch.cuda.get_device_name(device) if kind == "cuda" else f"{kind} ({platform.machine()})"

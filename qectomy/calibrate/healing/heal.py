@@ -1,0 +1,244 @@
+"""Healing: the reduced model is trained for a short while to predict what its original predicts.
+
+    open and compare both ─► pack the text ─► Trainer, the teacher beside it ─► the best checkpoint by validation
+        ─► a reduced checkpoint, reloaded by a fresh process ─► perplexity of original, fitted and healed model
+
+Everything until the last two steps lies in OUT.healing, from which `resume` goes on; OUT appears whole or not at all.
+"""
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qectomy.calibrate.convert import check_device
+from qectomy.calibrate.healing.data import prepare
+from qectomy.calibrate.healing.export import Outcome, export, teacher_perplexity
+from qectomy.calibrate.healing.mendable import explained
+from qectomy.calibrate.healing.models import (
+    Distillation,
+    enable_checkpointing_,
+    is_trained,
+    load_student,
+    load_teacher,
+    open_pair,
+    stream_basis,
+)
+from qectomy.calibrate.healing.packing import Packed, PackedWindows, Shuffled
+from qectomy.calibrate.healing.plan import Plan, make_plan, tokens_to_train
+from qectomy.calibrate.healing.processes import Processes
+from qectomy.calibrate.healing.run_folder import RunFolder, read_record, step_of
+from qectomy.calibrate.healing.self_generated import self_generated_text, tokens_to_write
+from qectomy.calibrate.healing.settings import TOKENS, HealSettings
+from qectomy.calibrate.healing.trainer import HealTrainer, Progress, Watch, ended_at, validation_losses
+from qectomy.calibrate.healing.training_arguments import reporters, training_arguments
+from qectomy.errors import CheckpointError, TextError
+from qectomy.eval.perplexity import ScoringWindows
+from qectomy.surgery.checkpoint import Checkpoint, sha256
+from qectomy.surgery.output import check_absent, check_room
+
+BYTES_A_WEIGHT, BYTES_A_TRAINED_ONE = 4, 8  # float32, and AdamW's two means of it
+KEPT_CHECKPOINTS = 3  # the best, the last, and one that is being written
+
+
+@dataclass(frozen=True)
+class Job:
+    """One healing run: what it is given, where it lies, and who takes part."""
+
+    student: Checkpoint
+    original: Checkpoint
+    settings: HealSettings
+    processes: Processes
+    folder: RunFolder
+    progress: Progress | None
+
+    def say(self, what: str) -> None:
+        """Tell what is being done before there are steps to count."""
+        if self.progress and self.processes.is_first:
+            self.progress(0, 1, what)
+
+
+def heal(
+    reduced: str,
+    teacher: str,
+    out: Path,
+    settings: HealSettings,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any] | None:
+    """Write the healed checkpoint to `out`; return its report (also in `out`/qectomy.json).
+
+    Run by torchrun or `accelerate launch`, every process calls this; all but the first return None. Raises a
+    QectomyError before any step is taken for checkpoints that do not belong together, text that is too short, and a run
+    folder of another run; during training for numbers that are not finite, leaving the last good checkpoint.
+    """
+    begun = time.perf_counter()
+    check_absent(out)
+    processes = Processes(settings.device)
+    device = check_device(processes.device)
+    student, original = open_pair(reduced, teacher)
+    settings = settings.resolved()
+    _check_context(student, settings.context)
+    reporters(settings)
+    job = Job(student, original, settings, processes, RunFolder(out), progress)
+    check_room(out, _bytes_needed(student, settings) - job.folder.nbytes())
+    try:
+        resumed = processes.first_alone(lambda: job.folder.start(fingerprint(student, original, settings), resume))
+        if resume and not resumed:
+            job.say(f"nothing to resume in {job.folder.path}: starting anew")
+        with explained(settings, job.folder), _undone_if_refused(job, resumed):
+            outcome, packed, held = _run(job, device, resumed)
+            _free_memory(device)
+            if not processes.is_first:
+                return None
+            report = export(student, original, out, settings, outcome, packed, held, device, progress, begun)
+        job.folder.remove()
+        return report
+    finally:
+        job.folder.release()
+
+
+def _free_memory(device: str) -> None:
+    """Give back what training held: Trainer and the student's forward refer to themselves in circles."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _undone_if_refused(job: Job, resumed: bool) -> Iterator[None]:
+    """Leave no folder behind where a text or a checkpoint was refused before the run began."""
+    try:
+        yield
+    except (TextError, CheckpointError):
+        if job.processes.is_first and not resumed and "plan" not in job.folder.record():
+            job.folder.remove()
+        raise
+
+
+def _run(job: Job, device: str, resumed: bool) -> tuple[Outcome, Packed, ScoringWindows]:
+    """Load both models, pack the text and train; both are freed when this returns."""
+    settings, processes = job.settings, job.processes
+    job.say("loading both models")
+    teacher = load_teacher(job.original, settings.compute_dtype, device)
+    names = list(settings.texts)
+    if settings.self_generated:
+        names = [processes.first_alone(lambda: _written_by(job, teacher))]
+    model = load_student(job.student)
+    if settings.activation_checkpointing:
+        enable_checkpointing_(model)  # before a batch is timed, too
+    chosen = is_trained(job.student, settings.train)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(chosen(name))
+    basis = stream_basis(model, teacher) if settings.hidden_weight else None
+    criterion = Distillation(teacher, settings.cross_entropy, settings.hidden_weight, basis)
+    criterion.attach_(model)
+    if settings.compile:
+        for compiled in (model, teacher):
+            compiled.base_model.compile()
+    if settings.minutes is not None:
+        job.say("timing a few batches")
+    tokens = processes.first_alone(lambda: tokens_to_train(job.folder, settings, model, criterion, processes))
+    packed, held = processes.first_alone(
+        lambda: prepare(job.folder.path, job.student, settings, names, tokens or TOKENS, job.progress)
+    )
+    plan = processes.first_alone(lambda: make_plan(job.folder, settings, tokens, packed, processes))
+    outcome = _train(job, model, criterion, plan, packed, resumed)
+    if settings.self_generated:
+        outcome = replace(outcome, generated=read_record(Path(names[0]).with_name("provenance.json")))
+    return outcome, packed, held
+
+
+def fingerprint(student: Checkpoint, original: Checkpoint, settings: HealSettings) -> dict[str, Any]:
+    """Return all that decides what a run computes, but for the machine and the number of processes."""
+    told = asdict(settings)
+    # Neither do these change what is computed, and they are the knobs to turn when memory runs out.
+    for name in ("command", "device", "report_to", "micro_batch", "activation_checkpointing"):
+        told.pop(name)
+    texts = [*settings.texts, *([settings.eval_text] if settings.eval_text else [])]
+    return {
+        **told,
+        "texts": list(settings.texts),
+        "text hashes": {name: sha256(Path(name)) for name in texts if Path(name).is_file()},
+        "reduced checkpoint": student.hashes(),
+        "original checkpoint": original.hashes(),
+    }
+
+
+def _written_by(job: Job, model: Any) -> str:
+    """Return the file of text that the original writes, for training, validation and, if need be, measuring."""
+    settings = job.settings
+    tokens = tokens_to_write(settings.tokens, settings.generated_tokens, settings.validation_tokens)
+    tokens += 0 if settings.eval_text else settings.eval_tokens
+    path = self_generated_text(
+        job.original, model, tokens=tokens, length=settings.context, seed=settings.seed, progress=job.progress
+    )
+    return str(path)
+
+
+def _bytes_needed(student: Checkpoint, settings: HealSettings) -> int:
+    """Return what the run's checkpoints and the result take of the disk."""
+    chosen = is_trained(student, settings.train)
+    trained = sum(info.numel for name, info in student.tensors.items() if chosen(name))
+    checkpoint = BYTES_A_WEIGHT * student.parameters + BYTES_A_TRAINED_ONE * trained
+    return KEPT_CHECKPOINTS * checkpoint + student.nbytes
+
+
+def _check_context(student: Checkpoint, context: int) -> None:
+    if context > student.dims.n_positions:
+        raise TextError(
+            f"--context {context} is longer than the {student.dims.n_positions} positions that the model was made for"
+        )
+
+
+def _train(job: Job, model: Any, criterion: Distillation, plan: Plan, packed: Packed, resumed: bool) -> Outcome:
+    """Train, and return the best weights by validation with the run's history."""
+    processes, folder = job.processes, job.folder
+    rate = job.settings.learning_rate(job.student.dims.d_model, plan.tokens_a_step)
+    settings = replace(job.settings, lr=rate)
+    last = processes.first_alone(lambda: folder.last_checkpoint() if resumed else None)
+    ended = processes.first_alone(lambda: ended_at(last, folder, settings) if last is not None else None)
+    steps = ended or plan.steps
+    windows = PackedWindows(packed.train, settings.context)
+    order = Shuffled(windows.stored, settings.seed)
+    watch = Watch(folder, processes, plan.tokens_a_step, settings, job.progress)
+    trainer = HealTrainer(
+        criterion,
+        folder,
+        watch,
+        model=model,
+        args=training_arguments(settings, plan, steps, folder, starts=last is None),
+        train_dataset=PackedWindows(packed.train, settings.context, order, steps * plan.windows_a_step),
+        eval_dataset=PackedWindows(packed.validation, settings.context),
+    )
+    if resumed:
+        job.say(f"resuming at step {step_of(last)}" if last is not None else "no checkpoint yet: starting anew")
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    state = trainer.state
+    losses = validation_losses(state.log_history)
+    best = state.best_global_step if state.best_model_checkpoint else state.global_step
+    original = 0.0
+    if processes.is_first:
+        folder.note(stopped_at=state.global_step, seconds=round(watch.seconds, 3))
+        original = teacher_perplexity(criterion, packed, settings, processes.device)
+    return Outcome(
+        weights={name: tensor.detach().cpu() for name, tensor in weights.items()} if processes.is_first else {},
+        history=state.log_history,
+        plan=plan,
+        steps=state.global_step,
+        best_step=best if min(losses) < losses[0] else 0,
+        seconds=watch.seconds,
+        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        original_perplexity=original,
+        processes=processes.count,
+        logs=folder.checkpoints / "runs",
+        generated=None,
+        lr=rate,
+    )

@@ -1,0 +1,256 @@
+"""Text into windows on disk: streamed, packed, split into training and validation, read by number.
+
+A text is tokenized a piece at a time, its documents joined by a blank line, and cut into windows that do not overlap:
+
+    [measured on, or fitted on and then measured on] [validation] [trained on ...
+
+What the reduced model was fitted on says little of how it does elsewhere, so no validation window lies there; it is
+trained on last, where the rest is short. Nothing else but a piece of the text is held; a window is read from the file
+when it is asked for.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from qectomy.calibrate.documents import documents, is_plain
+from qectomy.calibrate.healing.run_folder import read_record, write_json
+from qectomy.calibrate.text import JOIN, adds_bos
+from qectomy.errors import CheckpointError, TextError
+from qectomy.surgery.checkpoint import sha256
+
+CHARACTERS = 1 << 18  # tokenized at a time
+BLOCK = 4096  # windows held at a time
+Progress = Callable[[int, int, str], None]
+ITEM = np.dtype("<u4")
+RECORD = "data.json"
+
+
+class PackedWindows(Dataset):
+    """Windows of token ids in a file, in `order` or as they lie there."""
+
+    def __init__(self, path: Path, context: int, order: "Shuffled | None" = None, length: int | None = None):
+        self._path, self._context, self._order = path, context, order
+        self.stored = path.stat().st_size // (context * ITEM.itemsize)
+        self._length = self.stored if length is None else length
+        self._map: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        if self._map is None:  # in the process that reads: a map does not travel to data workers
+            self._map = np.memmap(self._path, ITEM, "r").reshape(-1, self._context)
+        window = self._map[i if self._order is None else self._order[i]]
+        return {"input_ids": torch.from_numpy(window.astype(np.int64))}
+
+
+class Shuffled:
+    """The order in which n windows are read over and over: every reading a permutation of its own, from one seed."""
+
+    def __init__(self, n: int, seed: int):
+        self._n, self._seed = n, seed
+        self._reading, self._permutation = -1, np.empty(0, np.int64)
+
+    def __getitem__(self, i: int) -> int:
+        reading, place = divmod(i, self._n)
+        if reading != self._reading:
+            self._permutation = np.random.default_rng((self._seed, reading)).permutation(self._n)
+            self._reading = reading
+        return int(self._permutation[place])
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """Which tokens of a text are used otherwise: [start, stop) is measured on, those up to `fitted` were fitted on."""
+
+    start: int = 0
+    stop: int = 0
+    fitted: int = 0
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What was packed: two files of windows, and what a report says of each text."""
+
+    train: Path
+    validation: Path
+    report: list[dict[str, Any]]
+
+    @staticmethod
+    def kept(folder: Path) -> "Packed | None":
+        """Return what `pack` wrote to a folder before, if it got to its end."""
+        if not (folder / RECORD).is_file():
+            return None
+        return Packed(folder / "train.bin", folder / "validation.bin", read_record(folder / RECORD)["texts"])
+
+
+def pack(
+    tokenizer: Any,
+    names: list[str],
+    folder: Path,
+    *,
+    context: int,
+    tokens: int,
+    validation_tokens: int,
+    vocab_size: int,
+    reserved: dict[str, Reserved] | None = None,
+    progress: Progress | None = None,
+) -> Packed:
+    """Write train.bin and validation.bin to `folder`: at most `tokens` and `validation_tokens`, evenly from the texts.
+
+    Where a text is short, an eighth of it at most is for validation. `reserved`: by a text's name. Raises TextError for
+    a text that is too short to train on, CheckpointError for ids beyond the embedding.
+    """
+    report: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        parts = {part: stack.enter_context((folder / f"{part}.bin").open("wb")) for part in ("train", "validation")}
+        for number, name in enumerate(names):
+            stream = _WindowStream(tokenizer, name, vocab_size, context)
+            aside = stream.set_aside((reserved or {}).get(name, Reserved()))
+            share = -(-tokens * (number + 1) // len(names)) - (-(-tokens * number // len(names)))
+            wanted = max(1, share // context), max(1, validation_tokens // len(names) // context)
+            report.append(_pack_one(stream, aside, *wanted, parts["train"], parts["validation"]))
+            if progress:
+                progress(number + 1, len(names), f"{report[-1]['tokens']:,} tokens of {name}")
+        for file in parts.values():
+            file.flush()
+            os.fsync(file.fileno())
+    write_json(folder / RECORD, {"texts": report})
+    return Packed(folder / "train.bin", folder / "validation.bin", report)
+
+
+def _pack_one(
+    stream: "_WindowStream", aside: np.ndarray, wanted: int, held: int, train: BinaryIO, validation: BinaryIO
+) -> dict[str, Any]:
+    """Write a text's windows, those `aside` last; return what the report says of the text."""
+    first = stream.take(8 * held)
+    if len(first) < 2:  # the fit had it all
+        first, aside = np.concatenate([aside, first])[::-1], aside[:0]  # its end for validation
+    held = min(held, max(1, len(first) // 8))
+    if len(first) < held + 1:
+        raise TextError(stream.too_short())
+    validation.write(first[:held].tobytes())
+    block, written = first[held:], 0
+    while len(block) and written < wanted:
+        train.write(block[: wanted - written].tobytes())
+        written += len(block[: wanted - written])
+        block = stream.take(min(BLOCK, wanted - written))
+    train.write(aside[: wanted - written].tobytes())
+    written += len(aside[: wanted - written])
+    return stream.report() | {"validation_tokens": held * stream.context, "tokens": written * stream.context}
+
+
+def text_from(tokenizer: Any, name: str, start: int, tokens: int) -> str:
+    """Return a text from its token `start` on: `tokens` tokens and some more, or all that there is."""
+    held: list[str] = []
+    length, due = 0, 2 * (start + tokens)
+    for piece in _pieces(name):
+        held.append(piece)
+        length += len(piece)
+        if length > due:  # not at every piece: all that was read is tokenized
+            if len(_offsets(tokenizer, "".join(held))) > start + tokens + 64:
+                break
+            due = length + length // 2
+    text = "".join(held)
+    if start == 0:
+        return text
+    offsets = _offsets(tokenizer, text)
+    return text[offsets[start][0] :] if start < len(offsets) else ""
+
+
+def _offsets(tokenizer: Any, text: str) -> list[tuple[int, int]]:
+    return tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)["offset_mapping"]
+
+
+def _pieces(name: str) -> Iterator[str]:
+    """Yield a text in pieces to be joined by nothing."""
+    join = "" if is_plain(name) else JOIN
+    for number, document in enumerate(documents(name)):
+        yield (join if number else "") + document
+
+
+class _WindowStream:
+    """The windows of a text, taken from the front."""
+
+    def __init__(self, tokenizer: Any, name: str, vocab_size: int, context: int):
+        self._tokenizer, self._name, self._vocab_size, self.context = tokenizer, name, vocab_size, context
+        self._bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
+        self._width = context - (self._bos is not None)
+        self._pieces = self._grouped(_pieces(name))
+        self._left = np.empty(0, ITEM)
+        self._digest = hashlib.sha256()
+        self._taken, self._measured = 0, (0, 0)
+
+    def set_aside(self, reserved: Reserved) -> np.ndarray:
+        """Pass what is reserved; return as windows what of it is not measured on."""
+        ids = self._tokens(max(reserved.stop, reserved.fitted))
+        self._measured = (reserved.start, min(reserved.stop, len(ids)))
+        return self._cut(np.concatenate([ids[: reserved.start], ids[reserved.stop :]]))
+
+    def take(self, windows: int) -> np.ndarray:
+        """Return the next windows (n, context), fewer where the text ends."""
+        return self._cut(self._tokens(windows * self._width))
+
+    def _cut(self, ids: np.ndarray) -> np.ndarray:
+        cut = ids[: len(ids) // self._width * self._width].reshape(-1, self._width)
+        if self._bos is not None:
+            cut = np.concatenate([np.full((len(cut), 1), self._bos, ITEM), cut], 1)
+        return cut
+
+    def report(self) -> dict[str, Any]:
+        """Return name, hash (of a file's bytes, of what was read of a dataset), and the tokens that are measured on."""
+        is_file = os.path.exists(self._name)
+        return {
+            "text": Path(self._name).name if is_file else self._name,
+            "sha256": sha256(Path(self._name)) if is_file else self._digest.hexdigest(),
+            "left_out": list(self._measured),
+        }
+
+    def too_short(self) -> str:
+        kept = self._measured[1] - self._measured[0]
+        apart = f"; less {kept}, which are kept for evaluation, that is" if kept else ","
+        return (
+            f"{self._name} has {self._taken} tokens{apart} fewer than the two windows of {self._width} that training "
+            "and validation need; give more text"
+            + (", an --eval-text, fewer --eval-tokens" if kept else "")
+            + " or a smaller --context"
+        )
+
+    def _tokens(self, count: int) -> np.ndarray:
+        got, n = [self._left], len(self._left)
+        while n < count and (piece := next(self._pieces, None)) is not None:
+            ids = np.array(self._tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"], ITEM)
+            if len(ids) and int(ids.max()) >= self._vocab_size:
+                raise CheckpointError(
+                    f"the tokenizer makes token id {int(ids.max())}, but the model's embedding has "
+                    f"{self._vocab_size} rows; tokenizer and weights do not belong together"
+                )
+            got.append(ids)
+            n += len(ids)
+        joined = np.concatenate(got)
+        self._left = joined[count:]
+        self._taken += len(joined[:count])
+        return joined[:count]
+
+    def _grouped(self, pieces: Iterator[str]) -> Iterator[str]:
+        """Join short documents, so that the tokenizer is not called for each."""
+        held: list[str] = []
+        length = 0
+        for piece in pieces:
+            self._digest.update(piece.encode())
+            held.append(piece)
+            length += len(piece)
+            if length >= CHARACTERS:
+                yield "".join(held)
+                held, length = [], 0
+        if held:
+            yield "".join(held)

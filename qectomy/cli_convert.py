@@ -1,0 +1,183 @@
+"""The command that takes W_Q out of a checkpoint; `cli.py` registers it."""
+
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qectomy.cli_heal import count, show
+from qectomy.errors import QectomyError
+from qectomy.terminal import Json, print_json, progress_bar
+
+CONTEXT_HELP = "Tokens a window. Default: 512, or what the model was made for if that is less."
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
+
+
+def convert(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of an original checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    query: Annotated[
+        str,
+        typer.Option(
+            help="Query map: identity, select, key-shared, low-rank:R, dense; per layer as in 0-2=dense,3-=key-shared. "
+            "`exact` takes out what goes without any loss and needs no text; a layer can stay dense beside it."
+        ),
+    ] = "key-shared",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Calibration text: a UTF-8, .jsonl or .parquet file or a dataset's name. May be repeated."),
+    ] = None,
+    self_generated: Annotated[
+        bool,
+        typer.Option(
+            "--self-generated",
+            help="Calibrate, and heal, on text that the model writes itself. This takes the whole model into memory.",
+        ),
+    ] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens, shared evenly among the texts.")] = 32_768,
+    context: Annotated[int | None, typer.Option(min=16, help=CONTEXT_HELP)] = None,
+    eval_text: Annotated[
+        str | None,
+        typer.Option(help="Text to measure perplexity on, never fitted on. Default: the start of the first --text."),
+    ] = None,
+    eval_tokens: Annotated[int, typer.Option(min=1, help="Evaluation tokens.")] = 32_768,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Type of the written weights: float32, bfloat16, float16. Default: the source's."),
+    ] = None,
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")] = 0,
+    heal: Annotated[
+        int | None,
+        typer.Option(
+            parser=count, metavar="COUNT", help="Then heal on so many tokens of the same text, as 10M: see `heal`."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and what it needs; write nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Take W_Q out of a checkpoint in one pass; write the reduced one and its perplexity before and after."""
+    from qectomy.calibrate.settings import ConvertSettings, default_context
+    from qectomy.surgery.checkpoint import open_checkpoint
+    from qectomy.surgery.output import check_absent
+    from qectomy.surgery.query_maps import parse_exact, parse_recipe
+
+    check_absent(out)
+    source = open_checkpoint(checkpoint)
+    settings = ConvertSettings(
+        texts=tuple(text or ()),
+        tokens=tokens,
+        context=context or default_context(source),
+        eval_text=eval_text,
+        eval_tokens=eval_tokens,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        command=shlex.join(["qectomy", *sys.argv[1:]]),
+    )
+    if text and self_generated:
+        raise QectomyError("--self-generated takes the place of a text; give one or the other")
+    kept = parse_exact(query, source.dims)
+    if kept is not None:
+        if heal is not None:
+            raise QectomyError("--query exact loses nothing: there is nothing to heal; leave --heal out")
+        _convert_exact(source, out, settings, kept, dry_run, as_json)
+        return
+    recipe = tuple(parse_recipe(query, source.dims))
+    if dry_run:
+        _show_plan(source, recipe, settings, as_json)
+        return
+    if self_generated:
+        settings = _self_generated(source, settings, heal)
+    if heal is not None:
+        _convert_and_heal(source, out, recipe, settings, heal, self_generated, as_json)
+        return
+    from qectomy.calibrate.convert import convert as run
+
+    with progress_bar("converting") as progress:
+        report = run(source, out, recipe, settings, progress)
+    if as_json:
+        print_json(report)
+    else:
+        from qectomy.eval.tables import show_conversion
+
+        show_conversion(report)
+        typer.echo(f"wrote {out}")
+
+
+def _self_generated(source: Any, settings: Any, heal: int | None) -> Any:
+    """Return the settings with a text that the model writes, long enough to calibrate, measure and heal on."""
+    from qectomy.calibrate.convert import check_device
+    from qectomy.calibrate.healing.models import load_teacher
+    from qectomy.calibrate.healing.self_generated import sampling_dtype, self_generated_text, tokens_to_write
+
+    settings.check_context(source)
+    model = load_teacher(source, sampling_dtype(settings.device), check_device(settings.device))
+    apart = 0 if settings.eval_text else settings.eval_tokens
+    tokens = apart + max(settings.tokens, (heal or 0) and tokens_to_write(heal))
+    with progress_bar("writing") as progress:
+        path = self_generated_text(
+            source, model, tokens=tokens, length=settings.context, seed=settings.seed, progress=progress
+        )
+    return replace(settings, texts=(str(path),))
+
+
+def _convert_and_heal(
+    source: Any, out: Path, recipe: Any, settings: Any, tokens: int, self_generated: bool, as_json: bool
+) -> None:
+    """Run `convert --heal`: the fitted checkpoint lies in OUT.fitted until the healed one is there."""
+    from qectomy.calibrate.healing.convert_and_heal import convert_and_heal
+    from qectomy.calibrate.healing.settings import HealSettings
+
+    heal_settings = HealSettings(
+        texts=() if self_generated else settings.texts,
+        self_generated=self_generated,
+        tokens=tokens,
+        context=settings.context,
+        eval_text=settings.eval_text,
+        eval_tokens=settings.eval_tokens,
+        device=settings.device,
+        seed=settings.seed,
+        command=settings.command,
+    )
+    with progress_bar("converting and healing") as progress:
+        report = convert_and_heal(source, out, recipe, settings, heal_settings, progress)
+    show(report, out, as_json)
+
+
+def _show_plan(source: Any, recipe: Any, settings: Any, as_json: bool) -> None:
+    """Print what a conversion would write and need."""
+    from qectomy.surgery.plan import estimate, totals
+
+    settings.check_context(source)
+    needs = estimate(source, tokens=settings.tokens, eval_tokens=settings.eval_tokens, context=settings.context)
+    plan = {"plan": [str(spec) for spec in recipe], **totals(source, recipe, settings.stored_dtype), "needs": needs}
+    if as_json:
+        print_json(plan)
+    else:
+        from qectomy.eval.tables import show_plan
+
+        show_plan(plan)
+
+
+def _convert_exact(source: Any, out: Path, settings: Any, kept: Any, dry_run: bool, as_json: bool) -> None:
+    """Run `convert --query exact`, or with `dry_run` only its plan, which reads the weights."""
+    from qectomy.calibrate.convert_exact import convert_exact, dry_run_exact
+    from qectomy.eval.tables import show_exact
+
+    with progress_bar("planning" if dry_run else "folding") as progress:
+        if dry_run:
+            report = dry_run_exact(source, settings, kept, progress)
+        else:
+            report = convert_exact(source, out, settings, kept, progress)
+    if as_json:
+        print_json(report)
+    else:
+        show_exact(report)
+        if not dry_run:
+            typer.echo(f"wrote {out}")

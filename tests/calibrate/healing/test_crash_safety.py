@@ -1,0 +1,520 @@
+"""A run that ends at any moment goes on as if nothing had been: killed, out of room, out of numbers, interrupted."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conversions import hashes
+from healings import STEP, heal_tiny, kill, killed, options
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from qectomy.calibrate.healing import export as export_module
+from qectomy.calibrate.healing import heal as heal_module
+from qectomy.calibrate.healing import packing, plan, trainer
+from qectomy.calibrate.healing.run_folder import RunFolder, is_complete
+from qectomy.errors import NonFiniteError, OutputError, QectomyError
+
+STEPS = {"tokens": 6 * STEP, "evaluations": 3}  # a checkpoint after steps 2, 4 and 6
+COMPARED = ("model.safetensors", "healing.csv", "config.json")
+
+
+@pytest.fixture(scope="module")
+def whole(pair, raven, tmp_path_factory):
+    """The output of a run that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    heal_tiny(pair(), out, raven, **STEPS)
+    return out
+
+
+@pytest.fixture
+def run(pair, raven, tmp_path):
+    """Return a function (settings) that heals into tmp_path / out."""
+    return lambda **settings: heal_tiny(pair(), tmp_path / "out", raven, **{**STEPS, **settings})
+
+
+@pytest.fixture
+def goes_on(run, whole, tmp_path):
+    """Return a function that resumes the run and finds what an uninterrupted one gives."""
+
+    def finish(**settings):
+        assert not (tmp_path / "out").exists()
+        report = run(resume=True, **settings)
+        for name in COMPARED:
+            assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes(), name
+        assert [path.name for path in tmp_path.iterdir() if "partial" not in path.name] == ["out"]
+        return report
+
+    return finish
+
+
+def checkpoints(tmp_path):
+    return {path.name: is_complete(path) for path in (tmp_path / "out.healing/checkpoints").iterdir()}
+
+
+def at_call(number, then, first=lambda *_, **__: None):
+    """Return a function that does `first`, and at its call of a number `then`."""
+    calls = []
+
+    def act(*arguments, **named):
+        calls.append(arguments)
+        return (then if len(calls) == number else first)(*arguments, **named)
+
+    return act
+
+
+# Killed
+
+
+def in_the_middle(patch, place, number):
+    """Kill the process at a call of a function, before it does anything."""
+    owner, name = place
+    patch.setattr(owner, name, at_call(number, kill, getattr(owner, name)))
+
+
+MOMENTS = {
+    "before anything is planned": ((heal_module, "make_plan"), 1),
+    "while the text is packed": ((packing, "_pack_one"), 1),
+    "when the text is packed but not noted": ((packing, "write_json"), 1),
+    "in the first step": ((trainer.HealTrainer, "training_step"), 1),
+    "in the first checkpoint": ((torch, "save"), 1),
+    "after the first checkpoint": ((trainer.HealTrainer, "training_step"), 4),
+    "in a later checkpoint": ((torch, "save"), 5),
+    "before a checkpoint is marked": ((trainer, "mark_complete"), 2),
+    "before others are removed": ((RunFolder, "keep_only"), 3),
+    "while others are removed": ((shutil, "rmtree"), 1),
+    "between training and export": ((heal_module, "export"), 1),
+    "in the middle of the export": ((export_module, "write_report"), 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_goes_on_to_the_same_bytes(moment, run, goes_on):
+    with pytest.MonkeyPatch.context() as patch:
+        in_the_middle(patch, *MOMENTS[moment])
+        killed(run)
+    goes_on()
+
+
+def test_a_run_that_is_killed_again_and_again(run, goes_on, tmp_path):
+    for number in (4, 2, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            in_the_middle(patch, (trainer.HealTrainer, "training_step"), number)
+            killed(lambda: run(resume=True))
+    assert "checkpoint-4" in checkpoints(tmp_path)
+    goes_on()
+
+
+@pytest.mark.parametrize("damage", ["complete.json", "model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_checkpoint_that_lost_something_is_not_gone_on_from(damage, run, goes_on, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        in_the_middle(patch, (trainer.HealTrainer, "training_step"), 6)
+        killed(run)
+    assert checkpoints(tmp_path) == {"checkpoint-2": True, "checkpoint-4": True} or checkpoints(tmp_path) == {
+        "checkpoint-4": True
+    }
+    path = tmp_path / "out.healing/checkpoints/checkpoint-4" / damage
+    if damage == "complete.json":
+        path.unlink()
+    else:
+        os.truncate(path, path.stat().st_size // 2)
+    goes_on()
+
+
+def test_the_command_killed_from_outside(pair, raven, tmp_path):
+    """A real process of the command, killed once a checkpoint is there, and the command again."""
+    found, settings = pair(), {"tokens": 60 * STEP, "evaluations": 20, "patience": 0}
+    command = [sys.executable, "-m", "qectomy", "heal", str(found.reduced), "--teacher", str(found.original)]
+    command += ["--out", str(tmp_path / "out"), *options(raven, **settings)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("out.healing/checkpoints/*/complete.json")):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    refused = "holds a run that was not finished: go on with --resume, or remove it to start anew"
+    with pytest.raises(QectomyError, match=refused):
+        heal_tiny(found, tmp_path / "out", raven, **settings)
+    heal_tiny(found, tmp_path / "out", raven, resume=True, **settings)
+    heal_tiny(found, tmp_path / "whole", raven, **settings)
+    for name in COMPARED:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert not (tmp_path / "out.healing").exists()
+
+
+# What may not change on the way
+
+
+@pytest.fixture
+def unfinished(run, monkeypatch, tmp_path):
+    """A run that stopped after its training."""
+    with monkeypatch.context() as patch:
+        patch.setattr(heal_module, "export", at_call(1, stop))
+        with pytest.raises(ZeroDivisionError):
+            run()
+    assert (tmp_path / "out.healing/run.json").is_file()
+
+
+def stop(*_, **__):
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"lr": 1e-3}, r"holds another run: lr was 0\.003, is 0\.001\. Give what that run was given, or another --out"),
+        ({"seed": 1}, r"another run: seed was 0, is 1\."),
+        ({"train": "attention", "loss": "ce"}, r"another run: loss was kl, is ce; train was all, is attention\."),
+        ({"tokens": 99 * STEP}, r"another run: tokens was 768, is 12672\."),
+        ({"dtype": "bfloat16"}, r"another run: dtype was float32, is bfloat16\."),
+    ],
+)
+def test_other_settings_are_refused_by_name(changed, message, unfinished, run):
+    with pytest.raises(QectomyError, match=message):
+        run(resume=True, **changed)
+
+
+def test_another_text_or_model_is_refused(unfinished, pair, raven, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(raven.read_text())
+    with pytest.raises(QectomyError, match=r"text hashes was .*; texts was"):
+        heal_tiny(pair(), tmp_path / "out", other, resume=True, **STEPS)
+    with pytest.raises(QectomyError, match="another run: reduced checkpoint was"):
+        heal_tiny(pair("llama", "select"), tmp_path / "out", raven, resume=True, **STEPS)
+
+
+def test_what_changes_no_number_may_change(unfinished, goes_on):
+    goes_on(command="another")
+
+
+def test_resuming_a_run_that_is_done_trains_no_more(unfinished, goes_on, monkeypatch):
+    monkeypatch.setattr(trainer.HealTrainer, "training_step", lambda *_: pytest.fail("trained"))
+    goes_on()
+
+
+def test_an_unfinished_run_is_refused_without_resume(unfinished, run, tmp_path):
+    before = hashes(tmp_path / "out.healing/checkpoints/checkpoint-6")
+    with pytest.raises(QectomyError, match=r"out\.healing holds a run that was not finished: go on with --resume"):
+        run()
+    assert hashes(tmp_path / "out.healing/checkpoints/checkpoint-6") == before
+
+
+def test_an_output_that_exists_is_left_as_it_is(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="out exists; nothing is overwritten"):
+        run()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_too_little_room_is_said_at_once(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(OutputError, match=r"has 1,000 bytes free; [\d,]+ are needed"):
+        run()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_windows_longer_than_the_model_was_made_for(run, tmp_path):
+    with pytest.raises(QectomyError, match=r"--context 129 is longer than the 128 positions that the model was made"):
+        run(context=129)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Numbers that are none
+
+
+def spoiled(step, right=trainer.HealTrainer.compute_loss):
+    """A loss that is NaN in the training of one step."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **named):
+        loss = right(self, model, inputs, return_outputs, **named)
+        return loss * torch.nan if model.training and self.state.global_step == step - 1 else loss
+
+    return compute_loss
+
+
+@pytest.mark.parametrize("micro_batch", [4, 1])
+def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_checkpoint(micro_batch, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.HealTrainer, "compute_loss", spoiled(5))
+    with pytest.raises(NonFiniteError) as caught:
+        run(micro_batch=micro_batch)
+    assert str(caught.value) == (
+        f"step 5: the loss is nan, the norm of its gradient nan. {tmp_path / 'out.healing'} keeps the last checkpoint "
+        "before it. A new run, once that folder is removed, may get past it with a lower --lr, a longer --warmup or "
+        "--dtype float32"
+    )
+    assert checkpoints(tmp_path)["checkpoint-4"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_after_a_loss_that_was_no_number_the_run_goes_on(run, goes_on, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.HealTrainer, "compute_loss", spoiled(5))
+        with pytest.raises(NonFiniteError, match="step 5"):
+            run()
+    goes_on()
+
+
+def test_a_rate_that_is_far_too_high(run, tmp_path):
+    with pytest.raises(NonFiniteError, match=r"step 2: the loss is .*, the norm of its gradient (nan|inf)\."):
+        run(lr=1e30, warmup=0.0, clip=1e30)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_no_number_on_the_validation_windows(run, monkeypatch):
+    right = trainer.HealTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, **named):
+        found = right(self, model, inputs, return_outputs, **named)
+        return (found[0], {**found[1], "nll": found[1]["nll"] * torch.inf}) if return_outputs else found
+
+    monkeypatch.setattr(trainer.HealTrainer, "compute_loss", compute_loss)
+    with pytest.raises(
+        NonFiniteError, match=r"on the validation windows the model gives NaN or Inf \(KL \d.*log p inf\)"
+    ):
+        run()
+
+
+# No room, no memory, Ctrl-C
+
+
+ROOM = r"the disk is full; .*out\.healing holds the last whole checkpoint\. Free some room, then --resume"
+MEMORY = (
+    r"out of memory\. Run fewer windows at a time with --micro-batch \(the step keeps its --batch-tokens\), use a "
+    r"--context below 32, --activation-checkpointing, or --train attention"
+)
+FULL = {
+    "os": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    "torch": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),  # names no disk
+    "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+}
+
+
+@pytest.mark.parametrize("error", FULL.values(), ids=FULL)
+def test_the_disk_fills_up_in_a_checkpoint(error, run, goes_on, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "mark_complete", at_call(2, full, trainer.mark_complete))
+        with pytest.raises(OutputError, match=ROOM):
+            run()
+    assert checkpoints(tmp_path) == {"checkpoint-2": True, "checkpoint-4": False}
+    goes_on()
+
+
+def test_the_disk_fills_up_while_the_text_is_packed(run, goes_on, monkeypatch):
+    def full(*_, **__):
+        raise FULL["os"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "_pack_one", full)
+        with pytest.raises(OutputError, match=ROOM):
+            run()
+    goes_on()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_running_out_of_memory_says_what_helps(error, run, goes_on, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        step = trainer.HealTrainer.training_step
+        patch.setattr(trainer.HealTrainer, "training_step", at_call(4, fail, step))
+        with pytest.raises(QectomyError, match=MEMORY):
+            run()
+    goes_on()
+
+
+def test_ctrl_c_says_how_to_go_on(run, goes_on, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        step = trainer.HealTrainer.training_step
+        patch.setattr(trainer.HealTrainer, "training_step", at_call(4, interrupt, step))
+        with pytest.raises(QectomyError, match=r"interrupted; .*out\.healing holds the run, --resume goes on with it"):
+            run()
+    goes_on()
+
+
+def test_errors_that_no_user_can_mend_stay_what_they_are(run, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(trainer.HealTrainer, "training_step", fail)
+    with pytest.raises(RuntimeError, match=r"^a bug$"):
+        run()
+
+
+# Ends that were meant
+
+
+def rising(monkeypatch):
+    """Let every validation be worse than the one before."""
+    right = trainer.HealTrainer.prediction_step
+
+    def step(self, *arguments, **named):
+        loss, each, labels = right(self, *arguments, **named)
+        return loss, each + self.state.global_step, labels
+
+    monkeypatch.setattr(trainer.HealTrainer, "prediction_step", step)
+
+
+@pytest.mark.parametrize("patience, steps", [(1, 1), (3, 3), (6, 6), (0, 6)])
+def test_patience_ends_a_run_that_gets_no_better(patience, steps, run, monkeypatch):
+    rising(monkeypatch)
+    healing = run(patience=patience, evaluations=6)["healing"]
+    assert (healing["steps"], healing["planned_steps"], healing["tokens"]) == (steps, 6, steps * STEP)
+    assert [row["step"] for row in healing["validation"]["curve"]] == list(range(steps + 1))
+    assert healing["best_step"] == 0
+
+
+def test_a_run_that_patience_ended_is_not_gone_on_with(run, monkeypatch):
+    rising(monkeypatch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heal_module, "export", kill)
+        killed(lambda: run(patience=1, evaluations=6))
+    assert run(patience=1, evaluations=6, resume=True)["healing"]["steps"] == 1
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only a step moves, by 25 seconds."""
+    now, step = [0.0], trainer.HealTrainer.training_step
+
+    def training_step(*arguments, **named):
+        now[0] += 25.0
+        return step(*arguments, **named)
+
+    monkeypatch.setattr(trainer.HealTrainer, "training_step", training_step)
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(plan, "_seconds_of_a_batch", lambda *_: 1.0)
+    return now
+
+
+@pytest.mark.parametrize("minutes, steps", [(1.0, 3), (0.4, 1), (60.0, 6)])
+def test_minutes_end_a_run(minutes, steps, run, clock):
+    healing = run(minutes=minutes)["healing"]
+    assert (healing["steps"], healing["planned_steps"]) == (steps, 6)
+    assert healing["validation"]["curve"][-1]["step"] == steps
+    assert healing["seconds"]["training"] == 25.0 * steps
+
+
+def test_minutes_of_an_earlier_process_count(run, clock, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        in_the_middle(patch, (trainer.HealTrainer, "training_step"), 3)
+        killed(lambda: run(minutes=1.6))
+    assert RunFolder(tmp_path / "out").record()["seconds"] == 50.0
+    healing = run(minutes=1.6, resume=True)["healing"]
+    assert healing["steps"] == 4
+    assert healing["seconds"]["training"] == 100.0
+
+
+def test_a_checkpoint_now_and_then_besides_those_of_validations(run, whole, clock, monkeypatch, tmp_path):
+    saved = []
+    monkeypatch.setattr(trainer, "SECONDS_A_CHECKPOINT", 30.0)
+    mark = trainer.mark_complete
+    monkeypatch.setattr(trainer, "mark_complete", lambda folder: (saved.append(folder.name), mark(folder)))
+    run(evaluations=1)
+    assert saved == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_old_checkpoints_are_removed_but_the_best_and_the_last(run, monkeypatch, tmp_path):
+    seen = []
+
+    def look(*_, **__):
+        seen.append(set(checkpoints(tmp_path)))
+        raise ZeroDivisionError
+
+    right = trainer.HealTrainer.prediction_step
+
+    def step(self, *arguments, **named):
+        loss, each, labels = right(self, *arguments, **named)
+        return loss, each * (0.5 if self.state.global_step == 2 else 1.5), labels
+
+    monkeypatch.setattr(trainer.HealTrainer, "prediction_step", step)
+    monkeypatch.setattr(heal_module, "export", look)
+    with pytest.raises(ZeroDivisionError):
+        run(patience=0)
+    assert seen == [{"checkpoint-2", "checkpoint-6"}]
+
+
+# What may change, and who may enter
+
+
+def test_fewer_windows_at_a_time_after_running_out_of_memory(run, goes_on, monkeypatch, tmp_path):
+    """The step stays the same: another number of windows at a time is no other run."""
+
+    def fail(self, *_, **__):
+        raise torch.OutOfMemoryError("out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.HealTrainer, "training_step", fail)
+        with pytest.raises(QectomyError, match="--micro-batch"):
+            run(micro_batch=4)
+    healing = run(micro_batch=3, resume=True)["healing"]
+    assert (healing["micro_batch"], healing["accumulation"], healing["tokens_a_step"]) == (2, 2, STEP)
+
+
+def test_two_processes_do_not_share_a_run(run, tmp_path):
+    other = RunFolder(tmp_path / "out")
+    other.start({}, resume=False)
+    with pytest.raises(QectomyError, match=r"out\.healing is in use: another process heals there"):
+        run(resume=True)
+    other.release()
+    with pytest.raises(QectomyError, match="another run"):
+        run(resume=True)
+
+
+def test_a_folder_that_is_no_runs_is_not_entered(run, tmp_path):
+    (tmp_path / "out.healing").mkdir()
+    (tmp_path / "out.healing/thesis.tex").write_text("years of work")
+    for resume in (True, False):
+        with pytest.raises(QectomyError, match=r"is no run's folder \(it holds thesis\.tex\)"):
+            run(resume=resume)
+    assert (tmp_path / "out.healing/thesis.tex").read_text() == "years of work"
+
+
+def test_a_run_that_was_moved_keeps_its_best_checkpoint(run, monkeypatch, tmp_path):
+    """Trainer notes the best one by its whole path."""
+    right = trainer.HealTrainer.prediction_step
+
+    def step(self, *arguments, **named):
+        loss, each, labels = right(self, *arguments, **named)
+        return loss, each * (0.5 if self.state.global_step == 2 else 1.5), labels
+
+    monkeypatch.setattr(trainer.HealTrainer, "prediction_step", step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heal_module, "export", kill)
+        killed(lambda: run(patience=0))
+    whole = load_file(tmp_path / "out.healing/checkpoints/checkpoint-2/model.safetensors")
+    state = tmp_path / "out.healing/checkpoints/checkpoint-6/trainer_state.json"
+    text = state.read_text()
+    state.write_text(text.replace(str(tmp_path), str(tmp_path)[:-1] + "?"))
+    assert state.read_text() != text
+    healing = run(patience=0, resume=True)["healing"]
+    assert healing["best_step"] == 2
+    ours = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(ours[name], whole[name]) for name in ours)

@@ -1,0 +1,212 @@
+"""The folder of a run: entered anew or again, and which of its checkpoints count."""
+
+import json
+import os
+
+import pytest
+
+from qectomy.calibrate.healing.run_folder import (
+    COMPLETE,
+    RunFolder,
+    differences,
+    is_complete,
+    mark_complete,
+    read_record,
+    step_of,
+    write_json,
+)
+from qectomy.errors import QectomyError
+
+TOLD = {"lr": 0.1, "texts": ["a"], "seed": 0}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder(tmp_path / "out")
+
+
+@pytest.fixture
+def started(folder):
+    folder.start(TOLD, resume=False)
+    return folder
+
+
+def checkpoint(folder, step, complete=True):
+    """Make a checkpoint as Trainer does, with a file in a folder of its own."""
+    path = folder.checkpoints / f"checkpoint-{step}"
+    (path / "inner").mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(b"weights" * step)
+    (path / "inner" / "state.json").write_text("{}")
+    if complete:
+        mark_complete(path)
+    return path
+
+
+def kept(folder):
+    return sorted(path.name for path in folder.checkpoints.iterdir())
+
+
+# Starting and resuming
+
+
+def test_it_lies_beside_the_output(folder, tmp_path):
+    assert folder.path == tmp_path / "out.healing"
+    assert RunFolder(tmp_path / "a.b").path == tmp_path / "a.b.healing"
+
+
+def test_a_new_run_keeps_what_it_was_told(folder):
+    assert folder.start(TOLD, resume=False) is False
+    assert folder.record() == {"fingerprint": TOLD}
+    assert folder.checkpoints.is_dir()
+
+
+def test_resuming_nothing_is_starting(folder):
+    assert folder.start(TOLD, resume=True) is False
+    assert folder.start(TOLD, resume=True) is True
+
+
+def test_a_run_that_was_killed_before_it_wrote_anything_is_started_by_resume(folder):
+    folder.path.mkdir()
+    assert folder.start(TOLD, resume=True) is False
+    assert folder.record()["fingerprint"] == TOLD
+
+
+def test_an_unfinished_run_is_not_entered_without_being_asked(started):
+    with pytest.raises(QectomyError) as caught:
+        started.start(TOLD, resume=False)
+    assert str(caught.value) == (
+        f"{started.path} holds a run that was not finished: go on with --resume, or remove it to start anew"
+    )
+
+
+def test_another_run_is_refused_by_what_differs(started):
+    with pytest.raises(QectomyError) as caught:
+        started.start({**TOLD, "lr": 0.2, "seed": 1}, resume=True)
+    assert str(caught.value) == (
+        f"{started.path} holds another run: lr was 0.1, is 0.2; seed was 0, is 1. Give what that run was given, or "
+        "another --out"
+    )
+    assert started.record()["fingerprint"] == TOLD
+
+
+def test_tuples_are_the_lists_that_json_makes_of_them(started):
+    assert started.start({**TOLD, "texts": ("a",)}, resume=True) is True
+
+
+def test_differences_name_what_one_side_lacks():
+    assert differences({"a": 1, "b": 2}, {"b": 2, "c": 3}) == ["a was 1, is None", "c was None, is 3"]
+    assert differences(TOLD, dict(TOLD)) == []
+
+
+@pytest.mark.parametrize("content", ["{", "", "\udcff", "[1]", "null"])
+def test_a_damaged_record_is_one_clear_error(started, content):
+    (started.path / "run.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(QectomyError, match=r"run\.json .*; remove the folder to start anew"):
+        started.start(TOLD, resume=True)
+
+
+def test_notes_are_added_to_the_record(started):
+    started.note(plan={"steps": 3})
+    started.note(seconds=1.5, plan={"steps": 4})
+    assert started.record() == {"fingerprint": TOLD, "plan": {"steps": 4}, "seconds": 1.5}
+
+
+def test_a_run_is_removed_whole(started):
+    checkpoint(started, 3)
+    started.remove()
+    assert not started.path.exists()
+
+
+# Checkpoints
+
+
+def test_the_last_whole_checkpoint_is_found_by_number(started):
+    assert started.last_checkpoint() is None
+    for step in (2, 10, 9):
+        checkpoint(started, step)
+    assert started.last_checkpoint() == started.checkpoints / "checkpoint-10"
+
+
+def test_half_written_ones_are_removed_and_do_not_count(started):
+    whole = checkpoint(started, 2)
+    checkpoint(started, 10, complete=False)
+    assert started.last_checkpoint() == whole
+    assert kept(started) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "inner/state.json"])
+@pytest.mark.parametrize("damage", ["missing", "short", "long"])
+def test_one_damaged_file_takes_a_checkpoint_away(started, name, damage):
+    checkpoint(started, 2)
+    path = checkpoint(started, 4) / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] if damage == "short" else path.read_bytes() + b"0")
+    assert started.last_checkpoint() == started.checkpoints / "checkpoint-2"
+    assert kept(started) == ["checkpoint-2"]
+
+
+def test_the_mark_names_every_file_and_its_size(started):
+    path = checkpoint(started, 3)
+    assert read_record(path / COMPLETE) == {"inner/state.json": 2, "model.safetensors": 21}
+    mark_complete(path)  # the mark itself is none of them
+    assert COMPLETE not in read_record(path / COMPLETE)
+    assert is_complete(path)
+
+
+def test_files_are_on_the_disk_before_the_mark_is(started, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+    path = checkpoint(started, 3, complete=False)
+
+    def sync(descriptor):
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr("pathlib.Path.replace", lambda self, to: (events.append("named"), replace(self, to)))
+    mark_complete(path)
+    assert events == ["state.json", "model.safetensors", f"{COMPLETE}.draft", "named"]
+
+
+def test_others_than_the_kept_are_removed(started):
+    paths = {step: checkpoint(started, step) for step in (2, 4, 6, 8)}
+    checkpoint(started, 9, complete=False)
+    started.keep_only(paths[8], paths[4], None)
+    assert kept(started) == ["checkpoint-4", "checkpoint-8"]
+    started.keep_only(None)
+    assert kept(started) == []
+
+
+def test_a_checkpoint_loses_its_mark_before_its_files(started, monkeypatch):
+    """A process killed while it removes one leaves none that counts."""
+    path = checkpoint(started, 2)
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    started.keep_only(None)
+    assert path.is_dir()
+    assert not is_complete(path)
+
+
+def test_step_numbers(tmp_path):
+    assert step_of(tmp_path / "checkpoint-120") == 120
+    assert step_of(tmp_path / "checkpoint-best") == -1
+
+
+# JSON
+
+
+def test_json_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    write_json(path, {"a": 1})
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+
+    def killed(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(path, {"a": [0] * 1000})
+    assert json.loads(path.read_text()) == {"a": 1}
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
