@@ -41,6 +41,13 @@ def main(work: Path) -> None:
         before, after = found["parameters"]["before"], found["parameters"]["after"]
         check(f"{source}: parameters after / before", after / before, 0.5, 0.999)
 
+    healing = json.loads((work / "heal.json").read_text(encoding="utf-8"))["healing"]
+    check("heal: steps", healing["steps"], 4, 4)
+    for kind in ("fitted", "healed"):
+        check(f"heal: {kind} / original", healing["perplexity"][f"{kind}_ratio"], LEAST, MOST)
+    if not (work / "healed" / "healing.png").is_file():
+        sys.exit("error: the healed folder has no healing.png")
+
     measured = perplexities(json.loads((work / "eval.json").read_text(encoding="utf-8")))
     if len(measured) != 3:
         sys.exit(f"error: eval of three checkpoints reports {len(measured)} perplexities: {measured}")
