@@ -30,16 +30,21 @@ def documents(name: str) -> Iterator[str]:
         yield from parquet_documents(path)
     else:
         with _opened(path) as file:
-            lines: list[str] = []
-            length = 0
-            for line in _decoded(path, file):
-                lines.append(line)
-                length += len(line)
-                if length >= PIECE:
-                    yield "".join(lines)
-                    lines, length = [], 0
-            if lines:
-                yield "".join(lines)
+            yield from grouped(_decoded(path, file), PIECE)
+
+
+def grouped(pieces: Iterable[str], characters: int) -> Iterator[str]:
+    """Join short strings to some of `characters` or more, and a last one of what is left."""
+    held: list[str] = []
+    length = 0
+    for piece in pieces:
+        held.append(piece)
+        length += len(piece)
+        if length >= characters:
+            yield "".join(held)
+            held, length = [], 0
+    if held:
+        yield "".join(held)
 
 
 def is_plain(name: str) -> bool:

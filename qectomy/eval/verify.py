@@ -10,7 +10,6 @@ Three kinds of evidence, which do not lean on each other:
 """
 
 from collections import defaultdict
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import torch
 from qectomy.errors import CheckpointError
 from qectomy.eval.perplexity import ScoringWindows, summarize
 from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_error, score_streamed
-from qectomy.surgery.checkpoint import Checkpoint
+from qectomy.surgery.checkpoint import Checkpoint, differing_sizes
 from qectomy.surgery.config_files import DROPPED, VARIANT, load_config, model_code
 from qectomy.surgery.exact import ExactPlan, Progress, folded_tensors, layer_plan
 from qectomy.surgery.fold_layer import readers_in_basis
@@ -122,9 +121,7 @@ def _same_model(reduced: Checkpoint, original: Checkpoint) -> list[str]:
             f"{reduced.folder} is of the family {reduced.family.model_type}, {original.folder} of "
             f"{original.family.model_type}: one cannot come from the other"
         )
-    ours, theirs = (replace(checkpoint.dims, tied=False) for checkpoint in (reduced, original))
-    if names := [name for name in ours.__dataclass_fields__ if getattr(ours, name) != getattr(theirs, name)]:
-        shown = ", ".join(f"{name} ({getattr(ours, name)} and {getattr(theirs, name)})" for name in names)
+    if shown := differing_sizes(reduced, original):
         raise CheckpointError(f"{reduced.folder} cannot come from {original.folder}: they differ in {shown}")
     # Both as the reduced class reads them, so that a field left out is its default.
     said, found = (load_config(c.family, c.config, reduced=True).to_dict() for c in (original, reduced))

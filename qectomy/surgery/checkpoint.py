@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,6 +150,13 @@ class Checkpoint:
     def hashes(self) -> dict[str, str]:
         """Return {file name: sha256} of the config and every weights file."""
         return {name: sha256(self.folder / name) for name in ["config.json", *self.files]}
+
+
+def differing_sizes(one: Checkpoint, other: Checkpoint) -> str:
+    """Return in words which sizes of two checkpoints differ, their ties aside; empty where none does."""
+    ours, theirs = (replace(checkpoint.dims, tied=False) for checkpoint in (one, other))
+    names = [name for name in ours.__dataclass_fields__ if getattr(ours, name) != getattr(theirs, name)]
+    return ", ".join(f"{name} ({getattr(ours, name)} and {getattr(theirs, name)})" for name in names)
 
 
 def locate(name: str | os.PathLike[str], patterns: Sequence[str] = HUB_PATTERNS) -> Path:

@@ -12,18 +12,6 @@ from qectomy.calibrate.text import JOIN, Source, adds_bos, first_tokens, load_to
 from qectomy.errors import CheckpointError, TextError
 
 
-@pytest.fixture
-def write(tmp_path):
-    """Return a function (content, name) -> path of a new file, as a string."""
-
-    def make(content, name="text.txt"):
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(path)
-
-    return make
-
-
 def lines(*records):
     return "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from qectomy.calibrate.healing.export import fitted_report
-from qectomy.calibrate.healing.packing import Packed, Progress, Reserved, pack, text_from
+from qectomy.calibrate.healing.packing import Packed, Reserved, pack, text_from
 from qectomy.calibrate.healing.settings import HealSettings
+from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.text import Source, load_tokenizer, read_source
 from qectomy.errors import TextError
 from qectomy.eval.perplexity import Protocol, ScoringWindows, scoring_windows
@@ -22,9 +23,9 @@ def prepare(
     """
     vocab_size = student.dims.vocab_size
     tokenizer = load_tokenizer(student.folder)
-    fitted = {name: fitted_span(student, name) for name in names}
-    reserved = {name: Reserved(fitted=stop) for name, (_, stop) in fitted.items()}
     hashes = [sha256(Path(name)) if Path(name).is_file() else name for name in names]
+    fitted = {name: fitted_span(student, name, own) for name, own in zip(names, hashes, strict=True)}
+    reserved = {name: Reserved(fitted=stop) for name, (_, stop) in fitted.items()}
     if twice := [name for name, own in zip(names, hashes, strict=True) if hashes.count(own) > 1]:
         raise TextError(f"the same text is given twice ({', '.join(twice)}); give each once")
     measured, start = settings.eval_tokens, 0
@@ -77,14 +78,16 @@ def _own_eval_text(
     return source, start, max(settings.context, tokens)
 
 
-def fitted_span(student: Checkpoint, name: str) -> tuple[int, int]:
-    """Return which tokens [start, stop) of a text the reduced checkpoint was fitted on, by its qectomy.json."""
+def fitted_span(student: Checkpoint, name: str, own: str) -> tuple[int, int]:
+    """Return which tokens [start, stop) of a text the reduced checkpoint was fitted on, by its qectomy.json.
+
+    `own`: a file's sha256; a dataset is known by its name alone.
+    """
     calibration = fitted_report(student).get("calibration")
     texts = calibration.get("texts") if isinstance(calibration, dict) else None
-    is_file = Path(name).is_file()
+    known_by = "sha256" if Path(name).is_file() else "file"
     for text in texts if isinstance(texts, list) else []:
         first, tokens = text.get("first_token"), text.get("tokens")
-        same = text.get("sha256") == sha256(Path(name)) if is_file else text.get("file") == name
-        if same and isinstance(first, int) and isinstance(tokens, int):
+        if text.get(known_by) == own and isinstance(first, int) and isinstance(tokens, int):
             return first, first + tokens
     return 0, 0

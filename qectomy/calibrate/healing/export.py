@@ -16,11 +16,12 @@ from qectomy.calibrate.healing.models import Distillation
 from qectomy.calibrate.healing.packing import Packed, PackedWindows
 from qectomy.calibrate.healing.plan import Plan
 from qectomy.calibrate.healing.settings import HealSettings
-from qectomy.calibrate.healing.trainer import Progress
+from qectomy.calibrate.layer_pass import Progress
 from qectomy.errors import NonFiniteError
 from qectomy.eval.perplexity import ScoringWindows, load_model, score_model, summarize
 from qectomy.eval.reload import RELOAD_TOKENS, Reload, check_reload
 from qectomy.eval.report import cost, made, provenance, write_report
+from qectomy.eval.scores import TokenScores
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.config_files import copy_companions, copy_model_code, write_config
 from qectomy.surgery.finite import all_finite
@@ -112,13 +113,7 @@ def _measure(
         found = score_model(model, held, report, reference, f"the {kind} model")
         scores[kind] = summarize(found, held.n_bytes)
         assert found.reference_nll is not None
-        nll = found.reference_nll
-        bits = float(nll.sum()) / float(torch.log(torch.tensor(2.0, dtype=torch.float64)))
-        scores["original"] = {
-            "perplexity": float(nll.mean().exp()),
-            "nll": float(nll.mean()),
-            "bits_per_byte": bits / max(1, held.n_bytes),
-        }
+        scores["original"] = summarize(TokenScores(found.reference_nll), held.n_bytes)
     tokens = held.tokens[:1, :RELOAD_TOKENS]
     with torch.no_grad():
         logits = model(input_ids=tokens.to(device)).logits[0].float().cpu()

@@ -1,7 +1,6 @@
 """Student and teacher: whether they belong together, how they are loaded, and which weights are trained."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from qectomy.calibrate.healing.loss import head_loss, hidden_loss
 from qectomy.calibrate.text import load_tokenizer
 from qectomy.errors import CheckpointError
-from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
+from qectomy.surgery.checkpoint import Checkpoint, differing_sizes, open_checkpoint
 
 SAME_STREAM = 1e-2  # of the embedding's norm: what a change of basis may leave over; bfloat16 leaves 2e-3
 
@@ -30,9 +29,7 @@ def open_pair(reduced: str, teacher: str) -> tuple[Checkpoint, Checkpoint]:
             f"{student.folder} is of the family {student.family.model_type}, its teacher {original.folder} of "
             f"{original.family.model_type}; the teacher is the original that the reduced checkpoint was made from"
         )
-    ours, theirs = (replace(checkpoint.dims, tied=False) for checkpoint in (student, original))
-    if names := [name for name in ours.__dataclass_fields__ if getattr(ours, name) != getattr(theirs, name)]:
-        shown = ", ".join(f"{name} ({getattr(ours, name)} and {getattr(theirs, name)})" for name in names)
+    if shown := differing_sizes(student, original):
         raise CheckpointError(
             f"{student.folder} and its teacher {original.folder} differ in {shown}; the teacher is the original that "
             "the reduced checkpoint was made from"

@@ -11,7 +11,7 @@ when it is asked for.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from qectomy.calibrate.documents import documents, is_plain
+from qectomy.calibrate.documents import documents, grouped, is_plain
 from qectomy.calibrate.healing.run_folder import read_record, write_json
+from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.text import JOIN, adds_bos
 from qectomy.errors import CheckpointError, TextError
 from qectomy.surgery.checkpoint import sha256
 
 CHARACTERS = 1 << 18  # tokenized at a time
 BLOCK = 4096  # windows held at a time
-Progress = Callable[[int, int, str], None]
 ITEM = np.dtype("<u4")
 RECORD = "data.json"
 
@@ -185,7 +185,7 @@ class _WindowStream:
         self._tokenizer, self._name, self._vocab_size, self.context = tokenizer, name, vocab_size, context
         self._bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
         self._width = context - (self._bos is not None)
-        self._pieces = self._grouped(_pieces(name))
+        self._pieces = grouped(self._hashed(_pieces(name)), CHARACTERS)  # not a call of the tokenizer for each
         self._left = np.empty(0, ITEM)
         self._digest = hashlib.sha256()
         self._taken, self._measured = 0, (0, 0)
@@ -241,16 +241,7 @@ class _WindowStream:
         self._taken += len(joined[:count])
         return joined[:count]
 
-    def _grouped(self, pieces: Iterator[str]) -> Iterator[str]:
-        """Join short documents, so that the tokenizer is not called for each."""
-        held: list[str] = []
-        length = 0
+    def _hashed(self, pieces: Iterator[str]) -> Iterator[str]:
         for piece in pieces:
             self._digest.update(piece.encode())
-            held.append(piece)
-            length += len(piece)
-            if length >= CHARACTERS:
-                yield "".join(held)
-                held, length = [], 0
-        if held:
-            yield "".join(held)
+            yield piece

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from qectomy.calibrate.healing.models import Distillation
 from qectomy.calibrate.healing.processes import Processes
 from qectomy.calibrate.healing.run_folder import RunFolder, mark_complete
 from qectomy.calibrate.healing.settings import HealSettings
+from qectomy.calibrate.layer_pass import Progress
 from qectomy.errors import NonFiniteError
 
-Progress = Callable[[int, int, str], None]
 SECONDS_A_CHECKPOINT = 600.0  # at most, beside those at each evaluation
 
 
