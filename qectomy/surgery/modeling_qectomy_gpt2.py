@@ -3,8 +3,8 @@
 This file stands alone: it imports only torch and transformers, so a folder that holds it loads with
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` where qectomy is not installed.
 
-The attention is transformers' own; only its fused projection `c_attn` is another module, which projects keys and
-values alone and puts the queries of the layer's query map in front. A query map is one of
+The attention is transformers' own, but for its fused projection `c_attn`: another module, which projects keys and
+values alone and gives the queries of the layer's query map beside them. A query map is one of
 
     identity       q = x̂                         the paper's W_Q = I; a query bias lies in the LayerNorm's shift
     select         q = x̂[index] + b              chosen channels; their gains lie in W_K
@@ -20,8 +20,12 @@ Theory: Karbevski & Mijoski, "Key and Value Weights Are Probably All You Need", 
 Dimensions: B batch, T positions, D d_model, H n_heads, K d_head, R rank; H*K = D.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import (
     GPT2Attention,
@@ -29,6 +33,7 @@ from transformers.models.gpt2.modeling_gpt2 import (
     GPT2LMHeadModel,
     GPT2Model,
     GPT2PreTrainedModel,
+    eager_attention_forward,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -38,17 +43,31 @@ def is_loaded(tensor: torch.Tensor) -> bool:
     return getattr(tensor, "_is_hf_initialized", False)
 
 
+def split_heads(rows: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """(B, T, H*K) -> (B, H, T, K), a view."""
+    return rows.view(*rows.shape[:-1], n_heads, -1).transpose(1, 2)
+
+
 class QueryMap(nn.Module):
-    """What stands where W_Q stood: (x̂ (B, T, D), keys (B, T, D)) -> queries (B, T, D)."""
+    """What stands where W_Q stood: (x̂ (B, T, D), keys (B, T, D)) -> queries (B, T, D).
+
+    With `heads`, the queries come as attention reads them, (B, H, T, K).
+    """
 
     def __init__(self, config, rank: int = 0):
         super().__init__()
+        self.n_heads = config.num_attention_heads
         self.bias = nn.Parameter(torch.zeros(config.hidden_size))
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.bias)
 
-    def forward(self, hidden: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, key: torch.Tensor, heads: bool = False) -> torch.Tensor:
+        query = self.project(hidden, key)
+        return split_heads(query, self.n_heads) if heads else query
+
+    def project(self, hidden: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """The queries, (B, T, D)."""
         raise NotImplementedError
 
 
@@ -57,6 +76,7 @@ class IdentityQuery(QueryMap):
 
     def __init__(self, config, rank: int = 0):
         nn.Module.__init__(self)
+        self.n_heads = config.num_attention_heads
         kept = config.shared_layers and not config.norms
         self.bias = nn.Parameter(torch.zeros(config.hidden_size)) if kept else None
 
@@ -64,7 +84,7 @@ class IdentityQuery(QueryMap):
         if self.bias is not None:
             super().reset_parameters()
 
-    def forward(self, hidden, key):
+    def project(self, hidden, key):
         return hidden if self.bias is None else hidden + self.bias
 
 
@@ -82,7 +102,7 @@ class SelectQuery(QueryMap):
         with torch.no_grad():
             self.index.copy_(torch.arange(len(self.index)))
 
-    def forward(self, hidden, key):
+    def project(self, hidden, key):
         return hidden.index_select(-1, self.index) + self.bias
 
 
@@ -101,10 +121,13 @@ class KeySharedQuery(QueryMap):
         with torch.no_grad():
             self.mix.copy_(torch.eye(self.mix.shape[1]).expand_as(self.mix))
 
-    def forward(self, hidden, key):
-        heads, d_head, _ = self.mix.shape
-        shared = key.reshape(-1, heads, d_head).transpose(0, 1)  # (H, B*T, K)
-        return torch.bmm(shared, self.mix).transpose(0, 1).reshape(key.shape) + self.bias
+    def forward(self, hidden, key, heads=False):
+        n_heads, d_head, _ = self.mix.shape
+        shared = key.reshape(-1, n_heads, d_head).transpose(0, 1)  # (H, B*T, K)
+        query = torch.baddbmm(self.bias.view(n_heads, 1, d_head), shared, self.mix)
+        if heads:
+            return query.view(n_heads, *key.shape[:-1], d_head).transpose(0, 1)
+        return query.transpose(0, 1).reshape(key.shape)
 
 
 class LowRankQuery(QueryMap):
@@ -122,7 +145,7 @@ class LowRankQuery(QueryMap):
         nn.init.normal_(self.down, std=self.down.shape[1] ** -0.5)
         nn.init.zeros_(self.up)
 
-    def forward(self, hidden, key):
+    def project(self, hidden, key):
         correction = nn.functional.linear(nn.functional.linear(hidden, self.down), self.up, self.bias)
         return hidden * self.gain + correction
 
@@ -229,7 +252,8 @@ class ReducedProjection(nn.Module):
     """Stands where `c_attn` stood: x̂ (B, T, D) -> queries, keys and values side by side, (B, T, 3D).
 
     `weight` is W_K and W_V side by side, (D, 2D), in GPT-2's layout (in, out); W_K alone where `gauge` holds W_V, and
-    W_Q too if there is no query map.
+    W_Q too if there is no query map. With `n_heads` the three come apart, as attention reads them, (B, H, T, K) each:
+    side by side they would have to be copied.
     """
 
     def __init__(self, d_model: int, query: nn.Module | None, gauge: nn.Module | None = None):
@@ -253,14 +277,18 @@ class ReducedProjection(nn.Module):
             dense.bias[:d_model], dense.bias[d_model:] = self.gauge.bias, 0
         return dense
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, n_heads: int = 0) -> torch.Tensor | tuple[torch.Tensor, ...]:
         d_model = len(self.weight)
         dense = torch.matmul(hidden, self.weight)
-        if self.gauge is None:
-            return torch.cat([self.query(hidden, dense[..., :d_model]), dense], dim=-1)
-        gauged = self.gauge(hidden)
-        query = gauged[..., :-d_model] if self.query is None else self.query(hidden, dense)
-        return torch.cat([query, dense, gauged[..., -d_model:]], dim=-1)
+        gauged = dense if self.gauge is None else self.gauge(hidden)
+        key, value = dense[..., :d_model], gauged[..., -d_model:]
+        if self.query is None:
+            query = split_heads(gauged[..., :-d_model], n_heads) if n_heads else gauged[..., :-d_model]
+        else:
+            query = self.query(hidden, key, heads=n_heads > 0)
+        if n_heads:
+            return query, split_heads(key, n_heads), split_heads(value, n_heads)
+        return torch.cat([query, dense] if self.gauge is None else [query, key, value], dim=-1)
 
 
 class ReducedGPT2Attention(GPT2Attention):
@@ -282,6 +310,39 @@ class ReducedGPT2Attention(GPT2Attention):
             own = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
             self.scaling *= config.softmax_scale / own
 
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values=None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not hasattr(self.c_attn, "query"):
+            return super().forward(
+                hidden_states, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+            )
+        query, key, value = self.c_attn(hidden_states, n_heads=self.num_heads)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if self.config._attn_implementation == "eager" and self.reorder_and_upcast_attn:
+            output, weights = self._upcast_and_reordered_attn(query, key, value, attention_mask)
+        else:
+            attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            output, weights = attend(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=self.attn_dropout.p if self.training else 0.0,
+                scaling=self.scaling,
+                **kwargs,
+            )
+        output = self.c_proj(output.reshape(*output.shape[:-2], -1).contiguous())
+        return self.resid_dropout(output), weights
+
 
 class ReducedGPT2Block(GPT2Block):
     def __init__(self, config: QectomyGPT2Config, layer_idx: int):
@@ -289,6 +350,8 @@ class ReducedGPT2Block(GPT2Block):
         self.attn = ReducedGPT2Attention(config, layer_idx)
         self.attention_skip, self.mlp_skip = config.attention_skip, config.mlp_skip
         self.attn.c_proj.writes_stream = self.mlp.c_proj.writes_stream = True
+        if getattr(self.attn.c_attn, "query", None) is not None and config.activation_function == "gelu_new":
+            self.mlp.act = nn.GELU(approximate="tanh")  # the same function in one kernel; the stock one takes eight
         if not config.norms:
             self.ln_1, self.ln_2 = nn.Identity(), nn.Identity()
 
@@ -299,6 +362,16 @@ class ReducedGPT2Block(GPT2Block):
         middle = hidden_states + attended if self.attention_skip else attended
         thought = self.mlp(self.ln_2(middle))
         return middle + thought if self.mlp_skip else thought
+
+
+@contextmanager
+def no_layers(config) -> Iterator[None]:
+    """Let stock classes build no decoder layers while the block runs: they would be thrown away, twice a load."""
+    n_layers, config.num_hidden_layers = config.num_hidden_layers, 0
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = n_layers
 
 
 def share_first(layers: nn.ModuleList, attention: str) -> None:
@@ -359,7 +432,8 @@ class QectomyGPT2PreTrainedModel(GPT2PreTrainedModel):
 
 class QectomyGPT2Model(QectomyGPT2PreTrainedModel, GPT2Model):
     def __init__(self, config: QectomyGPT2Config):
-        super().__init__(config)
+        with no_layers(config):
+            super().__init__(config)
         self.h = nn.ModuleList(ReducedGPT2Block(config, i) for i in range(config.n_layer))
         if not config.norms:
             self.ln_f = nn.Identity()
@@ -374,7 +448,8 @@ class QectomyGPT2Model(QectomyGPT2PreTrainedModel, GPT2Model):
 
 class QectomyGPT2ForCausalLM(QectomyGPT2PreTrainedModel, GPT2LMHeadModel):
     def __init__(self, config: QectomyGPT2Config):
-        super().__init__(config)
+        with no_layers(config):
+            super().__init__(config)
         self.transformer = QectomyGPT2Model(config)
         self.post_init()
 

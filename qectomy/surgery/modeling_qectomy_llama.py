@@ -17,7 +17,8 @@ Theory: Karbevski & Mijoski, "Key and Value Weights Are Probably All You Need", 
 Dimensions: B batch, T positions, D d_model, H n_heads, G n_kv_heads, K d_head, R rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -46,11 +47,29 @@ def is_loaded(tensor: torch.Tensor) -> bool:
     return getattr(tensor, "_is_hf_initialized", False)
 
 
+def split_heads(rows: torch.Tensor, d_head: int) -> torch.Tensor:
+    """(B, T, n*K) -> (B, n, T, K), a view."""
+    return rows.view(*rows.shape[:-1], -1, d_head).transpose(1, 2)
+
+
+def turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE on heads (B, n, T, K) by angles (B, T, K): x cos + rotate_half(x) sin, in three kernels, stock in five."""
+    cos, sin, half = cos.unsqueeze(1), sin.unsqueeze(1), heads.shape[-1] // 2
+    turned = heads * cos
+    turned[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(heads[..., :half], sin[..., half:])
+    return turned
+
+
 class QueryMap(nn.Module):
-    """What stands where W_Q stood: (x̂ (B, T, D), keys before RoPE (B, T, G*K)) -> queries (B, T, H*K)."""
+    """What stands where W_Q stood: (x̂ (B, T, D), keys before RoPE (B, T, G*K)) -> queries (B, T, H*K).
+
+    With `heads`, the queries come as attention reads them, (B, H, T, K).
+    """
 
     def __init__(self, config, rank: int = 0):
         super().__init__()
+        self.d_head = config.head_dim
         self.n_query = config.num_attention_heads * config.head_dim
         self.bias = nn.Parameter(torch.zeros(self.n_query)) if config.attention_bias else None
 
@@ -58,9 +77,11 @@ class QueryMap(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, hidden: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, key: torch.Tensor, heads: bool = False) -> torch.Tensor:
         query = self.project(hidden, key)
-        return query if self.bias is None else query + self.bias
+        if self.bias is not None:
+            query = query + self.bias
+        return split_heads(query, self.d_head) if heads else query
 
     def project(self, hidden: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """The queries before the bias."""
@@ -107,7 +128,7 @@ class KeySharedQuery(QueryMap):
 
     def __init__(self, config, rank: int = 0):
         super().__init__(config)
-        self.n_kv_heads, self.d_head = config.num_key_value_heads, config.head_dim
+        self.n_kv_heads = config.num_key_value_heads
         self.mix = nn.Parameter(torch.eye(self.d_head).repeat(config.num_attention_heads, 1, 1))
 
     def reset_parameters(self) -> None:
@@ -117,11 +138,17 @@ class KeySharedQuery(QueryMap):
         with torch.no_grad():
             self.mix.copy_(torch.eye(self.d_head).expand_as(self.mix))
 
-    def project(self, hidden, key):
-        mix = self.mix.view(self.n_kv_heads, -1, self.d_head, self.d_head)  # (G, H/G, K, K)
-        mix = mix.transpose(1, 2).reshape(self.n_kv_heads, self.d_head, -1)  # (G, K, H/G*K)
+    def forward(self, hidden, key, heads=False):
+        n_heads = len(self.mix)
         shared = key.reshape(-1, self.n_kv_heads, self.d_head).transpose(0, 1)  # (G, B*T, K)
-        return torch.bmm(shared, mix).transpose(0, 1).reshape(*key.shape[:-1], -1)  # (B, T, H*K)
+        if n_heads > self.n_kv_heads:  # copying the keys is less than bringing the mixes into another order
+            shared = shared[:, None].expand(-1, n_heads // self.n_kv_heads, -1, -1).reshape(n_heads, -1, self.d_head)
+        query = torch.bmm(shared, self.mix)  # (H, B*T, K)
+        if self.bias is not None:
+            query = query + self.bias.view(n_heads, 1, self.d_head)
+        if heads:
+            return query.view(n_heads, *key.shape[:-1], self.d_head).transpose(0, 1)
+        return query.transpose(0, 1).reshape(*key.shape[:-1], -1)
 
 
 class LowRankQuery(QueryMap):
@@ -251,15 +278,16 @@ class ReducedAttention(LlamaAttention):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
-        heads = (*input_shape, -1, self.head_dim)
-
         key_states = self.k_proj(hidden_states)
-        query_states = self.project_query(hidden_states, key_states).view(heads).transpose(1, 2)
-        key_states = key_states.view(heads).transpose(1, 2)
-        value_states = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-
+        value_states = split_heads(self.v_proj(hidden_states), self.head_dim)
         cos, sin = position_embeddings
-        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
+        if hasattr(self, "q_proj"):
+            query_states = split_heads(self.q_proj(hidden_states), self.head_dim)
+            key_states = split_heads(key_states, self.head_dim)
+            query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
+        else:
+            query_states = turn(self.query(hidden_states, key_states, heads=True), cos, sin)
+            key_states = turn(split_heads(key_states, self.head_dim), cos, sin)
 
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
@@ -335,13 +363,24 @@ class ReducedPreTrained:
             super()._init_weights(module)
 
 
+@contextmanager
+def no_layers(config) -> Iterator[None]:
+    """Let stock classes build no decoder layers while the block runs: they would be thrown away, twice a load."""
+    n_layers, config.num_hidden_layers = config.num_hidden_layers, 0
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = n_layers
+
+
 class ReducedModel:
     """A base model of reduced layers."""
 
     layer_class: type
 
     def __init__(self, config):
-        super().__init__(config)
+        with no_layers(config):
+            super().__init__(config)
         self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
         if not config.norms:
             self.norm = nn.Identity()
@@ -402,7 +441,8 @@ class QectomyLlamaModel(ReducedModel, QectomyLlamaPreTrainedModel, LlamaModel):
 
 class QectomyLlamaForCausalLM(QectomyLlamaPreTrainedModel, LlamaForCausalLM):
     def __init__(self, config: QectomyLlamaConfig):
-        super().__init__(config)
+        with no_layers(config):
+            super().__init__(config)
         self.model = QectomyLlamaModel(config)
         self.post_init()
 
@@ -442,7 +482,8 @@ class QectomyMistralModel(ReducedModel, QectomyMistralPreTrainedModel, MistralMo
 
 class QectomyMistralForCausalLM(QectomyMistralPreTrainedModel, MistralForCausalLM):
     def __init__(self, config: QectomyMistralConfig):
-        super().__init__(config)
+        with no_layers(config):
+            super().__init__(config)
         self.model = QectomyMistralModel(config)
         self.post_init()
 

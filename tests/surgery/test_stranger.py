@@ -162,4 +162,4 @@ def test_the_model_file_stands_alone(name):
     imports = [line for line in source.read_text().splitlines() if line.lstrip().startswith(("import ", "from "))]
     assert imports
     for line in imports:
-        assert line.split()[1].partition(".")[0] in ("torch", "transformers", "collections"), line
+        assert line.split()[1].partition(".")[0] in ("torch", "transformers", "collections", "contextlib"), line
