@@ -32,7 +32,7 @@ from qectomy.calibrate.healing.models import (
 from qectomy.calibrate.healing.packing import Packed, PackedWindows, Shuffled
 from qectomy.calibrate.healing.plan import Plan, make_plan, tokens_to_train
 from qectomy.calibrate.healing.processes import Processes
-from qectomy.calibrate.healing.run_folder import RunFolder, read_record, step_of
+from qectomy.calibrate.healing.run_folder import RunFolder, step_of
 from qectomy.calibrate.healing.self_generated import self_generated_text, tokens_to_write
 from qectomy.calibrate.healing.settings import TOKENS, HealSettings
 from qectomy.calibrate.healing.trainer import HealTrainer, Watch, ended_at, validation_losses
@@ -41,6 +41,7 @@ from qectomy.calibrate.layer_pass import Progress
 from qectomy.errors import CheckpointError, TextError
 from qectomy.eval.perplexity import ScoringWindows
 from qectomy.surgery.checkpoint import Checkpoint, sha256
+from qectomy.surgery.locked_folder import read_record
 from qectomy.surgery.output import check_absent, check_room
 
 BYTES_A_WEIGHT, BYTES_A_TRAINED_ONE = 4, 8  # float32, and AdamW's two means of it

@@ -22,11 +22,11 @@ import torch
 from torch.utils.data import Dataset
 
 from qectomy.calibrate.documents import documents, grouped, is_plain
-from qectomy.calibrate.healing.run_folder import read_record, write_json
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.text import JOIN, adds_bos
 from qectomy.errors import CheckpointError, TextError
 from qectomy.surgery.checkpoint import sha256
+from qectomy.surgery.locked_folder import read_record, write_json
 
 CHARACTERS = 1 << 18  # tokenized at a time
 BLOCK = 4096  # windows held at a time

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 
 from qectomy.calibrate.healing.devices import multiplies_bfloat16
-from qectomy.calibrate.healing.run_folder import read_record, write_json
 from qectomy.calibrate.healing.settings import GENERATED, VALIDATION
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.text import load_tokenizer
 from qectomy.eval.report import made
 from qectomy.surgery.checkpoint import Checkpoint, sha256
 from qectomy.surgery.family import Dimensions
+from qectomy.surgery.locked_folder import read_record, write_json
 
 BATCH = {"cpu": 32, "cuda": 256}  # sequences sampled side by side, at most ...
 CACHE_BYTES = 8_000_000_000  # ... and so that their keys and values take no more

@@ -8,14 +8,12 @@ import pytest
 from qectomy.calibrate.healing.run_folder import (
     COMPLETE,
     RunFolder,
-    differences,
     is_complete,
     mark_complete,
-    read_record,
     step_of,
-    write_json,
 )
 from qectomy.errors import QectomyError
+from qectomy.surgery.locked_folder import differences, read_record, write_json
 
 TOLD = {"lr": 0.1, "texts": ["a"], "seed": 0}
 
@@ -166,7 +164,7 @@ def test_files_are_on_the_disk_before_the_mark_is(started, monkeypatch):
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr("pathlib.Path.replace", lambda self, to: (events.append("named"), replace(self, to)))
     mark_complete(path)
-    assert events == ["state.json", "model.safetensors", f"{COMPLETE}.draft", "named"]
+    assert events == ["state.json", "model.safetensors", f"{COMPLETE}.draft", "named", "checkpoint-3"]
 
 
 def test_others_than_the_kept_are_removed(started):

@@ -1,0 +1,178 @@
+"""The folder beside an output in which a long run lies until it is done: who holds it, and what it was told.
+
+    OUT.SUFFIX/
+      lock       held by the one process that works here; the lock dies with its owner
+      run.json   fingerprint of the run, and what it notes
+
+What a kind of run keeps there besides is its own: `healing/run_folder.py`, `surgery/work_folder.py`.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar, TextIO
+
+from qectomy.errors import QectomyError
+
+LOCK = "lock"
+RECORD = "run.json"
+DRAFT = ".draft"
+
+
+class LockedFolder:
+    """The folder of one run, made beside the output and held by one process."""
+
+    suffix: ClassVar[str]
+    doing: ClassVar[str]  # what another process does there
+    anew: ClassVar[str]  # how to start anew
+    before_record: ClassVar[frozenset[str]] = frozenset()  # what a run makes before its record is there
+
+    def __init__(self, out: Path):
+        out = out.absolute()
+        self.path = out.with_name(f"{out.name}.{self.suffix}")
+        self._lock: TextIO | None = None
+
+    def start(self, fingerprint: dict[str, Any], resume: bool) -> bool:
+        """Make the folder, or with `resume` enter it again; return whether a run is resumed.
+
+        Raises QectomyError when a run is there and `resume` is not asked for, when it was another run, and when another
+        process holds it.
+        """
+        self.take()
+        try:
+            return self._enter(fingerprint, resume)
+        except BaseException:
+            self.release()
+            raise
+
+    def _enter(self, fingerprint: dict[str, Any], resume: bool) -> bool:
+        if not (self.path / RECORD).exists():
+            self._found(fingerprint)
+            return False
+        if not resume:
+            raise QectomyError(f"{self.path} holds a run that was not finished: go on with --resume, or {self.anew}")
+        before = self.record().get("fingerprint")
+        wanted = json.loads(json.dumps(fingerprint))
+        if differing := differences(before if isinstance(before, dict) else {}, wanted):
+            raise QectomyError(
+                f"{self.path} holds another run: {'; '.join(differing)}. Give what that run was given, or another --out"
+            )
+        return True
+
+    def _found(self, fingerprint: dict[str, Any]) -> None:
+        """Make what a new run needs; nothing of it stays where that fails."""
+        try:
+            self.prepare()
+            write_json(self.path / RECORD, {"fingerprint": fingerprint})
+        except OSError:
+            self.remove()
+            raise
+
+    def prepare(self) -> None:
+        """Make what the folder holds before its record is there."""
+
+    def take(self) -> None:
+        """Hold the folder, made if need be, until `release`, or until this process is gone.
+
+        Raises QectomyError if another process does, or if the folder is no run's.
+        """
+        self.release()
+        while True:
+            self._check_ours()
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("a")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.close()
+                raise QectomyError(f"{self.path} is in use: another process {self.doing} there") from error
+            if _is_open(self.path / LOCK, lock):
+                self._lock = lock
+                return
+            lock.close()  # its owner removed the folder between the two calls
+
+    def _check_ours(self) -> None:
+        if not self.path.exists() or (self.path / RECORD).exists():
+            return
+        found = {path.name for path in self.path.iterdir()}
+        if others := found - {LOCK, RECORD + DRAFT, *self.before_record}:
+            raise QectomyError(f"{self.path} is no run's folder (it holds {min(others)}); give another --out")
+
+    def release(self) -> None:
+        """Let other processes go on with the run."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def nbytes(self) -> int:
+        """Return what the folder takes of the disk; files may have holes."""
+        return sum(512 * path.stat().st_blocks for path in self.path.rglob("*") if path.is_file())
+
+    def record(self) -> dict[str, Any]:
+        """Return what run.json says."""
+        return read_record(self.path / RECORD)
+
+    def note(self, **values: Any) -> None:
+        """Keep values in run.json."""
+        write_json(self.path / RECORD, self.record() | values)
+
+    def clear(self) -> None:
+        """Remove all but the record and the lock."""
+        for path in self.path.iterdir():
+            if path.name not in (RECORD, LOCK):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove the folder, its mark last: one that is half removed is still known as a run's."""
+        if self.path.is_dir():
+            self.clear()
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _is_open(path: Path, file: TextIO) -> bool:
+    """Whether a path still leads to an open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Return in words where two fingerprints differ."""
+    names = sorted({*found, *wanted})
+    return [
+        f"{name} was {found.get(name)}, is {wanted.get(name)}" for name in names if found.get(name) != wanted.get(name)
+    ]
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a run's folder. Raises QectomyError for one that was damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise QectomyError(f"{path} cannot be read ({error}); remove the folder to start anew") from error
+    if not isinstance(found, dict):
+        raise QectomyError(f"{path} is not what a run writes; remove the folder to start anew")
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that it is there whole or not at all, a power cut notwithstanding."""
+    draft = path.with_name(path.name + DRAFT)
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's bytes, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
