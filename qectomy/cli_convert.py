@@ -10,7 +10,7 @@ import typer
 
 from qectomy.cli_heal import count, show
 from qectomy.errors import QectomyError
-from qectomy.terminal import Json, print_json, progress_bar
+from qectomy.terminal import Clean, Json, Resume, check_out, print_json, progress_bar
 
 CONTEXT_HELP = "Tokens a window. Default: 512, or what the model was made for if that is less."
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
@@ -59,15 +59,16 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and what it needs; write nothing.")
     ] = False,
+    resume: Resume = False,
+    clean: Clean = False,
     as_json: Json = False,
 ) -> None:
     """Take W_Q out of a checkpoint in one pass; write the reduced one and its perplexity before and after."""
     from qectomy.calibrate.settings import ConvertSettings, default_context
     from qectomy.surgery.checkpoint import open_checkpoint
-    from qectomy.surgery.output import check_absent
     from qectomy.surgery.query_maps import parse_exact, parse_recipe
 
-    check_absent(out)
+    check_out(out, resume, clean)
     source = open_checkpoint(checkpoint)
     settings = ConvertSettings(
         texts=tuple(text or ()),
@@ -86,7 +87,7 @@ def convert(
     if kept is not None:
         if heal is not None:
             raise QectomyError("--query exact loses nothing: there is nothing to heal; leave --heal out")
-        _convert_exact(source, out, settings, kept, dry_run, as_json)
+        _convert_exact(source, out, settings, kept, dry_run, resume, clean, as_json)
         return
     recipe = tuple(parse_recipe(query, source.dims))
     if dry_run:
@@ -95,12 +96,12 @@ def convert(
     if self_generated:
         settings = _self_generated(source, settings, heal)
     if heal is not None:
-        _convert_and_heal(source, out, recipe, settings, heal, self_generated, as_json)
+        _convert_and_heal(source, out, recipe, settings, heal, self_generated, resume, clean, as_json)
         return
     from qectomy.calibrate.convert import convert as run
 
     with progress_bar("converting") as progress:
-        report = run(source, out, recipe, settings, progress)
+        report = run(source, out, recipe, settings, progress, resume=resume, clean=clean)
     if as_json:
         print_json(report)
     else:
@@ -128,7 +129,15 @@ def _self_generated(source: Any, settings: Any, heal: int | None) -> Any:
 
 
 def _convert_and_heal(
-    source: Any, out: Path, recipe: Any, settings: Any, tokens: int, self_generated: bool, as_json: bool
+    source: Any,
+    out: Path,
+    recipe: Any,
+    settings: Any,
+    tokens: int,
+    self_generated: bool,
+    resume: bool,
+    clean: bool,
+    as_json: bool,
 ) -> None:
     """Run `convert --heal`: the fitted checkpoint lies in OUT.fitted until the healed one is there."""
     from qectomy.calibrate.healing.convert_and_heal import convert_and_heal
@@ -146,7 +155,7 @@ def _convert_and_heal(
         command=settings.command,
     )
     with progress_bar("converting and healing") as progress:
-        report = convert_and_heal(source, out, recipe, settings, heal_settings, progress)
+        report = convert_and_heal(source, out, recipe, settings, heal_settings, progress, resume=resume, clean=clean)
     show(report, out, as_json)
 
 
@@ -165,7 +174,9 @@ def _show_plan(source: Any, recipe: Any, settings: Any, as_json: bool) -> None:
         show_plan(plan)
 
 
-def _convert_exact(source: Any, out: Path, settings: Any, kept: Any, dry_run: bool, as_json: bool) -> None:
+def _convert_exact(
+    source: Any, out: Path, settings: Any, kept: Any, dry_run: bool, resume: bool, clean: bool, as_json: bool
+) -> None:
     """Run `convert --query exact`, or with `dry_run` only its plan, which reads the weights."""
     from qectomy.calibrate.convert_exact import convert_exact, dry_run_exact
     from qectomy.eval.tables import show_exact
@@ -174,7 +185,7 @@ def _convert_exact(source: Any, out: Path, settings: Any, kept: Any, dry_run: bo
         if dry_run:
             report = dry_run_exact(source, settings, kept, progress)
         else:
-            report = convert_exact(source, out, settings, kept, progress)
+            report = convert_exact(source, out, settings, kept, progress, resume=resume, clean=clean)
     if as_json:
         print_json(report)
     else:

@@ -5,22 +5,24 @@ from typing import Annotated
 
 import typer
 
-from qectomy.terminal import Json, print_json, progress_bar
+from qectomy.terminal import Clean, Json, Resume, check_out, print_json, progress_bar
 
 
 def materialize(
     reduced: Annotated[str, typer.Argument(help="Folder of a reduced checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    resume: Resume = False,
+    clean: Clean = False,
     as_json: Json = False,
 ) -> None:
     """Write W_Q back: the stock model with the reduced one's logits, for engines that know nothing of Qectomy."""
     from qectomy.surgery.checkpoint import open_checkpoint
     from qectomy.surgery.materialize import materialize as run
-    from qectomy.surgery.output import check_absent
 
-    check_absent(out)
+    check_out(out, resume, clean)
+    source = open_checkpoint(reduced, reduced=True)
     with progress_bar("materializing") as progress:
-        result = run(open_checkpoint(reduced, reduced=True), out, lambda done, total: progress(done, total, ""))
+        result = run(source, out, lambda done, total: progress(done, total, ""), resume=resume, clean=clean)
     if as_json:
         print_json(result)
     else:

@@ -27,3 +27,11 @@ class NonFiniteError(QectomyError):
 
 class OutputError(QectomyError):
     """The output folder exists, cannot be written, or the disk is full."""
+
+
+class Stopped(QectomyError):
+    """A run that ended before its end, for a reason that can pass; it can be resumed."""
+
+
+class UnreadableError(CheckpointError, Stopped):
+    """A file of a checkpoint that was sound when it was opened cannot be read now."""

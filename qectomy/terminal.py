@@ -3,11 +3,24 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped, in OUT.converting.")]
+Clean = Annotated[bool, typer.Option("--clean", help="First remove what a run before left in OUT.converting.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+def check_out(out: Path, resume: bool, clean: bool) -> None:
+    """Refuse an output that exists before anything is loaded; one that is resumed may be in its place already."""
+    from qectomy.surgery.output import check_absent
+
+    if resume and clean:
+        raise typer.BadParameter("--resume goes on with what --clean removes; give one or the other")
+    if not resume:
+        check_absent(out)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Conversions of tiny checkpoints, quick enough to make dozens: few steps, and the reload check in this process."""
 
 import gc
+import hashlib
 import json
 import math
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -53,7 +55,15 @@ def reload_here(patch: pytest.MonkeyPatch) -> None:
 
 
 def convert_tiny(
-    source: Path, out: Path, query: str, text: Path, fresh_process: bool = False, **settings: Any
+    source: Path,
+    out: Path,
+    query: str,
+    text: Path,
+    fresh_process: bool = False,
+    resume: bool = False,
+    clean: bool = False,
+    progress: Any = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Convert with QUICK settings; return the report."""
     checkpoint = open_checkpoint(source)
@@ -62,11 +72,20 @@ def convert_tiny(
         few_steps(patch)
         if not fresh_process:
             reload_here(patch)
-        return convert(checkpoint, out, recipe, ConvertSettings(**{"texts": (str(text),), **QUICK, **settings}))
+        told = ConvertSettings(**{"texts": (str(text),), **QUICK, **settings})
+        return convert(checkpoint, out, recipe, told, progress, resume=resume, clean=clean)
 
 
 def hashes(folder: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in sorted(folder.iterdir())}
+
+
+def tensor_hashes(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each tensor's bytes in model.safetensors, by the library that reads it whole."""
+    tensors = load_file(folder / "model.safetensors")
+    return {
+        name: hashlib.sha256(bytes(tensor.view(torch.uint8).flatten())).hexdigest() for name, tensor in tensors.items()
+    }
 
 
 def window_nll(model: Any, windows: torch.Tensor) -> torch.Tensor:

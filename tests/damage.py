@@ -34,5 +34,6 @@ def refused(folder: Path, message: str, error: type[QectomyError] = CheckpointEr
 
 
 def allow_interrupts() -> None:
-    """For a child process: obey SIGINT, which shells make background jobs ignore, and their children too."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """For a child process: obey the signals that shells and nohup make background jobs ignore."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)

@@ -12,6 +12,8 @@ from torch import nn
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.config_files import copy_companions, copy_model_code, load_config, reduced_config, write_config
 from qectomy.surgery.exact import ExactPlan, fold_checkpoint, plan_exact
+from qectomy.surgery.source_watch import SourceWatch
+from qectomy.surgery.work_folder import work_folder
 
 
 class Float64Norm(nn.Module):
@@ -46,8 +48,9 @@ def fold(source: Path, out: Path, dtype: str | None = None, kept: frozenset[int]
 
 def write_fold(source: Path, out: Path, plan: ExactPlan, dtype: str | None = None) -> None:
     checkpoint = open_checkpoint(source)
-    out.mkdir()
-    fold_checkpoint(checkpoint, plan, out, dtype)
+    with work_folder(out, {}) as work:
+        fold_checkpoint(checkpoint, plan, work, dtype, SourceWatch(checkpoint))
+        work.publish({})
     config = reduced_config(checkpoint, plan.recipe, dtype or checkpoint.dtype)
     write_config(out, {**config, "tie_word_embeddings": plan.dims.tied})
     copy_companions(source, out)

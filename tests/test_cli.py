@@ -339,3 +339,69 @@ def test_windows_are_no_longer_than_the_model_was_made_for(cli, name, tiny_check
     if name == "llama":  # RoPE goes on beyond
         found = cli("eval", model, "--text", raven, "--tokens", 160, "--context", 160, "--json").json()
         assert found[0]["protocol"]["context"] == 160
+
+
+# Runs that were stopped
+
+LEFT = "out.converting holds what was done: go on with --resume, or start anew with --clean."
+
+
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "place, arguments",
+    [
+        ("qectomy.calibrate.convert.check_reload", ["convert", "model", "--query", "select", "--text", "text", *QUICK]),
+        ("qectomy.calibrate.convert_exact.check_reload", ["convert", "gpt2", "--query", "exact"]),
+        ("qectomy.surgery.materialize.write_config", ["materialize", "reduced"]),
+    ],
+)
+def test_what_was_stopped_is_resumed_or_cleaned(
+    place, arguments, cli, tiny_checkpoint, tiny_reduced, raven, tmp_path, monkeypatch
+):
+    made = {"model": tiny_checkpoint(), "gpt2": tiny_checkpoint("gpt2"), "text": raven}
+    made["reduced"] = tiny_reduced(("select", "dense"))
+    command = [*(made.get(word, word) for word in arguments), "--out", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, stop)
+        done = cli(*command)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.splitlines()[-1] == f"error: interrupted. {tmp_path}/{LEFT}"
+    done = cli(*command)
+    assert done.code == 1
+    assert done.err.endswith("holds a run that was not finished: go on with --resume, or start anew with --clean\n")
+    both = cli(*command, "--resume", "--clean")
+    assert both.code == 2
+    assert "--resume goes on with what --clean removes" in both.err
+    assert cli(*command, "--resume").code == 0
+    done = cli(*command, "--resume")
+    assert done.code == 1
+    assert "out exists; nothing is overwritten" in done.err
+    shutil.rmtree(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(place, stop)
+        assert cli(*command).code == 1
+    assert cli(*command, "--clean").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_of_other_settings_is_not_gone_on_with(cli, tiny_checkpoint, raven, tmp_path, monkeypatch):
+    other = tmp_path / "other.txt"
+    other.write_text(raven.read_text() + "More.")
+    command = ["convert", tiny_checkpoint(), "--out", tmp_path / "out", "--query", "select", "--text", raven, *QUICK]
+    with monkeypatch.context() as patch:
+        patch.setattr("qectomy.calibrate.convert.check_reload", stop)
+        assert cli(*command).code == 1
+    for changed, message in {
+        ("--seed", 1): "seed was 0, is 1.",
+        ("--tokens", 352): "tokens was 320, is 352.",
+        ("--dtype", "bfloat16"): "dtype was None, is bfloat16.",
+        ("--query", "0=dense,1=select"): "query was select, is 0=dense,1=select.",
+        ("--eval-text", other): r"eval text was raven.txt \(sha256 .*\), is other.txt \(sha256 .*\).",
+    }.items():
+        done = cli(*command, *changed, "--resume")
+        assert done.code == 1
+        assert re.search(rf"out\.converting holds another run: .*{message}", done.err), done.err
+    assert cli(*command, "--resume").code == 0

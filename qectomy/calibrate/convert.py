@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from qectomy.calibrate.layer_pass import LayerPass, Progress, Stopwatch
+from qectomy.calibrate.layer_pass import LayerPass, Progress
 from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.settings import ConvertSettings
+from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.calibrate.text import Windows, load_tokenizer, make_windows, read_source
 from qectomy.errors import QectomyError, TextError, UnsupportedArchitecture
 from qectomy.eval.perplexity import Protocol, ScoringWindows, scoring_windows, summarize
@@ -24,9 +25,12 @@ from qectomy.eval.reload import check_reload
 from qectomy.eval.report import conversion_report, write_report
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.config_files import copy_companions, copy_model_code
-from qectomy.surgery.output import check_room, new_folder
+from qectomy.surgery.output import check_room
 from qectomy.surgery.plan import scratch_bytes, totals
-from qectomy.surgery.query_maps import QueryMapSpec
+from qectomy.surgery.query_maps import QueryMapSpec, written
+from qectomy.surgery.source_watch import SourceWatch
+from qectomy.surgery.step_writer import check_shards
+from qectomy.surgery.work_folder import WorkFolder, finished, work_folder
 
 
 def convert(
@@ -35,12 +39,19 @@ def convert(
     recipe: tuple[QueryMapSpec, ...],
     settings: ConvertSettings,
     progress: Progress | None = None,
+    *,
+    resume: bool = False,
+    clean: bool = False,
 ) -> dict[str, Any]:
     """Write the reduced checkpoint to `out` and return its report (also in `out`/qectomy.json).
 
-    Raises a QectomyError, and leaves nothing behind, for text that is too short, weights or states that are not
-    finite, an output folder that exists, a full disk, and a result that a fresh process cannot reload.
+    Until it is whole it lies in OUT.converting, whence `resume` goes on and which `clean` removes first. Raises a
+    QectomyError, and leaves nothing behind, for text that is too short, weights or states that are not finite, an
+    output folder that exists, and a result that a fresh process cannot reload. A full or failing disk, a source that
+    changes and an interruption leave what was done.
     """
+    if resume and (done := finished(out)) is not None:
+        return done
     watch = Stopwatch()
     if source.reduced:
         raise UnsupportedArchitecture(
@@ -49,38 +60,63 @@ def convert(
         )
     settings.check_context(source)
     device = check_device(settings.device)
-    written = totals(source, recipe, settings.stored_dtype)["bytes"]["after"]
-    check_room(out, written + scratch_bytes(source, settings.tokens, settings.eval_tokens))
+    needed = totals(source, recipe, settings.stored_dtype)["bytes"]["after"]
+    needed += scratch_bytes(source, settings.tokens, settings.eval_tokens)
+    check_room(out, needed - WorkFolder(out).nbytes())
     fitted, held = _windows(source, settings)
     since = watch.add("text", watch.begun)
     runner = LayerRunner(source, recipe, settings.context, device)
-    hashes = source.hashes()
+    unchanged = SourceWatch(source)
     since = watch.add("hashing", since)
-    with new_folder(out) as work:
-        run = LayerPass(source, recipe, settings, runner, fitted, held, work, watch)
-        scores, layers = run.run(progress)
+    told = fingerprint(recipe, settings, fitted, held) | unchanged.fingerprint
+    with work_folder(out, told, resume=resume, clean=clean) as work:
+        run = LayerPass(source, recipe, settings, runner, fitted, held, unchanged, work, watch)
+        scores, digests = run.run(progress)
         since = time.perf_counter()
-        copy_companions(source.folder, work)
-        copy_model_code(source.family, work)
-        reload = check_reload(work, *scores.expected)
+        copy_companions(source.folder, work.result)
+        copy_model_code(source.family, work.result)
+        check_shards(work.result, run.specs, digests)
+        reload = check_reload(work.result, *scores.expected)
         watch.add("reload", since)
         report = conversion_report(
             source=source,
             recipe=recipe,
             settings=settings,
-            hashes=hashes,
+            hashes=unchanged.weights,
             calibration=fitted.sources,
-            layers=layers,
+            layers=run.layers,
             before=summarize(scores.before, held.n_bytes),
             after=summarize(scores.after, held.n_bytes),
             protocol=held.report,
             seconds=watch.seconds,
-            total_seconds=time.perf_counter() - watch.begun,
+            total_seconds=watch.total,
             forward_pass_seconds=run.forward_pass_seconds(scores.head_seconds),
             reload=reload,
         )
-        write_report(work, report, source)
+        report["tensors_sha256"] = digests
+        write_report(work.result, report, source)
+        unchanged.check()
+        work.publish(report)
     return report
+
+
+def fingerprint(
+    recipe: tuple[QueryMapSpec, ...], settings: ConvertSettings, fitted: Windows, held: ScoringWindows
+) -> dict[str, Any]:
+    """Return all that decides what a conversion computes, but for the source and the number of threads."""
+    texts = {f"text {i + 1}": f"{text['file']} (sha256 {text['sha256']})" for i, text in enumerate(fitted.sources)}
+    return {
+        "command": "convert",
+        "query": written(recipe),
+        **texts,
+        "eval text": f"{held.report['text']} (sha256 {held.report['text_sha256']})",
+        "tokens": settings.tokens,
+        "eval tokens": settings.eval_tokens,
+        "context": settings.context,
+        "dtype": settings.dtype,
+        "device": torch.device(settings.device).type,
+        "seed": settings.seed,
+    }
 
 
 def check_device(name: str) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from qectomy.calibrate.layer_pass import Stopwatch
 from qectomy.calibrate.settings import ConvertSettings
+from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.calibrate.text import load_tokenizer, read_source
 from qectomy.errors import QectomyError, QueryMapError
 from qectomy.eval.peak_memory import peak_memory_bytes
@@ -24,8 +24,10 @@ from qectomy.surgery.config_files import copy_companions, copy_model_code, reduc
 from qectomy.surgery.exact import ExactPlan, Progress, fold_checkpoint, plan_exact
 from qectomy.surgery.folding import usable_error
 from qectomy.surgery.headers import TORCH_NAMES
-from qectomy.surgery.output import check_room, new_folder
-from qectomy.surgery.query_maps import QueryMapSpec
+from qectomy.surgery.output import check_room
+from qectomy.surgery.query_maps import QueryMapSpec, ranges
+from qectomy.surgery.source_watch import SourceWatch
+from qectomy.surgery.work_folder import WorkFolder, finished, work_folder
 
 
 def convert_exact(
@@ -34,26 +36,34 @@ def convert_exact(
     settings: ConvertSettings,
     kept: frozenset[int] = frozenset(),
     progress: Progress | None = None,
+    *,
+    resume: bool = False,
+    clean: bool = False,
 ) -> dict[str, Any]:
     """Write what exact folding leaves of a checkpoint to `out`, and return its report (also in `out`/qectomy.json).
 
     With an evaluation text (`settings.eval_text`, or the first of its texts) both models' perplexity is measured on
-    it. Layers in `kept` stay whole. Raises a QectomyError, and leaves nothing behind, where nothing goes exactly or a
-    layer is too ill-conditioned, and for what `convert` refuses.
+    it. Layers in `kept` stay whole; `resume` and `clean` are those of `convert`. Raises a QectomyError, and leaves
+    nothing behind, where nothing goes exactly or a layer is too ill-conditioned, and for what `convert` refuses.
     """
+    if resume and (done := finished(out)) is not None:
+        return done
     watch = Stopwatch()
     if settings.device != "cpu":
         raise QectomyError(
             f"--device {settings.device}: exact folding computes in float64 on the processor; leave it out"
         )
     held = _windows(source, settings)
+    unchanged = SourceWatch(source)
+    since = watch.add("hashing", watch.begun)
     plan = plan_exact(source, settings.stored_dtype, kept, progress)
-    since = watch.add("planning", watch.begun)
-    check_room(out, sum(spec.nbytes for spec in plan.tensors(source, settings.stored_dtype).values()))
-    hashes = source.hashes()
-    since = watch.add("hashing", since)
-    with new_folder(out) as work:
-        fold_checkpoint(source, plan, work, settings.stored_dtype, progress)
+    since = watch.add("planning", since)
+    needed = sum(spec.nbytes for spec in plan.tensors(source, settings.stored_dtype).values())
+    check_room(out, needed - WorkFolder(out).nbytes())
+    told = _fingerprint(settings, kept, held) | unchanged.fingerprint
+    with work_folder(out, told, resume=resume, clean=clean) as folder:
+        work = folder.result
+        digests = fold_checkpoint(source, plan, folder, settings.stored_dtype, unchanged, progress)
         config = reduced_config(source, plan.recipe, settings.stored_dtype or source.dtype)
         write_config(work, config | ({"tie_word_embeddings": False} if plan.choice.untied else {}))
         copy_companions(source.folder, work)
@@ -62,7 +72,7 @@ def convert_exact(
         measured = _measure(source, work, held, watch, since)
         _check_error(measured["logit_error"], settings.stored_dtype or source.dtype)
         report = {
-            **provenance(source, settings.command, hashes),
+            **provenance(source, settings.command, unchanged.weights),
             "method": "exact",
             "layers": layer_records(source, plan),
             "tie": _tie(source, plan),
@@ -71,9 +81,22 @@ def convert_exact(
             "seconds": {stage: round(value, 3) for stage, value in watch.seconds.items()}
             | {"total": round(time.perf_counter() - watch.begun, 3)},
             "peak_memory_bytes": max(peak_memory_bytes(), measured["reload_check"]["peak_memory_bytes"]),
+            "tensors_sha256": digests,
         }
         write_report(work, report, source)
+        unchanged.check()
+        folder.publish(report)
     return report
+
+
+def _fingerprint(settings: ConvertSettings, kept: frozenset[int], held: ScoringWindows | None) -> dict[str, Any]:
+    """Return all that decides what an exact conversion writes and measures, but for the source."""
+    told: dict[str, Any] = {"command": "convert", "query": "exact", "dense layers": ranges(sorted(kept))}
+    told["dtype"] = settings.dtype
+    if held is not None:
+        text = f"{held.report['text']} (sha256 {held.report['text_sha256']})"
+        told |= {"eval text": text, "eval tokens": settings.eval_tokens, "context": settings.context}
+    return told
 
 
 def _check_error(error: float, dtype: str) -> None:

@@ -120,7 +120,7 @@ def _store(
     """Return room for the fitted windows of one kind."""
     if device.type != "cpu":
         return torch.empty(streams.fitted, *shape, dtype=fast_dtype(device), device=device)
-    path = streams.scratch / f".{name}"
+    path = streams.scratch / name
     return stack.enter_context(scratch_file(path, streams.fitted, *shape, dtype=fast_dtype(device)))
 
 

@@ -4,8 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +13,12 @@ from qectomy.calibrate.attention_kl import attention_kl
 from qectomy.calibrate.final_scores import FinalScores, Head, final_scores
 from qectomy.calibrate.layer_fit import fit_layer
 from qectomy.calibrate.layers import LayerRunner
-from qectomy.calibrate.memory import release_freed
 from qectomy.calibrate.precision import fast_math
 from qectomy.calibrate.refine import RefineSettings
 from qectomy.calibrate.refit import TURNED, RefitSettings, refit_layer
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.states import Streams, batches, scratch_file
+from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.calibrate.text import Windows
 from qectomy.errors import NonFiniteError
 from qectomy.eval.perplexity import ScoringWindows
@@ -29,7 +27,10 @@ from qectomy.surgery.config_files import reduced_config, write_config
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.plan import planned_tensors
 from qectomy.surgery.query_maps import QueryMapSpec
+from qectomy.surgery.source_watch import SourceWatch
+from qectomy.surgery.step_writer import StepWriter
 from qectomy.surgery.stream_basis import StreamBasis, random_basis
+from qectomy.surgery.work_folder import WorkFolder
 from qectomy.surgery.writer import DTYPES, ShardWriter, TensorSpec
 
 Progress = Callable[[int, int, str], None]  # (layers done, layers in all, note)
@@ -37,20 +38,6 @@ TOKENS_A_BATCH = 512  # how many tokens a layer runs on at a time
 TOKENS_ON_DEVICE = 8192  # likewise, on an accelerator
 BYTES_A_READ = 4_000_000  # of the embedding, about
 KL_WINDOWS = 8  # on which the attention KL of a layer is measured, fitted and held-out alike
-
-
-@dataclass
-class Stopwatch:
-    """Seconds by stage. Where one ends, what it freed goes back to the system, so that peaks do not add up."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    begun: float = field(default_factory=time.perf_counter)
-
-    def add(self, stage: str, since: float) -> float:
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - since
-        release_freed()
-        return now
 
 
 class LayerPass:
@@ -64,11 +51,12 @@ class LayerPass:
         runner: LayerRunner,
         fitted: Windows,
         held: ScoringWindows,
-        work: Path,
+        unchanged: SourceWatch,
+        work: WorkFolder,
         watch: Stopwatch,
     ):
         self.source, self.recipe, self.settings, self.runner = source, recipe, settings, runner
-        self.held, self.work, self.watch = held, work, watch
+        self.held, self.unchanged, self.work, self.watch = held, unchanged, work, watch
         self.tokens = torch.cat([fitted.tokens, held.tokens])
         self.n_fitted = fitted.tokens.shape[0]
         at_once = TOKENS_A_BATCH if runner.device.type == "cpu" else TOKENS_ON_DEVICE
@@ -79,45 +67,86 @@ class LayerPass:
         self.teacher_seconds = 0.0  # float32 teacher layers on the evaluation windows
         self.basis = self._choose_basis()
         self.drifted = self.basis is not None  # whether the student's stream has left the teacher's
+        self.layers: list[dict[str, Any]] = []  # one record a layer
 
-    def run(self, progress: Progress | None) -> tuple[FinalScores, list[dict[str, Any]]]:
-        """Write every tensor; return the scores of the evaluation windows, and one record a layer."""
-        dims, layers = self.source.dims, []
+    def run(self, progress: Progress | None) -> tuple[FinalScores, dict[str, str]]:
+        """Write every tensor; return the scores of the evaluation windows, and the sha256 of each tensor."""
+        dims, tell = self.source.dims, progress or (lambda done, total, note: None)
         shape = (self.tokens.shape[0], self.settings.context, dims.d_model)
         with ExitStack() as stack, torch.no_grad():
-            streams = Streams(self.work, shape, fitted=self.n_fitted, batch=self.batch)
+            streams = Streams(self.work.scratch, shape, fitted=self.n_fitted, batch=self.batch)
             stack.callback(streams.close)
-            writer = stack.enter_context(ShardWriter(self.work, self.specs))
-            since = time.perf_counter()
-            self._embed(streams)
-            self._write_outer(writer)
-            self.watch.add("embedding", since)
-            for layer in range(dims.n_layers):
-                begun = time.perf_counter()
-                try:
-                    record = self._layer(layer, streams, writer)
-                except torch.linalg.LinAlgError as error:
-                    raise NonFiniteError(
-                        f"layer {layer} cannot be fitted: its weights or hidden states overflow float32"
-                    ) from error
-                record["seconds"] = round(time.perf_counter() - begun, 3)
-                layers.append(record)
-                if progress:
-                    kl = record["attention_kl"]
-                    progress(
-                        layer + 1,
-                        dims.n_layers,
-                        f"attention KL {kl['fitted']:.4f}, held out {kl['heldout']:.4f}",
-                    )
+            writer = StepWriter(self.work, self.specs, holds=lambda n, step: streams.hold(n - 1, step.get("states")))
+            stack.enter_context(writer)
+            if writer.lost:
+                tell(0, dims.n_layers, writer.loss)
+            if writer.steps:
+                self._go_on_from(writer.steps, streams)
+                tell(len(self.layers), dims.n_layers, "done before: going on from there")
+            else:
+                self._begin(streams, writer)
+            for layer in range(len(self.layers), dims.n_layers):
+                record = self._timed_layer(layer, streams, writer)
+                self._keep(streams, writer, record)
+                kl = record["attention_kl"]
+                note = f"attention KL {kl['fitted']:.4f}, held out {kl['heldout']:.4f}"
+                tell(layer + 1, dims.n_layers, note)
             writer.finish()
-            since = time.perf_counter()
-            dtype = self.settings.stored_dtype or self.source.dtype
-            write_config(self.work, reduced_config(self.source, self.recipe, dtype))
-            original = Head(self.source, self.runner.config, self.runner.device)
-            reduced = Head(open_checkpoint(self.work, reduced=True), self.runner.config, self.runner.device)
-            scores = final_scores(original, reduced, streams, self.held, self.basis)
-            self.watch.add("scores", since)
-        return scores, layers
+            return self._score(streams), writer.digests
+
+    def _begin(self, streams: Streams, writer: StepWriter) -> None:
+        """Write what lies outside the layers and both streams' first states: the first step."""
+        since = time.perf_counter()
+        self._embed(streams)
+        self._write_outer(writer)
+        self.watch.add("embedding", since)
+        self._keep(streams, writer, None)
+
+    def _keep(self, streams: Streams, writer: StepWriter, record: dict[str, Any] | None) -> None:
+        """End a step: after this nothing of it is lost, and all that the next layers depend on is on the disk."""
+        since = time.perf_counter()
+        self.unchanged.check()
+        self.layers += [record] if record else []
+        writer.keep(
+            states=streams.sync(),
+            record=record,
+            generator=self.generator.get_state().numpy().tobytes().hex(),
+            drifted=self.drifted,
+            seconds=self.watch.seconds,
+            total_seconds=self.watch.total,
+            teacher_seconds=self.teacher_seconds,
+        )
+        self.watch.add("keeping", since)
+
+    def _go_on_from(self, steps: list[dict[str, Any]], streams: Streams) -> None:
+        """Be as this was when the last of some steps was kept."""
+        last = steps[-1]
+        self.layers = [step["record"] for step in steps[1:]]
+        streams.enter(len(self.layers))
+        self.generator.set_state(torch.frombuffer(bytearray.fromhex(last["generator"]), dtype=torch.uint8))
+        self.drifted, self.teacher_seconds = last["drifted"], last["teacher_seconds"]
+        self.watch.go_on_from(last["seconds"], last["total_seconds"])
+
+    def _timed_layer(self, layer: int, streams: Streams, writer: StepWriter) -> dict[str, Any]:
+        begun = time.perf_counter()
+        try:
+            record = self._layer(layer, streams, writer)
+        except torch.linalg.LinAlgError as error:
+            raise NonFiniteError(
+                f"layer {layer} cannot be fitted: its weights or hidden states overflow float32"
+            ) from error
+        return record | {"seconds": round(time.perf_counter() - begun, 3)}
+
+    def _score(self, streams: Streams) -> FinalScores:
+        """Write the config and score both models on the evaluation windows."""
+        since, work = time.perf_counter(), self.work.result
+        dtype = self.settings.stored_dtype or self.source.dtype
+        write_config(work, reduced_config(self.source, self.recipe, dtype))
+        original = Head(self.source, self.runner.config, self.runner.device)
+        reduced = Head(open_checkpoint(work, reduced=True), self.runner.config, self.runner.device)
+        scores = final_scores(original, reduced, streams, self.held, self.basis)
+        self.watch.add("scores", since)
+        return scores
 
     def forward_pass_seconds(self, head_seconds: float) -> float:
         """Estimate of one plain float32 pass over all tokens, from the teacher's share of this run."""
@@ -151,7 +180,7 @@ class LayerPass:
         positions = self._positions()
         with ExitStack() as stack:
             shape = (len(wanted), self.source.dims.d_model)
-            tables = [stack.enter_context(scratch_file(self.work / f".rows-{i}", *shape)) for i in range(2)]
+            tables = [stack.enter_context(scratch_file(streams.scratch / f"rows-{i}", *shape)) for i in range(2)]
             for start, stop in self._runs(name):
                 first, last = torch.searchsorted(wanted, torch.tensor([start, stop])).tolist()
                 if first == last:
@@ -220,7 +249,7 @@ class LayerPass:
         student = runner.build(layer, stored, reduced=True)
         since = self.watch.add("writing", since)
         self._run_student(layer, student, streams)
-        streams.next_layer()
+        streams.enter(layer + 1)
         self.watch.add("forward", since)
         return {"index": layer, "map": str(spec), "attention_kl": kl}
 
@@ -279,13 +308,13 @@ class LayerPass:
                 self.teacher_seconds += time.perf_counter() - begun
 
     def _run_student(self, layer: int, student: nn.Module, streams: Streams) -> None:
-        """Run the reduced layer on all windows; its stream takes the place of the one that entered."""
+        """Run the reduced layer on all windows and keep its stream after the layer."""
         for first, last, precision in self._spans():
             with precision:
                 for start, stop in batches(first, last, self.batch):
                     after = self.runner.forward(student, streams.student[start:stop].to(self.runner.device))
                     self._check(after, f"the reduced model's layer {layer}", start, stop)
-                    streams.student[start:stop] = after
+                    streams.student_after[start:stop] = after
 
     def _spans(self) -> Iterator[tuple[int, int, AbstractContextManager[None]]]:
         """Yield the fitted windows, for fast precision, and the evaluation windows, for float32."""

@@ -4,6 +4,7 @@ A file, not a map of one: mapped pages would count as this process's memory and 
 """
 
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,16 +12,21 @@ from pathlib import Path
 import torch
 
 from qectomy.errors import OutputError
+from qectomy.surgery.checkpoint import BYTES_A_READ
 from qectomy.surgery.writer import write_all
 
 
 class WindowFile:
-    """n_windows tensors of one shape and type in a file: read and written by runs [start:stop], read by lists too."""
+    """n_windows tensors of one shape and type in a file: read and written by runs [start:stop], read by lists too.
+
+    A file that is there already keeps what it holds.
+    """
 
     def __init__(self, path: Path, n_windows: int, *shape: int, dtype: torch.dtype = torch.float32):
         self.shape, self.dtype = (n_windows, *shape), dtype
         self._window_bytes = torch.Size(shape).numel() * dtype.itemsize
-        self._file = path.open("w+b", buffering=0)
+        self._crc, self._summed = 0, 0  # of the first windows, if they were written one after the other
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
         try:
             size = max(1, n_windows * self._window_bytes)
             if hasattr(os, "posix_fallocate"):
@@ -47,6 +53,24 @@ class WindowFile:
         assert values.shape == (stop - start, *self.shape[1:])
         data = _bytes(values.detach().to("cpu", self.dtype).contiguous())
         write_all(self._file.fileno(), data, start * self._window_bytes)
+        follows = start in (0, self._summed)
+        self._crc, self._summed = (zlib.crc32(data, self._crc if start else 0), stop) if follows else (0, -1)
+
+    def checksum(self) -> int:
+        """Return the CRC-32 of what was written, every window once, from the first to the last."""
+        assert self._summed == self.shape[0], "windows were not written one after the other"
+        return self._crc
+
+    def checksum_on_disk(self) -> int:
+        """Return the CRC-32 of what the file holds."""
+        crc = 0
+        for start, stop in batches(0, self.shape[0], max(1, BYTES_A_READ // max(1, self._window_bytes))):
+            crc = zlib.crc32(_bytes(self[start:stop]), crc)
+        return crc
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -66,9 +90,10 @@ class WindowFile:
 
 
 class Streams:
-    """Hidden states of both models as they enter a layer, and the teacher's as they leave it.
+    """Hidden states of both models as they enter a layer, and as they leave it.
 
     Windows [0, fitted) are fitted on, the rest only measured. All have the shape (n_windows, T, D), float32.
+    What enters a layer is not overwritten before the next one: two files a model take turns, and outlive the process.
     """
 
     def __init__(self, folder: Path, shape: Sequence[int], *, fitted: int, batch: int):
@@ -76,19 +101,32 @@ class Streams:
         with ExitStack() as stack:
 
             def file(name: str, n_windows: int) -> WindowFile:
-                return stack.enter_context(scratch_file(folder / f".{name}", n_windows, *shape[1:]))
+                made = WindowFile(folder / name, n_windows, *shape[1:])
+                stack.callback(made.close)
+                return made
 
-            self.teacher, self.student = file("teacher", shape[0]), file("student", shape[0])
+            self._pairs = [(file(f"teacher-{i}", shape[0]), file(f"student-{i}", shape[0])) for i in range(2)]
             self.teacher_mid = file("teacher-mid", fitted)  # after the attention; only the refit asks for it
-            self.teacher_after = file("teacher-after", shape[0])
             self._stack = stack.pop_all()
+        self.enter(0)
 
-    def next_layer(self) -> None:
-        """Let what left the teacher's layer enter the next one."""
-        self.teacher, self.teacher_after = self.teacher_after, self.teacher
+    def enter(self, layer: int) -> None:
+        """Let what left the layer before be what enters this one."""
+        self.teacher, self.student = self._pairs[layer % 2]
+        self.teacher_after, self.student_after = self._pairs[(layer + 1) % 2]
+
+    def sync(self) -> list[int]:
+        """Bring both models' states that enter the layer to the disk; return their checksums."""
+        for states in (self.teacher, self.student):
+            states.sync()
+        return [self.teacher.checksum(), self.student.checksum()]
+
+    def hold(self, layer: int, checksums: object) -> bool:
+        """Whether the files hold the states that enter a layer, of which `sync` returned the checksums."""
+        return [states.checksum_on_disk() for states in self._pairs[layer % 2]] == checksums
 
     def close(self) -> None:
-        """Close the files and remove them."""
+        """Close the files."""
         self._stack.close()
 
 

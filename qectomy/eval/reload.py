@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qectomy.errors import CheckpointError, NonFiniteError, OutputError
+from qectomy.errors import CheckpointError, NonFiniteError, OutputError, Stopped
 from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.scores import SLICE
 from qectomy.eval.streamed import StreamedModel
@@ -50,7 +50,7 @@ def check_reload(folder: Path, tokens: torch.Tensor, logits: torch.Tensor) -> Re
     finally:
         expected.unlink()
     if done.returncode < 0:
-        raise CheckpointError(
+        raise Stopped(
             f"the process that reloads the written checkpoint was killed (signal {-done.returncode}): most likely out "
             "of memory"
         )

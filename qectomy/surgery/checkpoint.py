@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from qectomy.errors import CheckpointError, NonFiniteError, UnsupportedArchitecture
+from qectomy.errors import CheckpointError, NonFiniteError, UnreadableError, UnsupportedArchitecture
 from qectomy.surgery.architectures import find_family, find_reduced_family
 from qectomy.surgery.family import Dimensions, Family, Shapes
 from qectomy.surgery.finite import all_finite
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_LAYERS = 10_000
+BYTES_A_READ = 4_000_000
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model*", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
 HUB_IGNORED = ["consolidated*", "*/*"]  # a second copy of the weights in another layout; other formats and sizes
 
@@ -95,7 +96,7 @@ class Checkpoint:
             with safe_open(self.folder / info.file, "pt", backend="pread") as file:
                 tensor = file.get_tensor(info.stored_name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{info.file}: cannot read tensor {name}: {error}") from error
+            raise UnreadableError(f"{info.file}: cannot read tensor {name}: {error}") from error
         return self._checked(name, tensor, dtype)
 
     def read_rows(self, name: str, start: int, stop: int, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
@@ -114,11 +115,20 @@ class Checkpoint:
                 file.seek(self._offsets[info.file][info.stored_name] + start * row_bytes)
                 got = file.readinto(data)
         except OSError as error:
-            raise CheckpointError(f"{info.file}: cannot read tensor {name}: {error}") from error
+            raise UnreadableError(f"{info.file}: cannot read tensor {name}: {error}") from error
         if got != len(data):
-            raise CheckpointError(f"{info.file}: ended inside tensor {name}; the file has changed since it was opened")
+            raise UnreadableError(f"{info.file}: ended inside tensor {name}; the file has changed since it was opened")
         rows = torch.frombuffer(data, dtype=getattr(torch, TORCH_NAMES[info.dtype]))
         return self._checked(name, rows.view(stop - start, *info.shape[1:]), dtype)
+
+    def digest(self, name: str) -> str | None:
+        """Return the sha256 of a tensor's bytes as they are stored; None where the file ends before."""
+        info = self.tensors[name]
+        try:
+            with (self.folder / info.file).open("rb", buffering=0) as file:
+                return digest_at(file.fileno(), self._offsets[info.file][info.stored_name], info.nbytes)
+        except OSError as error:
+            raise UnreadableError(f"{info.file}: cannot read tensor {name}: {error}") from error
 
     @cached_property
     def _offsets(self) -> dict[str, dict[str, int]]:
@@ -225,6 +235,18 @@ def expected_tensors(family: Family, dims: Dimensions, recipe: tuple[QueryMapSpe
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def digest_at(descriptor: int, offset: int, nbytes: int) -> str | None:
+    """Return the sha256 of bytes of a file, read a few at a time; None where it ends before."""
+    digest = hashlib.sha256()
+    while nbytes:
+        data = os.pread(descriptor, min(nbytes, BYTES_A_READ), offset)
+        if not data:
+            return None
+        digest.update(data)
+        offset, nbytes = offset + len(data), nbytes - len(data)
+    return digest.hexdigest()
 
 
 def _sha256(file: Any) -> str:

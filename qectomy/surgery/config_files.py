@@ -90,11 +90,16 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 def copy_companions(source: Path, folder: Path, patterns: tuple[str, ...] = CARRIED) -> None:
     """Copy tokenizer, generation config and licence files; never code, never weights."""
-    for pattern in patterns:
-        for file in sorted(source.glob(pattern)):
-            carried = file.is_file() and file.suffix not in (".py", ".bin", ".pt", ".pth", ".safetensors")
-            if carried and file.stat().st_size <= MAX_CARRIED_BYTES:
-                shutil.copyfile(file, folder / file.name)
+    for file in companions(source, patterns):
+        shutil.copyfile(file, folder / file.name)
+
+
+def companions(source: Path, patterns: tuple[str, ...] = CARRIED) -> list[Path]:
+    """Return the files of a checkpoint that go along as they are."""
+    found = {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}
+    code_or_weights = (".py", ".bin", ".pt", ".pth", ".safetensors")
+    carried = {file for file in found if file.suffix not in code_or_weights}
+    return sorted(file for file in carried if file.stat().st_size <= MAX_CARRIED_BYTES)
 
 
 def copy_model_code(family: Family, folder: Path) -> None:

@@ -7,7 +7,7 @@ are in memory beside the layer.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
 
 import torch
 
@@ -22,8 +22,11 @@ from qectomy.surgery.gauge import MAX_PIVOT_CONDITION, choose_pivots, fold_pivot
 from qectomy.surgery.linear_views import read_view
 from qectomy.surgery.plan import planned_tensors
 from qectomy.surgery.query_maps import QueryMapSpec
+from qectomy.surgery.source_watch import SourceWatch
+from qectomy.surgery.step_writer import StepWriter, check_shards
 from qectomy.surgery.streams import HEAD
-from qectomy.surgery.writer import DTYPES, ShardWriter, TensorSpec
+from qectomy.surgery.work_folder import WorkFolder
+from qectomy.surgery.writer import DTYPES, TensorSpec
 
 ROWS_AT_ONCE = 2048  # of the embedding
 Progress = Callable[[int, int, str], None]
@@ -114,33 +117,59 @@ def writer_shift(folds: Folds, layer: int) -> torch.Tensor | None:
 
 
 def fold_checkpoint(
-    source: Checkpoint, plan: ExactPlan, folder: Path, dtype: str | None, progress: Progress | None = None
-) -> None:
-    """Write the weights that `plan` leaves of `source`. Raises NonFiniteError where one does not fit `dtype`."""
-    specs = plan.tensors(source, dtype)
-    with ShardWriter(folder, specs) as writer:
-        for name, start, rows in folded_tensors(source, plan, progress):
-            stored = rows.to(DTYPES[specs[name].dtype])
-            if not all_finite(stored):
-                raise NonFiniteError(f"{name} does not fit in {specs[name].dtype} once folded; use --dtype float32")
-            writer.write_rows(name, start, stored)
+    source: Checkpoint,
+    plan: ExactPlan,
+    work: WorkFolder,
+    dtype: str | None,
+    unchanged: SourceWatch,
+    progress: Progress | None = None,
+) -> dict[str, str]:
+    """Write the weights that `plan` leaves of `source`, going on from the last step that was kept; return their sha256.
+
+    Raises NonFiniteError where one does not fit `dtype`.
+    """
+    specs, steps = plan.tensors(source, dtype), _steps(source, plan)
+    with StepWriter(work, specs) as writer:
+        if writer.lost and progress:
+            progress(0, len(steps), writer.loss)
+        for number in range(len(writer.steps), len(steps)):
+            for name, start, rows in steps[number]():
+                stored = rows.to(DTYPES[specs[name].dtype])
+                if not all_finite(stored):
+                    raise NonFiniteError(f"{name} does not fit in {specs[name].dtype} once folded; use --dtype float32")
+                writer.write_rows(name, start, stored)
+            unchanged.check()
+            writer.keep()
+            if progress:
+                progress(number + 1, len(steps), "folding")
         writer.finish()
+    check_shards(work.result, specs, writer.digests)
+    return writer.digests
 
 
 def folded_tensors(
     source: Checkpoint, plan: ExactPlan, progress: Progress | None = None
 ) -> Iterator[tuple[str, int, torch.Tensor]]:
     """Yield (name, first row, rows) of every tensor of the folded model, in float64."""
+    steps = _steps(source, plan)
+    for number, step in enumerate(steps):
+        yield from step()
+        if progress:
+            progress(number + 1, len(steps), "folding")
+
+
+def _steps(source: Checkpoint, plan: ExactPlan) -> list[Callable[[], Iterator[tuple[str, int, torch.Tensor]]]]:
+    """Return what makes the tensors of the embedding, of each stored layer and of the head, in that order."""
     folds = Folds(source, plan.choice)
-    yield from _embedding(source, folds)
-    stored = source.dims.n_stored
-    for layer in range(stored):
-        folded = fold_layer(source.read_layer(layer), source.dims, source.family.roles, layer_plan(plan, folds, layer))
+
+    def layer_tensors(layer: int) -> Iterator[tuple[str, int, torch.Tensor]]:
+        tensors = source.read_layer(layer)
+        folded = fold_layer(tensors, source.dims, source.family.roles, layer_plan(plan, folds, layer))
         for name, tensor in folded.items():
             yield source.prefix(layer) + name, 0, tensor
-        if progress:
-            progress(layer + 1, stored, "folding")
-    yield from _head(source, folds, plan.dims.tied)
+
+    layers = [partial(layer_tensors, layer) for layer in range(source.dims.n_stored)]
+    return [partial(_embedding, source, folds), *layers, partial(_head, source, folds, plan.dims.tied)]
 
 
 def _embedding(source: Checkpoint, folds: Folds) -> Iterator[tuple[str, int, torch.Tensor]]:

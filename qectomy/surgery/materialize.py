@@ -16,8 +16,11 @@ from qectomy.surgery.config_files import copy_companions, load_config, stock_con
 from qectomy.surgery.family import Dimensions, Family, LinearView
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.linear_views import Projection, read_maps, store_views, without_views
-from qectomy.surgery.output import check_room, new_folder
+from qectomy.surgery.output import check_room
 from qectomy.surgery.query_maps import QueryMapSpec
+from qectomy.surgery.source_watch import SourceWatch
+from qectomy.surgery.step_writer import StepWriter, check_shards
+from qectomy.surgery.work_folder import WorkFolder, finished, work_folder
 from qectomy.surgery.writer import DTYPES, MAX_SHARD_BYTES, ShardWriter, TensorSpec
 
 Progress = Callable[[int, int], None]
@@ -71,11 +74,17 @@ def materialize(
     out: Path,
     progress: Progress | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    resume: bool = False,
+    clean: bool = False,
 ) -> dict[str, Any]:
     """Write the stock checkpoint that a reduced one amounts to; return what was written.
 
-    One layer is held at a time. Raises OutputError if `out` exists or the disk is full.
+    One layer is held at a time. Until it is whole it lies in OUT.converting, whence `resume` goes on and which `clean`
+    removes first. Raises OutputError if `out` exists or the disk is full.
     """
+    if resume and (done := finished(out)) is not None:
+        return done
     family, dims, dtype = checkpoint.family, checkpoint.dims, checkpoint.dtype
     if not dims.stock:
         raise UnsupportedArchitecture(
@@ -88,27 +97,44 @@ def materialize(
         name: TensorSpec(shape, checkpoint.tensors[name].dtype if name in checkpoint.tensors else dtype)
         for name, shape in shapes.items()
     }
-    check_room(out, sum(spec.nbytes for spec in specs.values()))
-    config = load_config(family, checkpoint.config, reduced=True)
-    with new_folder(out) as work:
-        with ShardWriter(work, specs, max_shard_bytes) as writer:
-            for name in family.outer_shapes(dims):
-                writer.write(name, checkpoint.read(name))
-            for layer in range(dims.n_layers):
-                tensors = dense_layer(checkpoint, config, layer, checkpoint.read_layer(layer))
-                _check_fits(tensors, {name: specs[family.prefix(layer) + name].dtype for name in tensors}, layer)
-                for name in family.layer_shapes(dims, dense[layer]):
-                    writer.write(family.prefix(layer) + name, tensors[name])
-                if progress:
-                    progress(layer + 1, dims.n_layers)
+    check_room(out, sum(spec.nbytes for spec in specs.values()) - WorkFolder(out).nbytes())
+    config, unchanged = load_config(family, checkpoint.config, reduced=True), SourceWatch(checkpoint)
+    told = {"command": "materialize", "largest shard": max_shard_bytes} | unchanged.fingerprint
+    with work_folder(out, told, resume=resume, clean=clean) as work:
+        with StepWriter(work, specs, max_shard_bytes) as writer:
+            for step in range(len(writer.steps), dims.n_layers + 1):  # the first is what lies outside the layers
+                if step == 0:
+                    for name in family.outer_shapes(dims):
+                        writer.write(name, checkpoint.read(name))
+                else:
+                    _write_layer(checkpoint, config, step - 1, writer, specs)
+                unchanged.check()
+                writer.keep()
+                if progress and step:
+                    progress(step, dims.n_layers)
             writer.finish()
-        write_config(work, stock_config(checkpoint, dtype))
-        copy_companions(checkpoint.folder, work)
-    parameters = sum(torch.Size(spec.shape).numel() for spec in specs.values())
-    return {
-        "out": str(out),
-        "model_type": family.model_type,
-        "parameters": {"before": checkpoint.parameters, "after": parameters},
-        "bytes": {"before": checkpoint.nbytes, "after": sum(spec.nbytes for spec in specs.values())},
-        "note": "materialising saves nothing: W_Q is back, for engines that know nothing of Qectomy",
-    }
+        check_shards(work.result, specs, writer.digests, max_shard_bytes)
+        write_config(work.result, stock_config(checkpoint, dtype))
+        copy_companions(checkpoint.folder, work.result)
+        parameters = sum(torch.Size(spec.shape).numel() for spec in specs.values())
+        report = {
+            "out": str(out),
+            "model_type": family.model_type,
+            "parameters": {"before": checkpoint.parameters, "after": parameters},
+            "bytes": {"before": checkpoint.nbytes, "after": sum(spec.nbytes for spec in specs.values())},
+            "note": "materialising saves nothing: W_Q is back, for engines that know nothing of Qectomy",
+        }
+        unchanged.check()
+        work.publish(report)
+    return report
+
+
+def _write_layer(
+    checkpoint: Checkpoint, config: Any, layer: int, writer: ShardWriter, specs: dict[str, TensorSpec]
+) -> None:
+    """Write the stock layer that a reduced one amounts to."""
+    family, prefix = checkpoint.family, checkpoint.family.prefix(layer)
+    tensors = dense_layer(checkpoint, config, layer, checkpoint.read_layer(layer))
+    _check_fits(tensors, {name: specs[prefix + name].dtype for name in tensors}, layer)
+    for name in family.layer_shapes(checkpoint.dims, QueryMapSpec("dense")):
+        writer.write(prefix + name, tensors[name])

@@ -11,6 +11,9 @@ from pathlib import Path
 from types import FrameType
 
 from qectomy.errors import OutputError
+from qectomy.surgery.locked_folder import sync
+
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 def check_absent(out: Path) -> None:
@@ -42,39 +45,45 @@ def check_room(out: Path, needed: int) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield a work folder beside `out`; rename it to `out` when the block ends well, else remove it.
 
-    SIGTERM is treated as Ctrl-C while the block runs, so that it cleans up too.
+    The signals that end a process are treated as Ctrl-C while the block runs, so that they clean up too.
     """
     check_absent(out)
     out = out.absolute()
-    made = _make_parents(out.parent)
-    before = signal.getsignal(signal.SIGTERM)
+    made = make_parents(out.parent)
     try:
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-        try:
-            _on_sigterm(_interrupt)
-            yield work
-            work.chmod(0o755)
-            _sync(work)
-            check_absent(out)
-            work.rename(out)
-            _sync(out.parent)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-        finally:
-            _on_sigterm(before)
+        with interruptible():
+            work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+            try:
+                yield work
+                move(work, out)
+            except BaseException:
+                shutil.rmtree(work, ignore_errors=True)
+                raise
     except OSError as error:
-        _remove_empty(made)
-        what = {errno.ENOSPC: "the disk is full", errno.EROFS: "the disk is read-only"}.get(
-            error.errno or 0, error.strerror or str(error)
-        )
-        raise OutputError(f"{out} could not be written: {what}. Nothing was left behind.") from error
-    except BaseException:
-        _remove_empty(made)
-        raise
+        raise OutputError(f"{out} could not be written: {cause(error)}. Nothing was left behind.") from error
+    finally:
+        remove_empty(made)
 
 
-def _make_parents(parent: Path) -> list[Path]:
+def move(work: Path, out: Path) -> None:
+    """Bring a folder to the disk and let it appear as `out`, by a rename. Raises OutputError if `out` is there."""
+    work.chmod(0o755)
+    for path in work.rglob("*"):
+        sync(path)
+    sync(work)
+    check_absent(out)
+    work.rename(out)
+    sync(out.parent)
+
+
+def cause(error: OSError) -> str:
+    """Return what an error of the system means for an output."""
+    return {errno.ENOSPC: "the disk is full", errno.EROFS: "the disk is read-only"}.get(
+        error.errno or 0, error.strerror or str(error)
+    )
+
+
+def make_parents(parent: Path) -> list[Path]:
     """Make missing parents; return those made, innermost first."""
     missing = []
     while not parent.exists():
@@ -88,26 +97,33 @@ def _make_parents(parent: Path) -> list[Path]:
     return missing
 
 
-def _remove_empty(folders: list[Path]) -> None:
+def remove_empty(folders: list[Path]) -> None:
+    """Remove those that hold nothing."""
     for folder in folders:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Treat the signals that end a process as Ctrl-C while the block runs; one that is ignored (nohup) stays so."""
+    before = {number: signal.getsignal(number) for number in ENDING}
+    caught = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    try:
+        for number in caught:
+            _handle(number, _interrupt)
+        yield
+    finally:
+        for number, handler in caught.items():
+            _handle(number, handler)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _on_sigterm(handler: object) -> None:
+def _handle(number: int, handler: object) -> None:
     try:
-        signal.signal(signal.SIGTERM, handler)  # type: ignore[arg-type]
+        signal.signal(number, handler)  # type: ignore[arg-type]
     except ValueError:  # not the main thread: signals stay as they are
         return
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -182,6 +182,16 @@ def _parse_layers(text: str, n_layers: int) -> range:
     return range(start, stop + 1)
 
 
+def written(recipe: tuple[QueryMapSpec, ...]) -> str:
+    """Return what `parse_recipe` reads as this recipe, if every map is one that can be asked for."""
+    layers: dict[str, list[int]] = {}
+    for layer, spec in enumerate(recipe):
+        layers.setdefault(str(spec), []).append(layer)
+    if len(layers) == 1:
+        return next(iter(layers))
+    return ",".join(f"{run}={name}" for name, found in layers.items() for run in ranges(found).split(", "))
+
+
 def ranges(layers: list[int]) -> str:
     """Write [0, 1, 2, 5] as '0-2, 5'."""
     runs: list[list[int]] = []

@@ -3,11 +3,10 @@
 import json
 import math
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from conversions import QUICK, convert_tiny, few_steps, hashes, measured, reload_here
+from conversions import QUICK, convert_tiny, few_steps, hashes, measured, reload_here, tensor_hashes
 from safetensors import safe_open
 from tiny_models import ROPES, bos_tokenizer, tiny_tokenizer
 
@@ -304,15 +303,14 @@ def test_scratch_stays_within_what_the_plan_says(shape, tiny_checkpoint, raven, 
     source, sizes = open_checkpoint(tiny_checkpoint(shape)), []
 
     def watch(folder):
-        hidden = [path for path in Path(folder).glob(".*") if path.is_file()]
-        sizes.append(sum(path.stat().st_size for path in hidden))
+        sizes.append(sum(path.stat().st_size for path in folder.iterdir()))
 
     def refine_and_look(*arguments):
-        watch(next(tmp_path.glob(".out.partial-*")))
+        watch(tmp_path / "out.converting/scratch")
         return refine(*arguments)
 
     def search_and_look(*arguments):
-        watch(next(tmp_path.glob(".out.partial-*")))
+        watch(tmp_path / "out.converting/scratch")
         return searchsorted(*arguments)
 
     refine, searchsorted = layer_fit.refine, torch.searchsorted
@@ -321,6 +319,14 @@ def test_scratch_stays_within_what_the_plan_says(shape, tiny_checkpoint, raven, 
     convert_tiny(source.folder, tmp_path / "out", "key-shared", raven)
     planned = scratch_bytes(source, QUICK["tokens"], QUICK["eval_tokens"])
     assert 0.5 * planned < max(sizes) <= planned
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_the_report_has_the_sha256_of_each_tensor(dtype, tiny_checkpoint, raven, tmp_path):
+    report = convert_tiny(tiny_checkpoint(), tmp_path / "out", "0=select,1=dense", raven, dtype=dtype)
+    assert report["tensors_sha256"] == tensor_hashes(tmp_path / "out")
+    checkpoint = open_checkpoint(tmp_path / "out", reduced=True)
+    assert {name: checkpoint.digest(name) for name in checkpoint.tensors} == report["tensors_sha256"]
 
 
 def test_progress_counts_the_layers(tiny_checkpoint, raven, tmp_path):

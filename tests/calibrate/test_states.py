@@ -1,5 +1,6 @@
 """Hidden states in a file read back as they were written, whole or a few windows at a time."""
 
+import binascii
 import contextlib
 import errno
 import os
@@ -103,19 +104,45 @@ def test_a_scratch_file_is_gone_whatever_happens(tmp_path, monkeypatch):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=[None, None, full]))
-    with pytest.raises(OutputError, match="no room"):
-        Streams(tmp_path, (2, 5, 3), fitted=1, batch=1)
+    monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=full))
+    with pytest.raises(OutputError, match="no room"), scratch_file(tmp_path / "file", 2, 3):
+        pytest.fail("the block must not run")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_streams_hand_the_teachers_output_to_the_next_layer_and_leave_no_file(tmp_path):
+def test_streams_hand_what_left_a_layer_to_the_next_and_keep_what_entered_it(tmp_path):
     streams = Streams(tmp_path, (2, 5, 3), fitted=1, batch=1)
-    assert len(list(tmp_path.iterdir())) == 4
-    streams.teacher[:], streams.teacher_after[:], streams.student[:] = numbers(2), 2 * numbers(2), 3 * numbers(2)
-    streams.next_layer()
-    assert torch.equal(streams.teacher[:], 2 * numbers(2))
-    assert torch.equal(streams.student[:], 3 * numbers(2))
-    assert streams.teacher is not streams.teacher_after
+    streams.teacher[:], streams.student[:] = numbers(2), 2 * numbers(2)
+    first = streams.sync()
+    streams.teacher_after[:], streams.student_after[:] = 3 * numbers(2), 4 * numbers(2)
+    streams.enter(1)
+    second = streams.sync()
+    assert torch.equal(streams.teacher[:], 3 * numbers(2))
+    assert torch.equal(streams.student[:], 4 * numbers(2))
+    assert torch.equal(streams.teacher_after[:], numbers(2))
+    assert torch.equal(streams.student_after[:], 2 * numbers(2))
     streams.close()
-    assert list(tmp_path.iterdir()) == []
+    later = Streams(tmp_path, (2, 5, 3), fitted=1, batch=1)  # another process
+    assert later.hold(0, first)
+    assert later.hold(1, second)
+    assert not later.hold(1, first)
+    assert not later.hold(0, None)
+    later.enter(1)
+    assert torch.equal(later.student[:], 4 * numbers(2))
+    later.close()
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_checksums_are_those_of_the_bytes_in_the_file(tmp_path, size):
+    file = WindowFile(tmp_path / "file", 7, 5, 3)
+    for start, stop in batches(0, 7, size):
+        file[start:stop] = numbers()[start:stop]
+    expected = binascii.crc32((tmp_path / "file").read_bytes())
+    assert file.checksum() == file.checksum_on_disk() == expected
+    file[0:2] = numbers()[0:2]
+    with pytest.raises(AssertionError, match="not written one after the other"):
+        file.checksum()  # the rest may be of another layer
+    file[3:7] = numbers()[3:7]
+    with pytest.raises(AssertionError, match="not written one after the other"):
+        file.checksum()
+    file.close()

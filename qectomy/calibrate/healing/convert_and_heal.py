@@ -26,10 +26,14 @@ def convert_and_heal(
     settings: ConvertSettings,
     heal_settings: HealSettings,
     progress: Progress | None = None,
+    *,
+    resume: bool = False,
+    clean: bool = False,
 ) -> dict[str, Any]:
     """Write the fitted checkpoint to OUT.fitted, heal it to `out`, remove the first; return the report.
 
-    What goes wrong in healing leaves OUT.fitted, and OUT.healing to resume from; the error says with which command.
+    `resume` and `clean` are those of `convert`, for the fit. What goes wrong in healing leaves OUT.fitted, and
+    OUT.healing to resume from; the error says with which command.
     """
     if settings.context > source.dims.n_positions:
         raise TextError(f"--context {settings.context} is longer than the model's {source.dims.n_positions} positions")
@@ -45,7 +49,7 @@ def convert_and_heal(
     if (run := RunFolder(out).path).exists():
         raise QectomyError(f"{run} holds a run that was not finished; remove it, or give another --out")
     check_absent(fitted)
-    convert(source, fitted, recipe, settings, progress)
+    convert(source, fitted, recipe, settings, progress, resume=resume, clean=clean)
     try:
         report = heal(str(fitted), str(source.folder), out, heal_settings, progress=progress)
     except QectomyError as error:

@@ -1,0 +1,60 @@
+"""Notice a checkpoint that changes while it is read."""
+
+import os
+from pathlib import Path
+
+from qectomy.errors import Stopped
+from qectomy.surgery.checkpoint import Checkpoint, sha256
+from qectomy.surgery.config_files import companions
+from qectomy.surgery.headers import INDEX
+
+
+class SourceWatch:
+    """The files of a checkpoint as they were when this was made: weights, config and what is copied along."""
+
+    def __init__(self, source: Checkpoint):
+        self._folder = source.folder
+        names = {"config.json", *source.files, *(path.name for path in companions(source.folder))}
+        if (source.folder / INDEX).is_file():
+            names.add(INDEX)
+        self._seen = {name: _status(source.folder / name) for name in sorted(names)}
+        self.hashes = {name: sha256(source.folder / name) for name in self._seen}
+        self._weights = ["config.json", *source.files]
+        self.check()  # nothing may have changed while it was hashed
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """The sha256 of the config and of every weights file, as Checkpoint.hashes gives them."""
+        return {name: self.hashes[name] for name in self._weights}
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What tells a run's source from another one."""
+        return {f"source's {name}": digest for name, digest in self.hashes.items()}
+
+    def check(self) -> None:
+        """Raise Stopped, naming it, for a file whose content is another now.
+
+        A file is hashed again only where its size, times or inode differ.
+        """
+        for name, before in self._seen.items():
+            path = self._folder / name
+            try:
+                now = _status(path)
+                same = now == before or sha256(path) == self.hashes[name]
+            except OSError as error:
+                raise Stopped(
+                    f"{path} is gone ({error.strerror}); the source must stay as it is. Put it back"
+                ) from error
+            if not same:
+                raise Stopped(
+                    f"{path} has changed since this run began, and its layers must all come from one model. Put back "
+                    "what it was"
+                )
+            self._seen[name] = now
+
+
+def _status(path: Path) -> tuple[int, ...]:
+    """Return what differs after any write, or when another file takes the place."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

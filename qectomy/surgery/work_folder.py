@@ -1,0 +1,164 @@
+"""The folder in which an output is made: it survives whatever ends the run, and becomes the output by a rename.
+
+    OUT.converting/
+      lock, run.json   who works here, and what the run was told (locked_folder.py)
+      journal          one line a step that is done (journal.py)
+      result/          what becomes OUT
+      scratch/         the run's own
+
+A run that a signal, a full disk or a failing one ends goes on from its last step. One that was refused, for the text or
+the weights that it was given, would be again: it leaves nothing behind.
+"""
+
+import importlib.metadata
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qectomy import __version__
+from qectomy.errors import OutputError, QectomyError, Stopped
+from qectomy.surgery.journal import Journal
+from qectomy.surgery.locked_folder import RECORD, LockedFolder
+from qectomy.surgery.output import cause, check_absent, interruptible, make_parents, move, remove_empty
+
+JOURNAL = "journal"
+RESULT, SCRATCH = "result", "scratch"
+MARK = "qectomy"  # in the fingerprint of every run
+
+
+class WorkFolder(LockedFolder):
+    """The folder of one run that makes an output: `start` it, fill `result` step by step, `publish` it."""
+
+    suffix = "converting"
+    doing = "works"
+    anew = "start anew with --clean"
+    before_record = frozenset({JOURNAL, RESULT, SCRATCH})
+
+    def __init__(self, out: Path):
+        super().__init__(out)
+        self.out = out.absolute()
+        self.result, self.scratch = self.path / RESULT, self.path / SCRATCH
+        self.journal = Journal(self.path / JOURNAL)
+
+    def start(self, fingerprint: dict[str, Any], resume: bool) -> bool:
+        """Hold the folder, new or, with `resume`, as it was left; return whether a run is resumed."""
+        told = {
+            MARK: __version__,
+            **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+            **fingerprint,
+        }
+        resumed = super().start(told, resume)
+        self.scratch.mkdir(exist_ok=True)
+        self.journal = Journal(self.path / JOURNAL)  # as whoever held the folder before has left it
+        return resumed
+
+    def prepare(self) -> None:
+        """Let nothing of an earlier run be there."""
+        self.clear()
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget every step, and what was made of the result."""
+        shutil.rmtree(self.result, ignore_errors=True)
+        self.result.mkdir()
+        self.journal.path.unlink(missing_ok=True)
+        self.journal = Journal(self.journal.path)
+
+    def clean(self) -> None:
+        """Remove what an earlier run left. Raises QectomyError if another process works here, or no run ever did."""
+        if not self.path.exists():
+            return
+        self.take()
+        if (self.path / RECORD).exists():
+            told = self.record().get("fingerprint")
+            if not isinstance(told, dict) or MARK not in told:
+                raise QectomyError(
+                    f"{self.path} is no run's folder: its {RECORD} is not qectomy's; it was left as it is"
+                )
+        self.remove()
+
+    def publish(self, report: dict[str, Any]) -> None:
+        """Bring the result to the disk and let it appear as the output, whole; remove the rest."""
+        self.journal.append(report=report, inode=self.result.stat().st_ino)
+        move(self.result, self.out)
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the folder; the journal, which knows whether the output is in its place, goes late."""
+        for folder in (self.result, self.scratch):
+            shutil.rmtree(folder, ignore_errors=True)
+        super().remove()
+
+
+def finished(out: Path) -> dict[str, Any] | None:
+    """Return the report of a run that was stopped when its output was in its place already, and tidy up; else None."""
+    folder = WorkFolder(out)
+    last = folder.journal.entries[-1] if folder.journal.entries else {}
+    if "report" not in last or folder.result.exists() or not out.is_dir() or out.stat().st_ino != last.get("inode"):
+        return None
+    folder.take()
+    folder.remove()
+    folder.release()
+    return dict(last["report"])
+
+
+@contextmanager
+def work_folder(
+    out: Path, fingerprint: dict[str, Any], *, resume: bool = False, clean: bool = False
+) -> Iterator[WorkFolder]:
+    """Yield the folder of a run, new or, with `resume`, as it was left; `clean` removes one that is there.
+
+    The block ends by `publish`. Signals that end a process are treated as Ctrl-C. Raises OutputError where the output
+    exists or cannot be written, QectomyError where another run is there, and Stopped for what can be resumed.
+    """
+    check_absent(out)
+    made = make_parents(out.absolute().parent)
+    folder = WorkFolder(out)
+    try:
+        with interruptible(), _explained(folder):
+            if clean:
+                folder.clean()
+            folder.start(fingerprint, resume)
+            with _kept_or_removed(folder):
+                yield folder
+    finally:
+        folder.release()
+        remove_empty(made)
+
+
+@contextmanager
+def _kept_or_removed(folder: WorkFolder) -> Iterator[None]:
+    """Remove the folder of a run that was refused, or that has no step to go on from."""
+    try:
+        yield
+    except BaseException as error:
+        refused = isinstance(error, QectomyError) and not isinstance(error, OutputError | Stopped)
+        if refused or not folder.journal.entries:
+            folder.remove()
+        raise
+
+
+@contextmanager
+def _explained(folder: WorkFolder) -> Iterator[None]:
+    """Say of an error of the system, or an interruption, what it left and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{folder.out} could not be written: {cause(error)}. {_left(folder)}") from error
+    except (OutputError, Stopped) as error:
+        raise type(error)(f"{str(error).rstrip('.')}. {_left(folder)}") from error
+    except KeyboardInterrupt as error:
+        if not folder.journal.entries:
+            raise
+        raise Stopped(f"interrupted. {_left(folder)}") from error
+
+
+def _left(folder: WorkFolder) -> str:
+    """Say what lies on the disk when a run has ended early."""
+    if folder.out.exists():
+        return f"{folder.out} is whole."
+    if not folder.path.exists():
+        return "Nothing was left behind."
+    return f"{folder.path} holds what was done: go on with --resume, or {folder.anew}."

@@ -1,0 +1,317 @@
+"""A conversion that is killed, at any moment and however often, goes on to the bytes of one that never was."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conversions import convert_tiny, reload_here
+from interruptions import PowerCut, in_a_child, same_output
+
+from qectomy.calibrate.convert_exact import convert_exact
+from qectomy.calibrate.layer_pass import LayerPass
+from qectomy.calibrate.settings import ConvertSettings
+from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.surgery.materialize import materialize
+from qectomy.surgery.step_writer import StepWriter
+from qectomy.surgery.work_folder import WorkFolder
+
+RUNS = {  # (shape, layers, query map, dtype): with RoPE and without, a turned stream, indices, two types
+    "llama key-shared": ("llama", 4, "key-shared", None),
+    "llama mixed bf16": ("llama", 4, "0=dense,1=identity,2=select,3=low-rank:2", "bfloat16"),
+    "gpt2 mixed": ("gpt2", 3, "0=select,1=dense,2=select", None),
+}
+KILLS = 9  # of each run in each of two ways: 54
+
+
+@dataclass
+class Run:
+    """A conversion that can be made again and again: its source, its output, and what it takes when nothing happens."""
+
+    source: Path
+    query: str
+    text: Path
+    dtype: str | None
+    out: Path
+    seconds: float = 0.0
+    calls: int = 0  # that change the disk
+
+    def convert(self, out, **options):
+        return convert_tiny(self.source, out, self.query, self.text, dtype=self.dtype, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_checkpoint, raven, tmp_path_factory):
+    """Return a function (name) -> the Run of that name, made once and never killed."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            shape, layers, query, dtype = RUNS[name]
+            source = tiny_checkpoint(shape, num_hidden_layers=layers)
+            run = Run(source, query, raven, dtype, tmp_path_factory.mktemp("whole") / "out")
+            counter, begun = PowerCut(10**9, random.Random(0)), time.perf_counter()
+            with pytest.MonkeyPatch.context() as patch:
+                counter.install(patch)
+                run.convert(run.out)
+            run.seconds, run.calls = time.perf_counter() - begun, 10**9 - counter.left
+            made[name] = run
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def nothing_is_lost(monkeypatch):
+    """Whoever resumes finds every step that was kept as it was written; the disk did what it said."""
+    right = StepWriter.__init__
+
+    def init(self, *arguments, **named):
+        right(self, *arguments, **named)
+        assert self.lost == 0, "a step that was kept is damaged"
+
+    monkeypatch.setattr(StepWriter, "__init__", init)
+
+
+def killed_again_and_again(run, place, attempt):
+    """Kill the run KILLS times by `attempt`, which resumes it; compare whenever one gets to its end, and at last."""
+    kills = outputs = 0
+    while kills < KILLS:
+        out = place / f"out-{outputs}"
+        ended = attempt(out)
+        assert ended in ("killed", "done"), ended
+        kills += ended == "killed"
+        if out.exists():  # killed or not: it is whole as soon as it is there
+            same_output(out, run.out)
+            outputs += 1
+    out = place / f"out-{outputs}"
+    run.convert(out, resume=True)
+    same_output(out, run.out)
+    assert not WorkFolder(out).path.exists()
+
+
+@pytest.mark.usefixtures("nothing_is_lost")
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_at_random_moments(name, whole, tmp_path):
+    run, chance = whole(name), random.Random(name)
+
+    def attempt(out):
+        return in_a_child(lambda: run.convert(out, resume=True), kill_after=chance.uniform(0, 0.6 * run.seconds))
+
+    killed_again_and_again(run, tmp_path, attempt)
+
+
+@pytest.mark.usefixtures("nothing_is_lost")
+@pytest.mark.parametrize("name", RUNS)
+def test_the_power_is_cut_at_a_random_call(name, whole, tmp_path):
+    run, chance = whole(name), random.Random(name)
+
+    def attempt(out):
+        cut = PowerCut(chance.randrange(run.calls // 2), chance)
+
+        def act():
+            with pytest.MonkeyPatch.context() as patch:
+                cut.install(patch)
+                run.convert(out, resume=True)
+
+        return in_a_child(act)
+
+    killed_again_and_again(run, tmp_path, attempt)
+
+
+# A run that was left in the middle, and what can happen to its files
+
+
+@pytest.fixture(scope="module")
+def left(whole, tmp_path_factory):
+    """A run that was killed when three of its four layers were kept: the Run and its work folder, not to be changed."""
+    run = whole("llama key-shared")
+    out = tmp_path_factory.mktemp("left") / "out"
+
+    def stop_after(self, *arguments, **named):
+        keep(self, *arguments, **named)
+        if len(self._work.journal.entries) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    keep = StepWriter.keep
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepWriter, "keep", stop_after)
+        assert in_a_child(lambda: run.convert(out)) == "killed"
+    return run, WorkFolder(out).path
+
+
+@pytest.fixture
+def again(left, tmp_path):
+    """Return a function that copies the run that was left, damages the copy, resumes it and compares.
+
+    It returns how many layers were not made anew.
+    """
+    run, folder = left
+    outputs = iter(range(10_000))
+
+    def go(damage=lambda folder: None):
+        out = tmp_path / f"out-{next(outputs)}"
+        copy = shutil.copytree(folder, WorkFolder(out).path)
+        damage(copy)
+        made = []
+        with pytest.MonkeyPatch.context() as patch:
+            layer = LayerPass._layer
+            patch.setattr(
+                LayerPass, "_layer", lambda self, index, *rest: made.append(index) or layer(self, index, *rest)
+            )
+            run.convert(out, resume=True)
+        same_output(out, run.out)
+        return 4 - len(made)
+
+    return go
+
+
+def lines(folder):
+    return (folder / "journal").read_bytes().splitlines(keepends=True)
+
+
+def test_a_run_goes_on_from_the_last_layer_that_was_kept(again):
+    assert again() == 3
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.9999])
+@pytest.mark.parametrize("tail", [b"", bytes(4096)])
+def test_a_torn_last_line_costs_one_layer(part, tail, again):
+    def tear(copy):
+        *before, last = lines(copy)
+        (copy / "journal").write_bytes(b"".join(before) + last[: int(part * len(last))] + tail)
+
+    assert again(tear) == 2
+
+
+@pytest.mark.parametrize("line, kept", [(3, 2), (2, 0), (0, 0)])
+def test_a_byte_that_flips_in_the_journal(line, kept, again):
+    """States are there for the last two steps alone."""
+
+    def flip(copy):
+        data = bytearray((copy / "journal").read_bytes())
+        data[sum(map(len, lines(copy)[:line])) + 200] ^= 1
+        (copy / "journal").write_bytes(data)
+
+    assert again(flip) == kept
+
+
+SHARD, STATES = "result/model.safetensors", "scratch/{}-1"  # the states of the last step, the third layer's, are in -1
+
+
+def flipped(path, offset):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 16
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage, kept",
+    [
+        ("header", 3),  # it is written anew
+        ("embedding", 0),
+        ("third layer", 2),
+        ("fourth layer", 3),  # which was not kept
+        ("head", 0),
+        ("cut short", 0),
+        ("grown", 3),
+        ("zeros at the end", 0),
+        ("gone", 0),
+    ],
+)
+def test_a_shard_that_is_damaged(damage, kept, left, again):
+    _, folder = left
+    header = int.from_bytes((folder / SHARD).read_bytes()[:8], "little")
+    offsets = json.loads((folder / SHARD).read_bytes()[8 : 8 + header])
+    names = {
+        "embedding": "model.embed_tokens.weight",
+        "third layer": "model.layers.2.mlp.up_proj.weight",
+        "fourth layer": "model.layers.3.mlp.up_proj.weight",
+        "head": "lm_head.weight",
+    }
+
+    def act(copy):
+        path = copy / SHARD
+        if damage in names:
+            flipped(path, 8 + header + offsets[names[damage]]["data_offsets"][0] + 5)
+        elif damage == "header":
+            flipped(path, 20)
+        elif damage == "gone":
+            path.unlink()
+        else:
+            data = path.read_bytes()
+            ends = {"cut short": data[:-100], "grown": data + bytes(100), "zeros at the end": data[:-100] + bytes(100)}
+            path.write_bytes(ends[damage])
+
+    assert again(act) == kept
+
+
+@pytest.mark.parametrize("model", ["teacher", "student"])
+def test_states_that_are_damaged(model, again):
+    """One layer is made again from the states before it; without those, all."""
+
+    def last(copy):
+        flipped(copy / f"scratch/{model}-1", 1000)
+
+    def both(copy):
+        last(copy)
+        flipped(copy / f"scratch/{model}-0", 1000)
+
+    assert again(last) == 2
+    assert again(both) == 0
+    assert again(lambda copy: (copy / f"scratch/{model}-1").unlink()) == 2
+    assert again(lambda copy: os.truncate(copy / f"scratch/{model}-1", 1000)) == 2
+    assert again(lambda copy: shutil.rmtree(copy / "scratch")) == 0
+
+
+def test_what_was_damaged_is_said(left, tmp_path):
+    run, folder = left
+    shutil.copytree(folder, tmp_path / "out.converting")
+    (tmp_path / "out.converting" / SHARD).unlink()
+    said = []
+    run.convert(tmp_path / "out", resume=True, progress=lambda *call: said.append(call))
+    assert said[0] == (0, 4, "4 step(s) were damaged on the disk: they are made anew")
+
+
+# What fits nothing
+
+
+def exactly(source, out, raven, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        reload_here(patch)
+        settings = ConvertSettings(eval_text=str(raven), eval_tokens=64, context=32)
+        convert_exact(open_checkpoint(source), out, settings, **options)
+
+
+def to_stock(source, out, raven, **options):
+    materialize(open_checkpoint(source, reduced=True), out, max_shard_bytes=12_000, **options)
+
+
+@pytest.mark.usefixtures("nothing_is_lost")
+@pytest.mark.parametrize("write", [exactly, to_stock])
+def test_what_fits_nothing_goes_on_wherever_it_was_killed(write, tiny_checkpoint, tiny_reduced, raven, tmp_path):
+    source = tiny_checkpoint("gpt2") if write is exactly else tiny_reduced(("select", "key-shared"))
+    counter = PowerCut(10**9, random.Random(0))
+    with pytest.MonkeyPatch.context() as patch:
+        counter.install(patch)
+        write(source, tmp_path / "whole", raven)
+    kills = range(0, 10**9 - counter.left, 7)
+    for number in kills:
+        out = tmp_path / f"out-{number}"
+
+        def act(out=out, number=number):
+            with pytest.MonkeyPatch.context() as patch:
+                PowerCut(number, random.Random(number)).install(patch)
+                write(source, out, raven)
+
+        assert in_a_child(act) == "killed", number
+        if not out.exists() or WorkFolder(out).journal.entries:
+            write(source, out, raven, resume=True)
+            assert not WorkFolder(out).path.exists()
+        same_output(out, tmp_path / "whole")
+    assert len(kills) > 8

@@ -1,0 +1,279 @@
+"""Who may enter a work folder, what is removed of it and when, and what a kill leaves around its end."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from interruptions import in_a_child
+
+from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped
+from qectomy.surgery import work_folder as module
+from qectomy.surgery.locked_folder import LockedFolder
+from qectomy.surgery.work_folder import WorkFolder, finished, work_folder
+
+TOLD = {"seed": 0, "text 1": "a.txt (sha256 00)"}
+
+
+def make(out, error=None, steps=1, **options):
+    """Fill a work folder, note some steps, and fail or publish."""
+    with work_folder(out, TOLD, **options) as work:
+        (work.result / "weights").write_text("w")
+        for step in range(steps):
+            work.journal.append(step=step)
+        if error is not None:
+            raise error
+        work.publish({"told": 1})
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def names(tmp_path):
+    return sorted(path.name for path in tmp_path.iterdir())
+
+
+# How it ends
+
+
+def test_the_output_appears_by_a_rename_and_the_rest_goes(out, tmp_path, monkeypatch):
+    seen, move = [], module.move
+
+    def look(work, to):
+        seen.append((work.parent, to, to.exists()))
+        move(work, to)
+
+    monkeypatch.setattr(module, "move", look)
+    make(out)
+    assert seen == [(tmp_path / "out.converting", out, False)]
+    assert names(tmp_path) == ["out"]
+    assert names(out) == ["weights"]
+    assert out.stat().st_mode & 0o777 == 0o755
+
+
+LEFT = "out.converting holds what was done: go on with --resume, or start anew with --clean."
+
+
+@pytest.mark.parametrize("error", [OSError("odd"), OutputError("odd"), Stopped("odd."), KeyboardInterrupt()])
+def test_what_can_pass_keeps_what_was_done(error, out, tmp_path):
+    expected = Stopped if isinstance(error, Stopped | KeyboardInterrupt) else OutputError
+    with pytest.raises(expected, match=rf"(odd|interrupted)\. .*{LEFT}$"):
+        make(out, error)
+    assert names(tmp_path) == ["out.converting"]
+    make(out, resume=True)
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "error", [NonFiniteError("NaN"), OSError("odd"), Stopped("odd"), KeyboardInterrupt(), ValueError("bug")]
+)
+def test_without_a_step_nothing_is_kept(error, out, tmp_path):
+    with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
+        make(out, error, steps=0)
+    assert names(tmp_path) == []
+
+
+def test_what_was_refused_is_not_kept(out, tmp_path):
+    with pytest.raises(NonFiniteError, match=r"^NaN$"):
+        make(out, NonFiniteError("NaN"))
+    assert names(tmp_path) == []
+
+
+def test_a_bug_keeps_what_was_done(out, tmp_path):
+    with pytest.raises(ValueError, match=r"^bug$"):
+        make(out, ValueError("bug"))
+    assert names(tmp_path) == ["out.converting"]
+
+
+def test_parents_that_were_made_go_too(tmp_path):
+    with pytest.raises(NonFiniteError):
+        make(tmp_path / "a/b/out", NonFiniteError("NaN"))
+    assert names(tmp_path) == []
+
+
+# Killed around the end
+
+
+@pytest.mark.parametrize("moment", ["before the rename", "after the rename", "while it is removed"])
+def test_killed_around_the_end(moment, out, tmp_path, monkeypatch):
+    def die(*_, **__):
+        os.kill(os.getpid(), 9)
+
+    def act():
+        with pytest.MonkeyPatch.context() as patch:
+            if moment == "before the rename":
+                patch.setattr(Path, "rename", die)
+            elif moment == "after the rename":
+                patch.setattr(WorkFolder, "remove", die)
+            else:
+                patch.setattr(LockedFolder, "remove", die)
+            make(out)
+
+    assert in_a_child(act) == "killed"
+    whole = moment != "before the rename"
+    assert names(tmp_path) == (["out", "out.converting"] if whole else ["out.converting"])
+    assert finished(out) == ({"told": 1} if whole else None)
+    assert names(tmp_path) == (["out"] if whole else ["out.converting"])
+    if not whole:
+        make(out, resume=True)
+    assert names(out) == ["weights"]
+
+
+def test_an_output_of_another_run_is_not_taken_for_this_ones(out, tmp_path, monkeypatch):
+    monkeypatch.setattr(WorkFolder, "remove", lambda self: None)
+    make(out)
+    shutil.rmtree(out)
+    (tmp_path / "taken").mkdir()  # so that the inode is not used again
+    out.mkdir()
+    assert finished(out) is None
+    with pytest.raises(OutputError, match="out exists; nothing is overwritten"):
+        make(out, resume=True)
+
+
+# Who may enter
+
+
+def unfinished(out):
+    with pytest.raises(Stopped):
+        make(out, Stopped("odd"))
+
+
+def test_an_unfinished_run_is_resumed_or_cleaned(out, tmp_path):
+    unfinished(out)
+    with pytest.raises(QectomyError) as caught:
+        make(out)
+    assert str(caught.value) == (
+        f"{out}.converting holds a run that was not finished: go on with --resume, or start anew with --clean"
+    )
+    with work_folder(out, TOLD, resume=True) as work:
+        assert work.journal.entries == [{"step": 0}]
+    with work_folder(out, TOLD, clean=True) as work:
+        assert work.journal.entries == []
+        assert names(work.result) == []
+
+
+def test_resuming_or_cleaning_nothing_is_starting(out, tmp_path):
+    make(out, resume=True)
+    make(tmp_path / "other", clean=True)
+    assert names(tmp_path) == ["other", "out"]
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"seed": 1}, r"seed was 0, is 1\."),
+        ({"text 1": "b.txt (sha256 01)"}, r"text 1 was a\.txt \(sha256 00\), is b\.txt \(sha256 01\)\."),
+        ({"text 2": "b"}, r"text 2 was None, is b\."),
+    ],
+)
+def test_another_run_is_refused_by_what_differs_and_stays(changed, message, out):
+    unfinished(out)
+    with pytest.raises(
+        QectomyError, match=rf"out\.converting holds another run: {message} Give what that run was given"
+    ):
+        with work_folder(out, TOLD | changed, resume=True):
+            pytest.fail("the block must not run")
+    make(out, resume=True)
+
+
+@pytest.mark.parametrize("package", ["qectomy", "torch", "transformers"])
+def test_another_version_is_refused(package, out, monkeypatch):
+    unfinished(out)
+    if package == "qectomy":
+        monkeypatch.setattr(module, "__version__", "9.9")
+    else:
+        right = module.importlib.metadata.version
+        monkeypatch.setattr(
+            module.importlib.metadata, "version", lambda name: "9.9" if name == package else right(name)
+        )
+    with pytest.raises(QectomyError, match=rf"holds another run: {package} was .*, is 9\.9\."):
+        make(out, resume=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"clean": True}])
+def test_two_runs_do_not_share_an_output(options, out, tmp_path):
+    with work_folder(out, TOLD) as work:
+        work.journal.append(step=0)
+        with pytest.raises(QectomyError, match=r"out\.converting is in use: another process works there"):
+            make(out, **options)
+        assert work.journal.path.is_file()
+        work.publish({})
+    assert names(tmp_path) == ["out"]
+
+
+SCRIPT = """
+import pathlib, sys, time
+from qectomy.surgery.work_folder import work_folder
+with work_folder(pathlib.Path(sys.argv[1]), {"seed": 0, "text 1": "a.txt (sha256 00)"}) as work:
+    work.journal.append(step=0)
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_lock_of_another_process_dies_with_it(out):
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        with pytest.raises(QectomyError, match="is in use: another process works there"):
+            make(out, resume=True)
+    finally:
+        process.kill()
+        process.communicate(timeout=20)
+    make(out, resume=True)
+
+
+def test_a_folder_that_is_removed_while_it_is_entered(out, monkeypatch):
+    """The other process was done between the two calls: its lock is on a file that is gone."""
+    other, flock = WorkFolder(out), module.LockedFolder.take.__globals__["fcntl"].flock
+    other.start(TOLD, resume=False)
+    calls = []
+
+    def late(file, how):
+        calls.append(how)
+        if len(calls) == 1:
+            other.remove()
+            other.release()
+        flock(file, how)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    make(out)
+    assert len(calls) == 2
+    assert names(out) == ["weights"]
+
+
+# What is not ours
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "run.json"])
+def test_a_folder_of_someone_else_is_left_alone(name, out):
+    theirs = out.with_name("out.converting")
+    theirs.mkdir()
+    (theirs / name).write_text(json.dumps({"fingerprint": {"years": "of work"}}))
+    for options in ({}, {"resume": True}, {"clean": True}):
+        with pytest.raises(QectomyError, match=r"is no run's folder|holds a run|holds another run"):
+            make(out, **options)
+    assert json.loads((theirs / name).read_text()) == {"fingerprint": {"years": "of work"}}
+
+
+def test_a_record_that_is_damaged_is_said(out):
+    unfinished(out)
+    (out.with_name("out.converting") / "run.json").write_text("{")
+    for options in ({"resume": True}, {"clean": True}):
+        with pytest.raises(QectomyError, match=r"run\.json cannot be read .*; remove the folder to start anew"):
+            make(out, **options)
+
+
+@pytest.mark.parametrize("there", [(), ("lock",), ("lock", "run.json.draft"), ("lock", "journal", "result", "scratch")])
+def test_what_a_kill_leaves_of_a_folder_that_is_made_or_removed(there, out, tmp_path):
+    folder = out.with_name("out.converting")
+    folder.mkdir()
+    for name in there:
+        (folder / name).mkdir() if name in ("result", "scratch") else (folder / name).write_text("")
+    make(out)
+    assert names(tmp_path) == ["out"]
