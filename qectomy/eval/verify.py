@@ -23,7 +23,7 @@ from qectomy.surgery.exact import ExactPlan, Progress, folded_tensors, layer_pla
 from qectomy.surgery.fold_layer import readers_in_basis
 from qectomy.surgery.folding import Choice, Folds, Verdict, claim, read_query, rounding, standing_fold, usable_error
 from qectomy.surgery.gauge import pivot_condition, split_heads
-from qectomy.surgery.headers import TORCH_NAMES
+from qectomy.surgery.headers import TORCH_NAMES, read_json
 from qectomy.surgery.query_maps import ranges
 from qectomy.surgery.streams import HEAD, Place, derive_streams, mergeable
 
@@ -47,6 +47,10 @@ def verify(
     wrong += [f"{name} is in no exact fold" for name in reduced.tensors if plan and name not in deviations]
     if reduced.dims.tied and not original.dims.tied:
         wrong.append("embedding and head are tied, which the original's are not")
+    if fitted:
+        wrong += [
+            f"{name} was changed since it was fitted: qectomy.json has another sha256" for name in _edited(reduced)
+        ]
     wrong += [f"{name} is {units:.3g} roundings from the exact one" for name, units in deviations.items() if units > 1]
     if wrong and not (reduced.folder / "qectomy.json").is_file():
         wrong.append(
@@ -76,6 +80,16 @@ def verify(
         **measured,
         "layers": layers,
     }
+
+
+def _edited(reduced: Checkpoint) -> list[str]:
+    """Return the tensors that are not those of which qectomy.json has the sha256."""
+    report = reduced.folder / "qectomy.json"
+    known = read_json(report) if report.is_file() else {}
+    digests = known.get("tensors_sha256") if isinstance(known, dict) else None
+    if not isinstance(digests, dict):
+        return []
+    return [name for name in reduced.tensors if digests.get(name) != reduced.digest(name)]
 
 
 def _code_as_shipped(reduced: Checkpoint) -> bool:

@@ -222,3 +222,38 @@ def test_a_folder_saved_anew_is_told_from_one_that_was_written(made, tmp_path):
     assert "if it was saved anew after loading" in found["reasons"][-1]
     assert open_checkpoint(tmp_path / "again", reduced=True).parameters == open_checkpoint(source).parameters
     assert "saved anew" not in str(certificate(folder, source)["reasons"])
+
+
+# Fitted folders: no proof, but the sha256 of what was written
+
+
+@pytest.fixture
+def fitted(tiny_checkpoint, raven, tmp_path):
+    source = tiny_checkpoint()
+    convert_tiny(source, tmp_path / "fitted", "select", raven)
+    return tmp_path / "fitted", source
+
+
+def test_a_fitted_folder_as_it_was_written_says_only_what_it_is(fitted):
+    found = certificate(*fitted)
+    assert found["verdict"] == "not exact"
+    assert all("fitted (select)" in reason for reason in found["reasons"])
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.query.gain", "lm_head.weight"]
+)
+def test_a_fitted_tensor_that_was_edited_is_named(name, fitted):
+    folder, source = fitted
+    edit_weights(folder, lambda tensors: tensors[name].view(-1)[-1:].add_(1e-3))
+    found = certificate(folder, source)
+    assert found["verdict"] == "failed"
+    assert [reason for reason in found["reasons"] if "fitted (" not in reason] == [
+        f"{name} was changed since it was fitted: qectomy.json has another sha256"
+    ]
+
+
+def test_a_fitted_folder_of_an_older_version_has_no_hashes(fitted):
+    folder, source = fitted
+    edit_json(folder / "qectomy.json", lambda report: report.pop("tensors_sha256"))
+    assert certificate(folder, source)["verdict"] == "not exact"

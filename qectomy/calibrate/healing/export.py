@@ -65,7 +65,7 @@ def export(
 ) -> dict[str, Any]:
     """Write the healed checkpoint, its curve, report and card to `out`; return the report."""
     with new_folder(out) as work:
-        _write_weights(student, outcome, work)
+        digests = _write_weights(student, outcome, work)
         write_config(work, student.config)
         copy_companions(student.folder, work)
         copy_model_code(student.family, work)
@@ -77,14 +77,17 @@ def export(
         healing = _record(
             settings, outcome, packed, curve, scores, outcome.generated, device, time.perf_counter() - begun
         )
-        report = _report(student, original, settings, healing, held, scores, reload)
+        report = _report(student, original, settings, healing, held, scores, reload) | {"tensors_sha256": digests}
         name = report["source"].get("name")  # the hub's, where the fit knew it
         write_report(work, report, replace(original, name=name) if isinstance(name, str) else original)
     return report
 
 
-def _write_weights(student: Checkpoint, outcome: Outcome, work: Path) -> None:
-    """Write the trained weights in the types of the reduced checkpoint; with best step 0, the weights as they were."""
+def _write_weights(student: Checkpoint, outcome: Outcome, work: Path) -> dict[str, str]:
+    """Write the trained weights in the types of the reduced checkpoint; with best step 0, the weights as they were.
+
+    Returns the sha256 of each tensor.
+    """
     specs = {name: TensorSpec(info.shape, info.dtype) for name, info in student.tensors.items()}
     with ShardWriter(work, specs) as writer:
         for name, spec in specs.items():
@@ -94,6 +97,7 @@ def _write_weights(student: Checkpoint, outcome: Outcome, work: Path) -> None:
                 raise NonFiniteError(f"{name} does not fit in {TORCH_NAMES[spec.dtype]} after healing")
             writer.write(name, stored)
         writer.finish()
+    return writer.digests
 
 
 def _measure(

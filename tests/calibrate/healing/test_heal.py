@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conversions import hashes, window_nll
+from conversions import hashes, tensor_hashes, window_nll
 from damage import edit_weights
 from healings import QUICK_HEAL, STEP, STEPS, Pair, heal_tiny
 from matplotlib.image import imread
@@ -105,6 +105,10 @@ def test_the_folder_holds_all_that_a_reduced_checkpoint_does(healed):
     assert ours.tensors.keys() == theirs.tensors.keys()
     assert ours.config == theirs.config
     assert ours.recipe == theirs.recipe
+
+
+def test_the_report_has_the_sha256_of_each_tensor(healed):
+    assert json.loads((healed.out / "qectomy.json").read_text())["tensors_sha256"] == tensor_hashes(healed.out)
 
 
 def test_it_loads_with_the_package_and_gives_what_its_weights_give(healed):
