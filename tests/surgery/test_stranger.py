@@ -1,16 +1,14 @@
 """A reduced folder loads where qectomy is not installed: its model code travels with it."""
 
 import json
-import os
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from strangers import make_stranger, strange_environment
 from tiny_models import EVERY_MAP, load_reduced, tokens
 
 import qectomy
@@ -72,18 +70,7 @@ def code(name: str) -> str:
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory) -> Path:
     """The python of an environment with everything installed here but qectomy."""
-    home = tmp_path_factory.mktemp("stranger")
-    venv.create(home / "env", with_pip=False, symlinks=True)
-    libraries = home / "libraries"
-    libraries.mkdir()
-    for folder in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        for entry in Path(folder).iterdir():
-            ours = "qectomy" in entry.name or entry.name.startswith("__editable__")
-            if not ours and not (libraries / entry.name).exists():
-                (libraries / entry.name).symlink_to(entry)
-    (site,) = (home / "env").glob("lib/python*/site-packages")
-    (site / "libraries.pth").write_text(f"{libraries}\n")
-    return home / "env/bin/python"
+    return make_stranger(tmp_path_factory.mktemp("stranger"))
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +78,14 @@ def answers(stranger, tiny_reduced, tmp_path_factory):
     """What the stranger saw of every folder, and the folder with its tensors."""
     out = tmp_path_factory.mktemp("answers")
     folders = {name: str(tiny_reduced(EVERY_MAP, name)) for name in NAMES}
-    environment = {
-        "PATH": os.environ["PATH"],
-        "HOME": str(out),
-        "HF_HOME": str(out / "hf"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
     job = json.dumps({"out": str(out), "ids": MANY.tolist(), "folders": folders})
     result = subprocess.run(
-        [stranger, "-c", SCRIPT, job], env=environment, cwd=out, capture_output=True, text=True, timeout=300
+        [stranger, "-c", SCRIPT, job],
+        env=strange_environment(out),
+        cwd=out,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     return json.loads((out / "facts.json").read_text()), out
