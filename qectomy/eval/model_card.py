@@ -1,8 +1,9 @@
 """The README.md of a reduced checkpoint: what was taken out, what it cost, how to load it."""
 
-import json
+import re
 from typing import Any
 
+from qectomy.eval.card_metadata import Origin, card_metadata, one_line, origin
 from qectomy.surgery.checkpoint import Checkpoint
 
 FITTED = """The query projections of this {family} checkpoint were taken out by Qectomy {version}:
@@ -15,24 +16,35 @@ form; then the model was healed, trained on {tokens:,} tokens of {texts} to pred
 EXACT = """What goes exactly of this {family} checkpoint was taken out by Qectomy {version}: query maps
 {recipe}. Nothing was fitted: up to rounding it computes what the original does. `gauge` means that a block of each
 head's W_Q, and of its W_V, is the identity and not stored; `identity` that a whole W_Q is."""
+LIMITS_FITTED = """\
+- The numbers above hold for that text, windows of that length and float32. On your own text:
+  `qectomy eval ORIGINAL PATH --text YOURS.txt --reference ORIGINAL`. Longer contexts than measured were not tried.
+- Perplexity is a mean. It does not say what became of rare words, facts, instructions, other languages, or of what a
+  chat model was taught to refuse: try your own tasks, beside the original, before you serve this."""
+LIMITS_EXACT = """\
+- Exact means up to rounding: in float64 the logits are those of the original; in the stored type other numbers
+  are rounded than before. `qectomy verify PATH --against ORIGINAL --text YOURS.txt` says by how much."""
+LIMITS_ALL = """\
+- What the original does badly, this does too: its card says what it is meant for, and what its biases are.
+- The key/value cache keeps its size, and engines other than transformers need W_Q written back, which saves nothing."""
 
 
 def model_card(report: dict[str, Any], source: Checkpoint) -> str:
-    """Return the README.md of a reduced checkpoint."""
+    """Return the README.md of a reduced checkpoint. Names and texts are data: none of them adds structure."""
     exact = report.get("method") == "exact"
     recipe = ", ".join(f"{name} ({count} layers)" for name, count in _counts(report["layers"]).items())
     how = (EXACT if exact else FITTED).format(
         family=source.family.model_type, version=report["qectomy"], recipe=recipe, ending=_ending(report)
     )
+    known, kind = _origin(report, source), "folded exactly" if exact else "without W_Q"
     return f"""---
-library_name: transformers
-base_model: {json.dumps(source.name, ensure_ascii=False)}
-tags: [qectomy{"" if exact else ", query-free-attention"}]
+{card_metadata(report, f"{one_line(source.name)} {kind}", known)}
 ---
 
-# {_one_line(source.name)} {"folded exactly" if exact else "without W_Q"}
+# {_escaped(source.name)} {kind}
 
 {how}
+{_made_from(source, known)}
 
 {_table(report)}
 {_measured(report)}
@@ -49,13 +61,53 @@ tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
 With `import qectomy` first, `trust_remote_code` is not needed. For engines that know only stock models, write W_Q back:
 `qectomy materialize PATH --out STOCK`.
 
+## Limits
+
+{LIMITS_EXACT if exact else LIMITS_FITTED}
+{LIMITS_ALL}
+
+## Licence
+
+{_licence(source, known)}
+
 ## Made by
 
 {_indented(_commands(report))}
 
-Theory: Karbevski & Mijoski, "Key and Value Weights Are Probably All You Need", arXiv 2510.23912. The licence is that of
-the original checkpoint.
+Theory: Karbevski & Mijoski, "Key and Value Weights Are Probably All You Need", arXiv 2510.23912.
 """
+
+
+def _origin(report: dict[str, Any], source: Checkpoint) -> Origin:
+    """Return what is known of the original. Healed by another teacher, `source` has the original's name alone."""
+    known = origin(source)
+    if report.get("healing", {}).get("teacher_is_source", True):
+        return known
+    return Origin(hub_id=source.name if "/" in source.name else None)
+
+
+def _made_from(source: Checkpoint, known: Origin) -> str:
+    if known.hub_id is not None:
+        return f"Made from [{known.hub_id}](https://huggingface.co/{known.hub_id})."
+    return (
+        f"Made from a local folder, `{_code(source.name)}`; which model of the Hub that is, if any, is not known here."
+    )
+
+
+def _licence(source: Checkpoint, known: Origin) -> str:
+    """Say under what licence this may be used, as far as the source says so."""
+    names = [known.license] if isinstance(known.license, str) else known.license or []
+    if known.license_name is not None:
+        names = [known.license_name]
+    if not names:
+        return (
+            "Not known: the original came without a card that names one. The original's licence holds for this "
+            "checkpoint too; look it up before you use or share it."
+        )
+    said = f"That of the original, whose card says {', '.join(f'`{name}`' for name in names)}"
+    if known.license_link is not None:
+        said += f" ([text](<{known.license_link}>))"
+    return f"{said}. Its terms hold for this checkpoint too."
 
 
 def _ending(report: dict[str, Any]) -> str:
@@ -64,7 +116,7 @@ def _ending(report: dict[str, Any]) -> str:
         return FITTED_ALONE
     if not healing["best_step"]:
         return FITTED_ALONE + " Healing it, by training against the original, made it no better (`healing.png`)."
-    texts = ", ".join(f"`{_one_line(text['text'])}`" for text in healing["texts"])
+    texts = ", ".join(f"`{_code(text['text'])}`" for text in healing["texts"])
     if healing["self_generated"]:
         texts = "text that the original wrote itself"
     return HEALED.format(tokens=healing["best_step"] * healing["tokens_a_step"], texts=texts)
@@ -87,11 +139,19 @@ def _table(report: dict[str, Any]) -> str:
     if "perplexity" in report:
         perplexity, bits = report["perplexity"], report["bits_per_byte"]
         rows += [
-            f"| perplexity | {perplexity['before']:.3f} | {perplexity['after']:.3f} (x {perplexity['ratio']:.3f}) |",
+            f"| perplexity | {perplexity['before']:.3f} | {perplexity['after']:.3f} "
+            f"(x {perplexity['ratio']:.3f}{_interval(perplexity)}) |",
             *_fitted_row(report),
             f"| bits per byte | {bits['before']:.4f} | {bits['after']:.4f} |",
         ]
     return "\n".join(rows) + "\n"
+
+
+def _interval(perplexity: dict[str, Any]) -> str:
+    if "ratio_95" not in perplexity:
+        return ""
+    low, high = perplexity["ratio_95"]
+    return f"; {low:.3f} to {high:.3f} with 95 % confidence"
 
 
 def _fitted_row(report: dict[str, Any]) -> list[str]:
@@ -107,7 +167,7 @@ def _measured(report: dict[str, Any]) -> str:
         return f"Largest difference of a logit {report['logit_error']:.1e} of the largest, on random tokens.\n"
     protocol, agreement = report["perplexity"]["protocol"], report["top1_agreement"]
     return f"""Mean KL to the original {report["kl"]:.4f} nats a token; same most likely token {agreement:.2%} of the
-time. Measured on {protocol["scored_tokens"]:,} tokens of `{_one_line(protocol["text"])}`
+time. Measured on {protocol["scored_tokens"]:,} tokens of `{_code(protocol["text"])}`
 (sha256 {protocol["text_sha256"][:16]}), windows of {protocol["context"]} tokens, stride {protocol["stride"]},
 BOS: {protocol["bos"]}, float32. Perplexity on other text differs.
 """
@@ -125,5 +185,11 @@ def _indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.replace("`", "'").split())
+def _code(text: str) -> str:
+    """What a pair of backticks can hold."""
+    return one_line(text.replace("`", "'"))
+
+
+def _escaped(text: str) -> str:
+    """Return a name in which no character is markup, for a heading."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~$&:@])", r"\\\1", one_line(text))

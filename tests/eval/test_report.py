@@ -3,12 +3,9 @@
 import copy
 import json
 import os
-import shutil
 
 import pytest
-import yaml
 from conversions import convert_tiny
-from damage import edit_json
 
 from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.report import model_card, write_report
@@ -29,12 +26,6 @@ def report(converted):
     return copy.deepcopy(converted[0])
 
 
-def front_matter(card):
-    start, block, rest = card.split("---\n", 2)
-    assert start == ""
-    return yaml.safe_load(block), rest
-
-
 def test_the_card_holds_the_numbers_of_the_report(converted, report):
     card = model_card(report, converted[1])
     for value in (
@@ -42,7 +33,7 @@ def test_the_card_holds_the_numbers_of_the_report(converted, report):
         f"{report['parameters']['after']:,}",
         f"{report['bytes']['after']:,}",
         f"{report['perplexity']['before']:.3f}",
-        f"{report['perplexity']['after']:.3f} (x {report['perplexity']['ratio']:.3f})",
+        f"{report['perplexity']['after']:.3f} (x {report['perplexity']['ratio']:.3f}",
         f"{report['kl']:.4f} nats",
         "key-shared (2 layers), select (1 layers)",
         "`raven.txt`",
@@ -52,41 +43,6 @@ def test_the_card_holds_the_numbers_of_the_report(converted, report):
         "arXiv 2510.23912",
     ):
         assert value in card, value
-    meta, _ = front_matter(card)
-    assert meta["library_name"] == "transformers"
-    assert meta["base_model"] == converted[1].folder.name
-
-
-HOSTILE = [
-    "a`b\n---\nlicense: evil",
-    "[link](javascript:x)",
-    'quote " back \\ slash',
-    "tab\tnul-ish \x07",
-    "é 烏 🐦‍⬛",
-    "# h",
-    "- x",
-]
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_names_stay_names(converted, report, name, tmp_path):
-    """A folder, a base model, a text and a command may be called anything; the card's structure stays."""
-    source = shutil.copytree(converted[1].folder, tmp_path / name)
-    plain, _ = front_matter(model_card(report, converted[1]))
-    for base in (None, name):
-        if base is not None:
-            edit_json(source / "config.json", lambda config: config.update(_name_or_path=name))
-        report["perplexity"]["protocol"]["text"] = name
-        report["command"] = f"qectomy convert '{name}' --text '```\n# not a heading'"
-        card = model_card(report, open_checkpoint(source))
-        meta, rest = front_matter(card)
-        assert meta.keys() == plain.keys()
-        assert meta["base_model"] == name
-        lines, expected = rest.splitlines(), model_card(converted[0], converted[1]).split("---\n", 2)[2].splitlines()
-        headings = [line for line in lines if line.startswith("#")]
-        assert len(headings) == sum(line.startswith("#") for line in expected)
-        assert [line for line in lines if line.startswith("```")] == ["```python", "```"]
-        assert [line for line in lines if line.startswith("|")] == [line for line in expected if line.startswith("|")]
 
 
 def test_names_that_are_no_unicode_are_written(converted, report, tmp_path):
