@@ -34,8 +34,17 @@ if TYPE_CHECKING:
     import torch
 
 MAX_LAYERS = 10_000
-BYTES_A_READ = 4_000_000
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.model*", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+HUB_PATTERNS = [
+    "README.md",
+    "*.json",
+    "*.safetensors",
+    "*.model*",
+    "*.tiktoken",
+    "*.txt",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+]
 HUB_IGNORED = ["consolidated*", "*/*"]  # a second copy of the weights in another layout; other formats and sizes
 
 
