@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from qectomy import __version__
 from qectomy.cli import app, main
+from qectomy.eval.fresh_start import FreshStart
 
 QUICK = ["--tokens", "320", "--context", "32", "--eval-tokens", "160"]
 COMMANDS = typer.main.get_command(app).commands
@@ -80,6 +81,8 @@ def test_the_examples_work_one_after_the_other(cli, tiny_checkpoint, raven, tmp_
     assert cli("convert", "original", "--out", "exact", "--query", "exact").code == 0
     (tmp_path / "mine.txt").write_text(raven.read_text())
     monkeypatch.setattr("qectomy.calibrate.healing.plan._seconds_of_a_batch", lambda *_: 200.0)  # 10 minutes: few steps
+    start = FreshStart(load_seconds=1.0, peak_memory_bytes=1)  # fourteen fresh processes would take a minute
+    monkeypatch.setattr("qectomy.eval.inference_cost.fresh_start", lambda *_, **__: start)
     for name in sorted(COMMANDS, key=lambda name: name != "convert"):  # the others read what it wrote
         done = cli(*example(name))
         assert done.code == 0, done.err
