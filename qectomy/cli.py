@@ -9,6 +9,7 @@ from qectomy import __version__
 from qectomy.cli_bench import bench
 from qectomy.cli_convert import CONTEXT_HELP, Device, convert
 from qectomy.cli_heal import heal
+from qectomy.cli_report import report
 from qectomy.cli_rewrites import fold_norms, import_nanogpt, materialize
 from qectomy.errors import QectomyError
 from qectomy.terminal import Json, print_json, progress_bar
@@ -177,7 +178,7 @@ app.command(
 app.command(
     epilog="Example: `qectomy heal ./reduced --teacher ./original --out ./healed --text mine.txt --minutes 10`"
 )(heal)
-app.command(epilog="Example: `qectomy bench ./original ./reduced --save ./reduced/bench.json`")(bench)
+app.command(epilog="Example: `qectomy report ./reduced`")(report)
 app.command(epilog="Example: `qectomy materialize ./reduced --out ./stock`")(materialize)
 app.command("fold-norms", epilog="Example: `qectomy fold-norms ./original --out ./folded --only gain`")(fold_norms)
 app.command(

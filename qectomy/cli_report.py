@@ -1,0 +1,51 @@
+"""The command that writes the page of reduced checkpoints; `cli.py` registers it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qectomy.terminal import Json, print_json
+
+ALSO_HELP = (
+    "JSON file of other things to compare with: a list of objects with name, parameters_removed (a share of the "
+    "model's parameters, as 0.067), ratio (of perplexity) and, if you like, source. May be repeated."
+)
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that convert or heal wrote; several are compared.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File to write. Default: report.html in the folder; of several, qectomy-comparison.html here."
+        ),
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
+    also: Annotated[list[Path] | None, typer.Option(help=ALSO_HELP)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is no report of qectomy, too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page on reduced checkpoints: what was removed, what it cost, whether to believe it.
+
+    It needs nothing beside it and no network. It shows qectomy.json, and where they lie in the folder evaluation.json
+    (`eval --save`), bench.json (`bench --save`) and healing.csv.
+    """
+    from qectomy.eval.page.compare import summary
+    from qectomy.eval.page.page import page
+    from qectomy.eval.page.reading import read_folders, read_points
+    from qectomy.eval.page.writing import COMPARISON, NAME, check_replaceable, write_html
+
+    found = read_folders(folders)
+    points = [point for file in also or () for point in read_points(file)]
+    where = out or (folders[0] / NAME if len(folders) == 1 else Path(COMPARISON))
+    check_replaceable(where, force=force)
+    write_html(page(found, points=points, title=title), where, force=force)
+    result = {"out": str(where), **summary(found, points)}
+    if as_json:
+        print_json(result)
+    else:
+        from qectomy.eval.page.table import show_summary
+
+        show_summary(result)
+        typer.echo(f"wrote {where}")

@@ -1,0 +1,1 @@
+"""`qectomy report`: reduced checkpoints as one self-contained HTML page."""

@@ -1,0 +1,208 @@
+"""The sections on what the model lost on average: perplexity, loss by position, error by layer."""
+
+import math
+from typing import Any
+
+from qectomy.eval.page import numbers
+from qectomy.eval.page.blocks import Block, Chart, Facts, Prose, Section, Table
+from qectomy.eval.page.charts import layer_chart, perplexity_chart, position_chart
+from qectomy.eval.page.reading import Folder
+from qectomy.surgery.query_maps import ranges
+
+CONDITIONS = ("W_Q_condition", "basis_condition", "pivot_condition")
+SAME_MEASURE = ("text_sha256", "context", "stride", "bos", "scored_tokens", "dtype")
+
+
+def perplexity_section(folder: Folder, key: str) -> Section | None:
+    """Perplexity of original, fitted and healed model, and what `qectomy eval` measured besides."""
+    report, blocks = folder.report, list[Block]()
+    found = report.get("perplexity")
+    if found:
+        blocks += _perplexity(report, found, key)
+    if folder.evaluation.get("results"):
+        blocks += _evaluation(folder.evaluation["results"], found.get("protocol", {}) if found else {})
+    return Section(key=f"{key}-perplexity", title="Perplexity", blocks=blocks) if blocks else None
+
+
+def _perplexity(report: dict[str, Any], found: dict[str, Any], key: str) -> list[Block]:
+    healed = report.get("healing", {}).get("perplexity", {})
+    last, exact = "healed" if healed else "reduced", report.get("method") == "exact"
+    rows: list[tuple[str, float, Any, float | None, Any]]
+    rows = [("original", found["before"], found.get("before_95"), None, None)]
+    if "fitted" in healed and "fitted_ratio" in healed:
+        bounds = healed.get("fitted_95"), healed.get("fitted_ratio_95")
+        rows.append(("fitted", healed["fitted"], bounds[0], healed["fitted_ratio"], bounds[1]))
+    rows.append((last, found["after"], found.get("after_95"), found["ratio"], found.get("ratio_95")))
+    chart = perplexity_chart(
+        f"{key}-ppl",
+        [(name, value, bar) for name, value, bar, _, _ in rows],
+        [(name, ratio, bar) for name, _, _, ratio, bar in rows if ratio is not None],
+    )
+    table = Table(
+        caption="Perplexity, lower is better",
+        columns=("model", "perplexity", "95 % interval", "ratio", "95 % interval of the ratio"),
+        rows=[
+            (
+                name,
+                numbers.plain(value),
+                numbers.between(bar),
+                numbers.ratio(ratio or 1.0),
+                numbers.between(spread, "ratio"),
+            )
+            for name, value, bar, ratio, spread in rows
+        ],
+        note="The interval of the ratio pairs both models on the same windows and is the one to judge by: those of "
+        "each model alone are wide because windows differ, and they overlap even where the difference is certain."
+        if "ratio_95" in found
+        else ""
+        if exact
+        else "This report holds no intervals; it was made by an older version.",
+    )
+    caption = "Perplexity and its ratio to the original; bars are 95 % intervals where the report holds them."
+    return [
+        Chart(picture=chart, caption=caption),
+        table,
+        Facts(rows=_other_measures(report)),
+        Prose(text=protocol_words(found.get("protocol", {}))),
+    ]
+
+
+def _other_measures(report: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for name, words, digits in (("bits_per_byte", "Bits per byte", 4), ("word_perplexity", "Word perplexity", 2)):
+        if name in report:
+            before, after = (numbers.plain(report[name][when], digits) for when in ("before", "after"))
+            rows.append((words, f"{before} → {after}"))
+    if "difference_95" in report["perplexity"]:
+        rows.append(("Perplexity lost, 95 %", numbers.between(report["perplexity"]["difference_95"], "signed")))
+    if "kl" in report:
+        rows.append(("Mean KL to the original", f"{numbers.short(max(report['kl'], 0))} nats a token"))
+    if "top1_agreement" in report:
+        rows.append(("Same most likely token", numbers.percent(report["top1_agreement"], 2)))
+    return rows
+
+
+def protocol_words(protocol: dict[str, Any]) -> str:
+    """Say how the perplexity was measured, as far as the report tells."""
+    if not protocol:
+        return "How it was measured is not recorded."
+    words = "Measured on "
+    words += f"{protocol['scored_tokens']:,} scored tokens of " if "scored_tokens" in protocol else ""
+    words += protocol.get("text", "a text")
+    words += f" (sha256 {protocol['text_sha256'][:16]})" if "text_sha256" in protocol else ""
+    if "context" in protocol:
+        words += f", in windows of {protocol['context']:,} tokens"
+        stride = protocol.get("stride", protocol["context"])
+        apart = "side by side" if stride == protocol["context"] else f"{stride:,} tokens apart, each scoring its last"
+        words += f", {apart}"
+    for name, say in (("bos", "BOS token: {}"), ("dtype", "computed in {}"), ("tail", "{}")):
+        words += f"; {say.format(protocol[name])}" if name in protocol else ""
+    return words + ". Perplexity on other text differs."
+
+
+def _evaluation(results: list[dict[str, Any]], known: dict[str, Any]) -> list[Block]:
+    rows = []
+    for result in results:
+        paired = result.get("paired", {})
+        rows.append(
+            (
+                result["checkpoint"],
+                numbers.plain(result["perplexity"]),
+                numbers.between(result.get("perplexity_95")),
+                numbers.ratio(paired.get("ratio")),
+                numbers.between(paired.get("ratio_95"), "ratio"),
+                numbers.plain(result.get("bits_per_byte"), 4),
+                numbers.short(result.get("kl")),
+                numbers.percent(result.get("top1_agreement"), 2),
+            )
+        )
+    columns = ("checkpoint", "perplexity", "95 %", "ratio", "95 %", "bits/byte", "KL", "same top token")
+    table = Table(caption="Measured again by qectomy eval", columns=columns, rows=rows)
+    protocol = results[0].get("protocol", {})
+    same = protocol and all(protocol.get(name) == known.get(name) for name in SAME_MEASURE)
+    return [table, Prose(text="By the protocol above." if same else protocol_words(protocol))]
+
+
+def position_section(folder: Folder, key: str) -> Section | None:
+    """Mean loss by position in the window."""
+    found = folder.report.get("per_position")
+    if found is None:
+        return None
+    edges, count = found["edges"], min(len(found["before"]), len(found["after"]))
+    names = [_span(edges[i], edges[i + 1] if i + 1 < len(edges) else None) for i in range(count)]
+    before, after = ([math.nan if v is None else v for v in found[when][:count]] for when in ("before", "after"))
+    if not any(math.isfinite(a + b) for a, b in zip(before, after, strict=True)):
+        return None
+    rows = [
+        (name, *(numbers.DASH if math.isnan(value) else write(value) for value, write in values))
+        for name, *values in (
+            (name, (old, numbers.plain), (new, numbers.plain), (new - old, lambda v: numbers.signed(v, 4)))
+            for name, old, new in zip(names, before, after, strict=True)
+        )
+    ]
+    caption = "Where in its window a token stands, and what predicting it costs. A difference that grows to the right "
+    caption += "means that long attention suffers most."
+    blocks = (
+        Chart(picture=position_chart(f"{key}-pos", names, before, after), caption=caption),
+        Table(caption="Loss by position, nats", columns=("positions", "original", "reduced", "difference"), rows=rows),
+    )
+    return Section(key=f"{key}-position", title="Loss by position in the window", blocks=blocks)
+
+
+def _span(start: int, stop: int | None) -> str:
+    if stop is None:
+        return f"{start}+"
+    return str(start) if stop == start + 1 else f"{start}–{stop - 1}"
+
+
+def layer_section(folder: Folder, key: str) -> Section | None:
+    """How far each layer's attention is from the original's, or what exact folding made of each layer."""
+    layers = folder.report["layers"]
+    fits = [(layer["index"], layer["attention_kl"]) for layer in layers if layer.get("attention_kl")]
+    if fits:
+        rows = [(index, kl.get("fitted"), kl.get("heldout")) for index, kl in fits]
+        caption = (
+            "How far each layer’s attention is from the original’s: open circles on the windows it was fitted on, "
+        )
+        caption += "diamonds on held-out ones. The distance between them is what the fit only learnt by heart."
+        table = Table(
+            caption="Attention KL by layer, nats, averaged over heads and positions",
+            columns=("layer", "map", "fitted on", "held out", "held out ÷ fitted", "time"),
+            words=(0, 1),
+            rows=[_layer_row(layer) for layer in layers],
+        )
+        blocks: tuple[Block, ...] = (Chart(picture=layer_chart(f"{key}-kl", rows), caption=caption), table)
+        return Section(key=f"{key}-layers", title="Error by layer", blocks=blocks)
+    if folder.report.get("method") != "exact":
+        return None
+    table = Table(
+        caption="What became of each layer’s projections",
+        columns=("layers", "W_Q", "W_V", "W_O", "condition", "why"),
+        words=(0, 1, 2, 3, 5),
+        rows=_exact_rows(layers),
+        note="gauge: a block of each head is the identity and not stored. identity: the whole W_Q is. Condition: the "
+        "worst of the matrices inverted, by which rounding errors may grow.",
+    )
+    return Section(key=f"{key}-layers", title="What went, layer by layer", blocks=(table,))
+
+
+def _layer_row(layer: dict[str, Any]) -> tuple[str, ...]:
+    kl = layer.get("attention_kl", {})
+    fitted, heldout = kl.get("fitted"), kl.get("heldout")
+    times = numbers.plain(heldout / fitted, 2) if fitted and heldout is not None else numbers.DASH
+    shown = numbers.short(fitted), numbers.short(heldout), times, numbers.seconds(layer.get("seconds"))
+    return (str(layer["index"]), layer["map"], *shown)
+
+
+def _exact_rows(layers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """One row for all layers of the same fate."""
+    fates: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for layer in layers:
+        maps = layer["map"], layer.get("value_map", "dense"), layer.get("output_map", "dense")
+        fates.setdefault((*maps, layer.get("reason", numbers.DASH)), []).append(layer)
+    rows: list[tuple[str, ...]] = []
+    for (*names, reason), same in fates.items():
+        worst = [layer[name] for layer in same for name in CONDITIONS if name in layer]
+        shown = numbers.short(max(worst, default=None))
+        rows.append((ranges([layer["index"] for layer in same]), *names, shown, reason))
+    return rows

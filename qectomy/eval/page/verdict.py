@@ -1,0 +1,170 @@
+"""What a reduced checkpoint is fit for, by a rule that is stated, and what speaks for and against the numbers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from qectomy.eval.page import numbers
+from qectomy.eval.page.reading import Folder
+
+CLOSE, USABLE = 1.05, 1.5  # of the perplexity ratio
+FEW_TOKENS = 10_000  # scored: below this the interval says more than the number
+OVERFIT = 1.5  # held-out attention KL over fitted: the fit learnt its text
+SAME_LOGITS = 1e-3  # of the largest logit, between this process and a fresh one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A word, its tone for the page (good, fair, poor), what it means and the rule that gave it."""
+
+    word: str
+    tone: str
+    meaning: str
+    rule: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One reason to believe the numbers, or to doubt them; `holds` None where the report does not say."""
+
+    holds: bool | None
+    text: str
+
+
+def removed_share(report: dict[str, Any]) -> float:
+    """The share of the model's parameters that went."""
+    return 1 - report["parameters"]["after"] / report["parameters"]["before"]
+
+
+def verdict(report: dict[str, Any]) -> Verdict:
+    """Return what a checkpoint is fit for, by its method, else by the upper end of its perplexity ratio."""
+    perplexity = report.get("perplexity")
+    if report.get("method") == "exact":
+        return Verdict(
+            word="Lossless",
+            tone="good",
+            meaning="Nothing was fitted. What went was folded into what stayed, by algebra: up to rounding the reduced "
+            "model computes what the original does. That is a proof, not a measurement; the numbers below only "
+            "confirm it. `qectomy verify` makes the certificate.",
+            rule="made with --query exact",
+        )
+    if perplexity is None:
+        return Verdict(
+            word="Not measured",
+            tone="fair",
+            meaning="The report holds no perplexity. Measure it with `qectomy eval` before use.",
+            rule="no perplexity in qectomy.json",
+        )
+    interval = perplexity.get("ratio_95")
+    top = interval[1] if interval else perplexity["ratio"]
+    what = "the upper end of the ratio’s 95 % interval" if interval else "the ratio, for which there is no interval,"
+    healed = "healing" in report
+    if top <= CLOSE:
+        return Verdict(
+            word="Close",
+            tone="good",
+            meaning="On this text it predicts nearly as well as the original. Check it on your own task, then use it.",
+            rule=f"{what} is {numbers.ratio(top)}, at most {CLOSE:g}",
+        )
+    if top <= USABLE:
+        return Verdict(
+            word="Heal further before use" if healed else "Heal before use",
+            tone="fair",
+            meaning="The cost shows. More tokens of `qectomy heal` win part of it back."
+            if healed
+            else "The cost shows. A short training against the original, `qectomy heal`, wins part of it back.",
+            rule=f"{what} is {numbers.ratio(top)}, above {CLOSE:g} and at most {USABLE:g}",
+        )
+    return Verdict(
+        word="A starting point only",
+        tone="poor",
+        meaning="Not a model to serve. It is where a long healing can start; a map that removes less costs far less.",
+        rule=f"{what} is {numbers.ratio(top)}, above {USABLE:g}",
+    )
+
+
+def checks(folder: Folder) -> list[Check]:
+    """Return what speaks for and against the numbers of a report, those in doubt first."""
+    report = folder.report
+    found = [*_measure_checks(report), *_fit_checks(report), *_file_checks(report)]
+    return sorted(found, key=lambda check: {False: 0, None: 1, True: 2}[check.holds])
+
+
+def _measure_checks(report: dict[str, Any]) -> list[Check]:
+    perplexity = report.get("perplexity")
+    if report.get("method") == "exact":
+        return _exact_checks(report)
+    if perplexity is None:
+        return [Check(holds=None, text="No text was measured.")]
+    found = []
+    protocol = perplexity.get("protocol", {})
+    tokens = protocol.get("scored_tokens")
+    if tokens is not None:
+        few = tokens < FEW_TOKENS
+        advice = f": few. Measure at least {FEW_TOKENS:,}" if few else ""
+        found.append(Check(holds=not few, text=f"Perplexity is measured on {tokens:,} tokens{advice}."))
+    if "ratio_95" in perplexity:
+        low, high = perplexity["ratio_95"]
+        windows = f" over {perplexity['windows']:,} windows" if "windows" in perplexity else ""
+        told = "is within the noise of this text" if low <= 1 <= high else "is beyond the noise of this text"
+        found.append(Check(holds=True, text=f"The difference {told}, by a paired bootstrap{windows}."))
+    else:
+        found.append(Check(holds=None, text="No interval of the ratio was recorded, by an older version."))
+    return [*found, *_text_check(report, protocol)]
+
+
+def _exact_checks(report: dict[str, Any]) -> list[Check]:
+    found = []
+    if "logit_error" in report:
+        on, most = report.get("logit_error_on", "a text"), numbers.short(report["logit_error"])
+        text = f"In float64 no logit is off by more than {most} of the largest, on {on}."
+        found.append(Check(holds=report["logit_error"] <= SAME_LOGITS, text=text))
+    if "perplexity" in report:
+        tokens = report["perplexity"].get("protocol", {}).get("scored_tokens")
+        on = f" on {tokens:,} tokens" if tokens else ""
+        times = report["perplexity"]["ratio"]
+        text = f"Perplexity{on} is {numbers.ratio(times)} times the original’s."
+        found.append(Check(holds=abs(times - 1) <= SAME_LOGITS, text=text))
+    text = "This page holds no certificate: `qectomy verify` proves each tensor against the original."
+    return [*found, Check(holds=None, text=text)]
+
+
+def _text_check(report: dict[str, Any], protocol: dict[str, Any]) -> list[Check]:
+    """Whether the measured text is another than those fitted and trained on."""
+    if "text_sha256" not in protocol:
+        return []
+    if protocol.get("fitted_on"):
+        return [Check(holds=False, text="The measured text was fitted on, which flatters the result.")]
+    texts = [*report.get("calibration", {}).get("texts", []), *report.get("healing", {}).get("texts", [])]
+    hashes = {text["sha256"] for text in texts if "sha256" in text}
+    if not hashes:
+        return [Check(holds=None, text="The report does not say which texts were fitted on.")]
+    if protocol["text_sha256"] in hashes:
+        text = "The measured tokens are another part of a text that was fitted on: other text will cost more."
+        return [Check(holds=False, text=text)]
+    return [Check(holds=True, text="The measured text is none of those fitted or trained on.")]
+
+
+def _fit_checks(report: dict[str, Any]) -> list[Check]:
+    pairs = [layer["attention_kl"] for layer in report["layers"] if "attention_kl" in layer]
+    pairs = [pair for pair in pairs if "fitted" in pair and "heldout" in pair]
+    fitted, heldout = (sum(pair[name] for pair in pairs) for name in ("fitted", "heldout"))
+    if not pairs or fitted <= 0:
+        return []
+    times = heldout / fitted
+    advice = "more calibration tokens would help" if times > OVERFIT else "the fit carries over to text it has not seen"
+    text = f"Held-out attention error is {times:.2f} times the fitted one: {advice}."
+    return [Check(holds=times <= OVERFIT, text=text)]
+
+
+def _file_checks(report: dict[str, Any]) -> list[Check]:
+    found = []
+    error = report.get("reload_check", {}).get("largest_relative_logit_error")
+    if error is not None:
+        same = "the same logits" if error == 0 else f"logits off by {numbers.short(error)} of the largest"
+        found.append(Check(holds=error <= SAME_LOGITS, text=f"A fresh process loaded what was written: {same}."))
+    if report.get("healing", {}).get("teacher_is_source") is False:
+        text = "It was healed against another checkpoint than it was made from."
+        found.append(Check(holds=False, text=text))
+    if report.get("source", {}).get("sha256"):
+        found.append(Check(holds=True, text="The original is pinned by the hashes of its files, see provenance."))
+    return found
