@@ -45,8 +45,9 @@ def main(work: Path) -> None:
     check("heal: steps", healing["steps"], 4, 4)
     for kind in ("fitted", "healed"):
         check(f"heal: {kind} / original", healing["perplexity"][f"{kind}_ratio"], LEAST, MOST)
-    if not (work / "healed" / "healing.png").is_file():
-        sys.exit("error: the healed folder has no healing.png")
+    for name in ("healed/healing.png", *(f"{folder}/report.html" for folder in ("reduced", "healed", "exact"))):
+        if not (work / name).is_file():
+            sys.exit(f"error: there is no {name}")
 
     measured = perplexities(json.loads((work / "eval.json").read_text(encoding="utf-8")))
     if len(measured) != 3:
@@ -54,6 +55,8 @@ def main(work: Path) -> None:
     original, reduced, stock = measured
     check("eval: perplexity of the original", original, 1.0, 1000.0)
     check("eval: reduced / original", reduced / original, LEAST, MOST)
+    (streamed,) = perplexities(json.loads((work / "streamed.json").read_text(encoding="utf-8")))
+    check("eval: streamed / in memory", streamed / reduced, 1 - MATERIALIZED_ERROR, 1 + MATERIALIZED_ERROR)
     check("eval: materialized / reduced", stock / reduced, 1 - MATERIALIZED_ERROR, 1 + MATERIALIZED_ERROR)
 
 

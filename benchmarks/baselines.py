@@ -26,7 +26,10 @@ from setting import add_setting, make_setting_windows, print_table
 from torch import nn
 
 from qectomy.errors import QectomyError
-from qectomy.eval.perplexity import ScoringWindows, load_model, score_model, summarize
+from qectomy.eval.loading import load_model
+from qectomy.eval.protocol import ScoringWindows
+from qectomy.eval.scoring import score_model
+from qectomy.eval.summary import summarize
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.family import Family
 from qectomy.surgery.plan import totals
@@ -152,7 +155,7 @@ def measure(name: str, removed: int, model: Any, original: Any, windows: Scoring
     """Score a model on `windows`, with KL and top-1 agreement against the original's predictions."""
     print(f"measuring {name}", file=sys.stderr, flush=True)
     reference = None if model is original else original
-    result = summarize(score_model(model, windows, reference=reference, label=name), windows.n_bytes)
+    result = summarize(score_model(model, windows, reference=reference, label=name), windows)
     return Row(
         method=name,
         removed=removed,

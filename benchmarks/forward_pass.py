@@ -29,7 +29,7 @@ def time_forward_pass(options: argparse.Namespace) -> dict[str, Any]:
     """Return the seconds of one pass over all windows, and how it was run."""
     import torch
 
-    from qectomy.eval.perplexity import load_model
+    from qectomy.eval.loading import load_model
 
     fitted, held = make_setting_windows(options)
     tokens = torch.cat([fitted.tokens, held.tokens])

@@ -31,7 +31,7 @@ from qectomy.calibrate.healing.models import Distillation, load_student, load_te
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.errors import QectomyError
-from qectomy.eval.perplexity import load_model
+from qectomy.eval.loading import load_model
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.query_maps import parse_recipe
 

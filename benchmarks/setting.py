@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qectomy.calibrate.text import Windows
-    from qectomy.eval.perplexity import ScoringWindows
+    from qectomy.eval.protocol import ScoringWindows
 
 CHECKPOINT = ".cache/smollm2-135m-instruct"  # where fetch_smollm2.py puts it
 TOKENS = 32_768
@@ -39,7 +39,7 @@ def setting_arguments(options: argparse.Namespace) -> list[str]:
 def make_setting_windows(options: argparse.Namespace) -> tuple[Windows, ScoringWindows]:
     """Return the calibration and the evaluation windows that `qectomy convert` makes in this setting."""
     from qectomy.calibrate.text import load_tokenizer, make_windows, read_source
-    from qectomy.eval.perplexity import Protocol, scoring_windows
+    from qectomy.eval.protocol import Protocol, scoring_windows
     from qectomy.surgery.checkpoint import open_checkpoint
 
     source = open_checkpoint(options.checkpoint)

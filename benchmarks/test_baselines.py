@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qectomy.eval.perplexity import ScoringWindows
+from qectomy.eval.protocol import ScoringWindows
 from qectomy.surgery.architectures import FAMILIES
 
 FAMILY = FAMILIES["llama"]

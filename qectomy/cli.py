@@ -1,5 +1,6 @@
 """The command line: parse, call one function, print. Heavy imports live inside the commands."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -7,7 +8,8 @@ import typer
 
 from qectomy import __version__
 from qectomy.cli_bench import bench
-from qectomy.cli_convert import CONTEXT_HELP, Device, convert
+from qectomy.cli_convert import CONTEXT_HELP, convert
+from qectomy.cli_eval import evaluate
 from qectomy.cli_heal import heal
 from qectomy.cli_report import report
 from qectomy.cli_rewrites import fold_norms, import_nanogpt, materialize
@@ -16,7 +18,7 @@ from qectomy.terminal import Json, print_json, progress_bar
 
 app = typer.Typer(
     name="qectomy",
-    help="Remove the query projection W_Q from pretrained GPT-2 and Llama checkpoints, and say what it cost.",
+    help="Remove the query projection W_Q from pretrained GPT-2, Llama and Mistral checkpoints, and say what it cost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -76,62 +78,9 @@ def inspect(
         show_inspection(result)
 
 
-@app.command("eval", epilog="Example: `qectomy eval ./original ./reduced --text heldout.txt --reference ./original`")
-def evaluate(
-    checkpoints: Annotated[list[str], typer.Argument(help="Folders or hub ids, original or reduced.")],
-    text: Annotated[str, typer.Option(help="Text to measure on: a UTF-8 file, a .jsonl file or a dataset's name.")],
-    context: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens a window. Default: 512, or what every model given was made for."),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens between window starts; each scores its last STRIDE. Default: context."),
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Read only the first tokens of the text.")] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="Original checkpoint: also report mean KL to it and top-1 agreement.")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Type to compute in: float32, bfloat16, float16. Default: the checkpoint's."),
-    ] = None,
-    device: Device = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Measure token perplexity and bits per byte of checkpoints, all by one recorded protocol."""
-    from qectomy.calibrate.convert import check_device
-    from qectomy.calibrate.text import read_source
-    from qectomy.eval.perplexity import Protocol, common_context
-    from qectomy.eval.perplexity import evaluate as run
-
-    check_device(device)
-    source = read_source(text)
-    protocol = Protocol(
-        context=context or common_context([*checkpoints, *([reference] if reference else [])]),
-        stride=stride,
-        tokens=tokens,
-    )
-    results = []
-    for checkpoint in checkpoints:
-        with progress_bar(f"evaluating {checkpoint}") as progress:
-            results.append(
-                run(
-                    checkpoint,
-                    source,
-                    protocol,
-                    dtype=dtype,
-                    device=device,
-                    reference=reference,
-                    progress=lambda done, total: progress(done, total, ""),
-                )
-            )
-    if as_json:
-        print_json(results)
-    else:
-        from qectomy.eval.tables import show_evaluations
-
-        show_evaluations(results)
+app.command("eval", epilog="Example: `qectomy eval ./original ./reduced --text heldout.txt --reference ./original`")(
+    evaluate
+)
 
 
 @app.command(epilog="Example: `qectomy verify ./exact --against ./original --text heldout.txt`")
@@ -149,7 +98,7 @@ def verify(
     """Certify that a reduced checkpoint computes what its original does; exit code 1 if it is not exact."""
     from qectomy.calibrate.settings import default_context
     from qectomy.calibrate.text import load_tokenizer, read_source
-    from qectomy.eval.perplexity import Protocol, check_positions, scoring_windows
+    from qectomy.eval.protocol import Protocol, check_positions, scoring_windows
     from qectomy.eval.tables import show_certificate
     from qectomy.eval.verify import verify as run
     from qectomy.surgery.checkpoint import open_checkpoint
@@ -178,6 +127,7 @@ app.command(
 app.command(
     epilog="Example: `qectomy heal ./reduced --teacher ./original --out ./healed --text mine.txt --minutes 10`"
 )(heal)
+app.command(epilog="Example: `qectomy bench ./original ./reduced --save ./reduced/bench.json`")(bench)
 app.command(epilog="Example: `qectomy report ./reduced`")(report)
 app.command(epilog="Example: `qectomy materialize ./reduced --out ./stock`")(materialize)
 app.command("fold-norms", epilog="Example: `qectomy fold-norms ./original --out ./folded --only gain`")(fold_norms)
@@ -186,16 +136,21 @@ app.command(
 )(import_nanogpt)
 
 
+def complain(message: str) -> None:
+    """Print an error on stderr, in red where colours are wanted."""
+    typer.secho(f"error: {message}", err=True, fg=None if os.environ.get("NO_COLOR") else typer.colors.RED)
+
+
 def main() -> None:
     """Run the command line: errors a user can mend become one line on stderr and exit code 1."""
     try:
         app()
     except QectomyError as error:
-        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+        complain(str(error))
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == 130:  # typer makes this of Ctrl-C, without a word
-            typer.secho("error: interrupted; nothing was left behind", err=True, fg=typer.colors.RED)
+            complain("interrupted; nothing was left behind")
             sys.exit(1)
         raise
 

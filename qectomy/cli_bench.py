@@ -1,14 +1,12 @@
 """The command that times two checkpoints side by side; `cli.py` registers it."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qectomy.cli_convert import Device
-from qectomy.terminal import Json, print_json, progress_bar
+from qectomy.terminal import Json, command_line, print_json, progress_bar
 
 
 def bench(
@@ -45,13 +43,13 @@ def bench(
 ) -> None:
     """Time loading, prefill and decoding of two checkpoints in turn, next to what the bytes they read allow."""
     from qectomy.calibrate.convert import check_device
-    from qectomy.eval.bench_file import check_savable, save_bench
     from qectomy.eval.bench_table import show_bench
     from qectomy.eval.inference_cost import BenchSettings, compare
     from qectomy.eval.report import made
+    from qectomy.eval.saved import check_savable, save_result
 
     if save is not None:
-        check_savable(save)
+        check_savable(save, "bench")
     settings = BenchSettings(
         batches=tuple(dict.fromkeys(batch or (1, 16))),
         rounds=rounds,
@@ -66,9 +64,9 @@ def bench(
     )
     with progress_bar("timing") as progress:
         measured = compare(original, reduced, settings, progress)
-    result = {**made(shlex.join(["qectomy", *sys.argv[1:]])), **measured}
+    result = {**made(command_line()), "kind": "bench", **measured}
     if save is not None:
-        save_bench(result, save)
+        save_result(result, save)
     if as_json:
         print_json(result)
     else:

@@ -1,7 +1,5 @@
 """The command that takes W_Q out of a checkpoint; `cli.py` registers it."""
 
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +8,7 @@ import typer
 
 from qectomy.cli_heal import count, show
 from qectomy.errors import QectomyError
-from qectomy.terminal import Clean, Json, Resume, check_out, print_json, progress_bar
+from qectomy.terminal import Clean, Json, Resume, check_out, command_line, print_json, progress_bar
 
 CONTEXT_HELP = "Tokens a window. Default: 512, or what the model was made for if that is less."
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
@@ -79,7 +77,7 @@ def convert(
         dtype=dtype,
         device=device,
         seed=seed,
-        command=shlex.join(["qectomy", *sys.argv[1:]]),
+        command=command_line(),
     )
     if text and self_generated:
         raise QectomyError("--self-generated takes the place of a text; give one or the other")

@@ -1,14 +1,12 @@
 """The command that heals a reduced checkpoint; `cli.py` registers it."""
 
 import re
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from qectomy.terminal import Json, print_json, progress_bar
+from qectomy.terminal import Json, command_line, print_json, progress_bar
 
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
@@ -158,7 +156,7 @@ def heal(
         report_to=report_to,
         device=device,
         seed=seed,
-        command=shlex.join(["qectomy", *sys.argv[1:]]),
+        command=command_line(),
     )
     with progress_bar("healing") as progress:
         report = run(reduced, teacher, out, settings, resume=resume, progress=progress)

@@ -1,5 +1,6 @@
 """The command that writes the page of reduced checkpoints; `cli.py` registers it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,10 @@ def report(
             help="File to write. Default: report.html in the folder; of several, qectomy-comparison.html here."
         ),
     ] = None,
+    original: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the original: run both models, loaded whole, and show what they write."),
+    ] = None,
     title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
     also: Annotated[list[Path] | None, typer.Option(help=ALSO_HELP)] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is no report of qectomy, too.")] = False,
@@ -37,6 +42,16 @@ def report(
     from qectomy.eval.page.writing import COMPARISON, NAME, check_replaceable, write_html
 
     found = read_folders(folders)
+    if original is not None:
+        from qectomy.eval.page.reading import check_original
+        from qectomy.eval.samples import generation_of
+
+        for each in found:
+            check_original(each, original)
+        found = [
+            replace(each, report={**each.report, "generation": generation_of(original, folder, None)})
+            for each, folder in zip(found, folders, strict=True)
+        ]
     points = [point for file in also or () for point in read_points(file)]
     where = out or (folders[0] / NAME if len(folders) == 1 else Path(COMPARISON))
     check_replaceable(where, force=force)

@@ -1,6 +1,8 @@
 """Progress on stderr, results on stdout."""
 
 import json
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +56,11 @@ def progress_bar(what: str) -> Iterator[Any]:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(what, total=None, note="")
         yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+
+
+def command_line() -> str:
+    """Return the command that runs, as it can be typed again."""
+    return shlex.join(["qectomy", *sys.argv[1:]])
 
 
 def print_json(result: Any) -> None:

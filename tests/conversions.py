@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_models import tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from qectomy.calibrate import key_shared_start, refine, units
 from qectomy.calibrate.convert import convert
 from qectomy.calibrate.settings import ConvertSettings
-from qectomy.eval import reload
+from qectomy.errors import QectomyError
+from qectomy.eval import reload, report
 from qectomy.surgery.checkpoint import open_checkpoint, sha256
 from qectomy.surgery.query_maps import parse_recipe
 
@@ -48,10 +50,13 @@ def reload_here(patch: pytest.MonkeyPatch) -> None:
             return subprocess.CompletedProcess(
                 command, 0, f"{json.dumps(asdict(reload._reload(Path(command[-1]))))}\n", ""
             )
+        except (QectomyError, SafetensorError) as error:
+            return subprocess.CompletedProcess(command, reload.REFUSED, "", f"{type(error).__name__}: {error}")
         except Exception as error:
             return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
 
     patch.setattr(reload.subprocess, "run", run)
+    patch.setattr(report, "write_page", lambda folder: None)  # it takes half a second; its own tests draw it
 
 
 def convert_tiny(

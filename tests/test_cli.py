@@ -306,7 +306,7 @@ def test_several_checkpoints_and_the_materialised_one(cli, tiny_checkpoint, rave
     }
     assert AutoModelForCausalLM.from_pretrained(stock).config.model_type == "llama"
     command = ["eval", original, reduced, stock, "--text", raven, "--context", 32, "--tokens", 160]
-    results = cli(*command, "--reference", original, "--json").json()
+    results = cli(*command, "--reference", original, "--json").json()["results"]
     assert [result["checkpoint"] for result in results] == [str(name) for name in (original, reduced, stock)]
     assert results[0]["perplexity"] == pytest.approx(report["perplexity"]["before"], rel=1e-4)
     assert results[1]["perplexity"] == pytest.approx(report["perplexity"]["after"], rel=1e-4)
@@ -336,11 +336,11 @@ def test_windows_are_no_longer_than_the_model_was_made_for(cli, name, tiny_check
         "convert", model, "--out", tmp_path / "out", "--query", "select", "--text", raven, *tokens, "--json"
     ).json()
     assert report["calibration"]["context"] == 128
-    found = cli("eval", model, tmp_path / "out", "--text", raven, "--tokens", 128, "--json").json()
+    found = cli("eval", model, tmp_path / "out", "--text", raven, "--tokens", 128, "--json").json()["results"]
     assert [row["protocol"]["context"] for row in found] == [128, 128]
     assert cli("inspect", model, "--json").json()["needs"]["context"] == 128
     if name == "llama":  # RoPE goes on beyond
-        found = cli("eval", model, "--text", raven, "--tokens", 160, "--context", 160, "--json").json()
+        found = cli("eval", model, "--text", raven, "--tokens", 160, "--context", 160, "--json").json()["results"]
         assert found[0]["protocol"]["context"] == 160
 
 

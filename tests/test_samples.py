@@ -11,7 +11,8 @@ from conversions import convert_tiny, few_steps, reload_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qectomy.calibrate.text import read_source
-from qectomy.eval.perplexity import Protocol, evaluate
+from qectomy.eval.evaluate import evaluate
+from qectomy.eval.protocol import Protocol
 from qectomy.surgery.checkpoint import open_checkpoint
 
 SAMPLES = Path(__file__).parents[1] / "samples"

@@ -20,9 +20,11 @@ from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.calibrate.text import Windows, load_tokenizer, make_windows, read_source
 from qectomy.errors import QectomyError, TextError, UnsupportedArchitecture
-from qectomy.eval.perplexity import Protocol, ScoringWindows, scoring_windows, summarize
+from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.eval.reload import check_reload
 from qectomy.eval.report import conversion_report, write_report
+from qectomy.eval.samples import token_sample
+from qectomy.eval.summary import cost
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.config_files import copy_companions, copy_model_code
 from qectomy.surgery.output import check_room
@@ -76,7 +78,7 @@ def convert(
         copy_companions(source.folder, work.result)
         copy_model_code(source.family, work.result)
         check_shards(work.result, run.specs, digests)
-        reload = check_reload(work.result, *scores.expected)
+        reload = check_reload(work.result, *scores.expected, source.folder)
         watch.add("reload", since)
         report = conversion_report(
             source=source,
@@ -85,9 +87,10 @@ def convert(
             hashes=unchanged.weights,
             calibration=fitted.sources,
             layers=run.layers,
-            before=summarize(scores.before, held.n_bytes),
-            after=summarize(scores.after, held.n_bytes),
-            protocol=held.report,
+            measured={
+                **cost(scores.before, scores.after, held),
+                "token_sample": token_sample(source.folder, held, scores.before, scores.after),
+            },
             seconds=watch.seconds,
             total_seconds=watch.total,
             forward_pass_seconds=run.forward_pass_seconds(scores.head_seconds),

@@ -15,10 +15,12 @@ from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.calibrate.text import load_tokenizer, read_source
 from qectomy.errors import QectomyError, QueryMapError
 from qectomy.eval.peak_memory import peak_memory_bytes
-from qectomy.eval.perplexity import Protocol, ScoringWindows, scoring_windows, summarize
+from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.eval.reload import RELOAD_TOKENS, check_reload
-from qectomy.eval.report import cost, provenance, write_report
+from qectomy.eval.report import provenance, write_report
+from qectomy.eval.samples import token_sample
 from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_error, score_streamed
+from qectomy.eval.summary import cost
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.config_files import copy_companions, copy_model_code, reduced_config, write_config
 from qectomy.surgery.exact import ExactPlan, Progress, fold_checkpoint, plan_exact
@@ -195,13 +197,11 @@ def _measure(
     original, reduced = (StreamedModel(checkpoint) for checkpoint in (source, written))
     result: dict[str, Any] = {"logit_error": error, "logit_error_on": "text" if held else "random tokens"}
     if held is not None:
-        before, after = score_streamed(original, reduced, held)
-        result |= cost(summarize(before, held.n_bytes), summarize(after, held.n_bytes), held.report)
+        before, after = score_streamed([original, reduced], held)
+        result |= cost(before, after, held)
+        result["token_sample"] = token_sample(source.folder, held, before, after)
     since = watch.add("measuring", since)
-    reload = check_reload(work, tokens, reduced.all_logits(reduced.states(tokens)[0, -RELOAD_TOKENS:]))
+    logits = reduced.all_logits(reduced.states(tokens)[0, -RELOAD_TOKENS:])
+    reload = check_reload(work, tokens, logits, source.folder if held else None)
     watch.add("reload", since)
-    result["reload_check"] = {
-        "largest_relative_logit_error": reload.error,
-        "peak_memory_bytes": reload.peak_memory_bytes,
-    }
-    return result
+    return result | reload.record()

@@ -9,7 +9,7 @@ from torch import nn
 
 from qectomy.calibrate.states import Streams, batches
 from qectomy.errors import NonFiniteError
-from qectomy.eval.perplexity import ScoringWindows
+from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.reload import RELOAD_TOKENS
 from qectomy.eval.scores import SLICE, Logits, TokenScores, join_scores, score_tokens
 from qectomy.surgery.checkpoint import Checkpoint

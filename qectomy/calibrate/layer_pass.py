@@ -21,10 +21,12 @@ from qectomy.calibrate.states import Streams, batches, scratch_file
 from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.calibrate.text import Windows
 from qectomy.errors import NonFiniteError
-from qectomy.eval.perplexity import ScoringWindows
+from qectomy.eval.protocol import ScoringWindows
+from qectomy.surgery.audit import spectrum
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.config_files import reduced_config, write_config
 from qectomy.surgery.finite import all_finite
+from qectomy.surgery.folding import read_query
 from qectomy.surgery.plan import planned_tensors
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.source_watch import SourceWatch
@@ -251,7 +253,8 @@ class LayerPass:
         self._run_student(layer, student, streams)
         streams.enter(layer + 1)
         self.watch.add("forward", since)
-        return {"index": layer, "map": str(spec), "attention_kl": kl}
+        sigma = spectrum(read_query(self.source, layer).to(self.runner.device))
+        return {"index": layer, "map": str(spec), "attention_kl": kl, "singular_values": sigma}
 
     def _read(self, layer: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Return the teacher's layer and the one that the fit starts from: the same but where the stream begins."""

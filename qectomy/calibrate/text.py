@@ -100,13 +100,27 @@ def adds_bos(tokenizer: Any) -> bool:
 
 def first_tokens(tokenizer: Any, source: Source, count: int | None) -> list[int]:
     """Return the first `count` tokens (None: all) of a text, reading no more of it than that takes."""
-    text, ids = source.text, []
+    return first_tokens_and_ends(tokenizer, source, count)[0]
+
+
+def first_tokens_and_ends(
+    tokenizer: Any, source: Source, count: int | None, ends: bool = False, special: bool = False
+) -> tuple[list[int], list[int] | None]:
+    """Return the first tokens of a text as `first_tokens` does, and where in it each ends, in characters.
+
+    The ends are None if they were not asked for, or the tokenizer cannot say. `special`: with the special tokens that
+    the tokenizer puts around a text, if the text is read to its end.
+    """
+    text = source.text
     length = len(text) if count is None else count * CHARACTERS_A_TOKEN + 1000
+    ends = ends and getattr(tokenizer, "is_fast", False)
     while True:
-        ids = tokenizer(text[:length], add_special_tokens=False, verbose=False)["input_ids"]
+        found = tokenizer(text[:length], add_special_tokens=special, return_offsets_mapping=ends, verbose=False)
+        ids = found["input_ids"]
         # The last few tokens before a cut may differ from those of the whole text.
         if length >= len(text) or (count is not None and len(ids) >= count + 64):
-            return ids if count is None else ids[:count]
+            kept = slice(None if count is None else count)
+            return ids[kept], [stop for _, stop in found["offset_mapping"][kept]] if ends else None
         length *= 2
 
 

@@ -7,12 +7,16 @@ from rich.table import Table
 
 from qectomy.eval.tables import console, size
 
+FEWEST_ROUNDS = 6  # of which an interval of 95 % can be made
+ENDS = ("median", "low", "high")
+
 
 def show_bench(result: dict[str, Any]) -> None:
     """Print what two checkpoints cost, and in small print how it was measured."""
     a, b = result["models"]
     ratios, settings = result["ratios"], result["settings"]
-    table = Table("cost", "original", "reduced", "ratio", "95 %", "limit", "reached")
+    enough = settings["rounds"] >= FEWEST_ROUNDS
+    table = Table("cost", "original", "reduced", "ratio", "95 %" if enough else "range", "limit", "reached")
     millions = [f"{model['parameters'] / 1e6:.2f} M" for model in (a, b)]
     table.add_row("parameters", *millions, f"{ratios['parameters']:.3f}")
     sizes = {
@@ -42,8 +46,9 @@ def show_bench(result: dict[str, Any]) -> None:
     console.print(
         f"{where}, {result['dtype']}; prompt {settings['prompt_tokens']}, {settings['new_tokens']} new tokens"
         f"{', compiled steps' if settings['compile'] else ''}; {settings['rounds']} rounds in turn, medians; "
-        "ratios are the original's cost over the reduced one's in the same round, with their 95 % interval: above 1 "
-        "favours the reduced",
+        "ratios are the original's cost over the reduced one's in the same round, with "
+        f"{'their 95 % interval' if enough else 'their range (an interval takes six rounds)'}: above 1 favours "
+        "the reduced",
         markup=False,
     )
     console.print(
@@ -66,5 +71,5 @@ def rate(row: dict[str, Any]) -> str:
 
 def interval(ratio: dict[str, float]) -> tuple[str, str]:
     """Write a ratio, and its interval."""
-    median, low, high = (f"{ratio[end]:.3f}"[:5].rstrip(".") for end in ("median", "low", "high"))
+    median, low, high = (f"{ratio[end]:.3f}" if ratio[end] < 100 else f"{ratio[end]:.4g}" for end in ENDS)
     return median, f"{low}-{high}"

@@ -13,8 +13,8 @@ import torch
 
 from qectomy.errors import QectomyError
 from qectomy.eval.inference_loops import InferenceLoop, random_tokens
+from qectomy.eval.loading import load_model
 from qectomy.eval.peak_memory import peak_memory_bytes
-from qectomy.eval.perplexity import load_model
 
 STEPS = 4  # of decoding, in the measure of memory
 

@@ -16,7 +16,7 @@ import torch
 from qectomy.calibrate.text import load_tokenizer
 from qectomy.errors import NonFiniteError, QectomyError, TextError
 from qectomy.eval.harness_tasks import HarnessTasks, describe, quiet_harness
-from qectomy.eval.perplexity import load_model
+from qectomy.eval.loading import load_model
 from qectomy.surgery.checkpoint import locate
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.headers import read_json

@@ -19,6 +19,7 @@ import torch
 
 from qectomy.errors import QectomyError
 from qectomy.eval.fresh_start import FreshStart, fresh_start, warm_files
+from qectomy.eval.identity import fingerprint
 from qectomy.eval.inference_bytes import (
     bytes_read_per_step,
     cached_tokens,
@@ -27,7 +28,8 @@ from qectomy.eval.inference_bytes import (
     weight_bytes,
 )
 from qectomy.eval.inference_loops import InferenceLoop, Timing, random_tokens
-from qectomy.eval.perplexity import common_context, load_model
+from qectomy.eval.loading import load_model
+from qectomy.eval.protocol import common_context
 from qectomy.surgery.checkpoint import locate
 
 Progress = Callable[[int, int, str], None]  # (runs done, runs in all, what ran)
@@ -209,6 +211,7 @@ def _model_record(loop: InferenceLoop) -> dict[str, Any]:
     folder: Path = locate(loop.name)
     return {
         "checkpoint": loop.name,
+        "fingerprint": fingerprint(folder),
         "parameters": sum(parameter.numel() for parameter in loop.model.parameters()),
         "bytes": weight_bytes(loop.model),
         "bytes_on_disk": sum(path.stat().st_size for path in folder.glob("*.safetensors")),

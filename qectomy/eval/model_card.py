@@ -11,7 +11,7 @@ FITTED = """The query projections of this {family} checkpoint were taken out by 
 FITTED_ALONE = """No training from end to end: query maps and W_K were fitted on calibration text layer by layer,
 W_O and W_down refitted to them in closed form."""
 HEALED = """Query maps and W_K were fitted on calibration text layer by layer, W_O and W_down refitted to them in closed
-form; then the model was healed, trained on {tokens:,} tokens of {texts} to predict what the original predicts
+form; then the model was healed, trained on {tokens:,} tokens{after} of {texts} to predict what the original predicts
 (`healing.png`)."""
 EXACT = """What goes exactly of this {family} checkpoint was taken out by Qectomy {version}: query maps
 {recipe}. Nothing was fitted: up to rounding it computes what the original does. `gauge` means that a block of each
@@ -119,7 +119,9 @@ def _ending(report: dict[str, Any]) -> str:
     texts = ", ".join(f"`{_code(text['text'])}`" for text in healing["texts"])
     if healing["self_generated"]:
         texts = "text that the original wrote itself"
-    return HEALED.format(tokens=healing["best_step"] * healing["tokens_a_step"], texts=texts)
+    kept, all_of_it = healing["best_step"] * healing["tokens_a_step"], healing["tokens"]
+    after = "" if kept == all_of_it else f", of which the first {kept:,} made what is kept,"
+    return HEALED.format(tokens=all_of_it, after=after, texts=texts)
 
 
 def _commands(report: dict[str, Any]) -> str:
@@ -148,7 +150,7 @@ def _table(report: dict[str, Any]) -> str:
 
 
 def _interval(perplexity: dict[str, Any]) -> str:
-    if "ratio_95" not in perplexity:
+    if not perplexity.get("ratio_95"):
         return ""
     low, high = perplexity["ratio_95"]
     return f"; {low:.3f} to {high:.3f} with 95 % confidence"

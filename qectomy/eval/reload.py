@@ -1,28 +1,31 @@
-"""Reload a written checkpoint in a fresh process and compare its logits with those the conversion computed."""
+"""Reload a written checkpoint in a fresh process: compare its logits with the conversion's, let it write."""
 
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qectomy.errors import CheckpointError, NonFiniteError, OutputError, Stopped
+from qectomy.errors import CheckpointError, NonFiniteError, OutputError, QectomyError, Stopped
 from qectomy.eval.peak_memory import peak_memory_bytes
+from qectomy.eval.samples import generation_of
 from qectomy.eval.scores import SLICE
 from qectomy.eval.streamed import StreamedModel
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.finite import all_finite
 
 RELOAD_TOKENS = 64  # whose logits are compared
+REFUSED = 3  # exit code of the process that finds the checkpoint unusable; others are its own troubles
 TOLERANCE = 1e-3  # of the largest logit; float32 rounding between two orders of summation stays below 1e-5
 
 
 # The child must find qectomy and must not find modules in the folder that it happens to run in.
-CHILD = "import sys; sys.path[0] = sys.argv[1]; from qectomy.eval.reload import _main; _main(sys.argv[2])"
+CHILD = "import sys; sys.path[0] = sys.argv[1]; from qectomy.eval.reload import _main; _main(*sys.argv[2:])"
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,20 @@ class Reload:
 
     error: float
     peak_memory_bytes: int
+    generation: dict[str, Any] | None = None  # what original and written model write, if that was asked for
+
+    def record(self) -> dict[str, Any]:
+        """What a report says of it."""
+        check = {"largest_relative_logit_error": self.error, "peak_memory_bytes": self.peak_memory_bytes}
+        return {"reload_check": check, **({"generation": self.generation} if self.generation else {})}
 
 
-def check_reload(folder: Path, tokens: torch.Tensor, logits: torch.Tensor) -> Reload:
+def check_reload(folder: Path, tokens: torch.Tensor, logits: torch.Tensor, original: Path | None = None) -> Reload:
     """Return what a fresh process finds that loads `folder` and runs the model.
 
-    `tokens` (1, T), `logits` (n, V) float32: what the model in `folder` must give at the last n positions. Raises
-    CheckpointError when the folder does not load there, lacks a tensor, or gives other logits.
+    `tokens` (1, T), `logits` (n, V) float32: what the model in `folder` must give at the last n positions. `original`:
+    of the model that it is to write side by side with. Raises CheckpointError when the folder does not load there,
+    lacks a tensor, or gives other logits.
     """
     expected = folder / ".expected.safetensors"
     try:
@@ -45,24 +55,32 @@ def check_reload(folder: Path, tokens: torch.Tensor, logits: torch.Tensor) -> Re
     except SafetensorError as full:
         raise OutputError(f"the reload check could not be written: {full}") from full
     try:
-        command = [sys.executable, "-c", CHILD, str(Path(__file__).parents[2]), str(folder)]
+        command = [sys.executable, "-c", CHILD, str(Path(__file__).parents[2]), str(original or ""), str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     finally:
         expected.unlink()
+    told = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if told:  # the check was through, whatever became of the process afterwards
+        return _passed(Reload(**json.loads(told[-1])), done.returncode if len(told) == 1 and original else 0)
     if done.returncode < 0:
         raise Stopped(
             f"the process that reloads the written checkpoint was killed (signal {-done.returncode}): most likely out "
             "of memory"
         )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise CheckpointError(f"the written checkpoint does not load in a fresh process: {last}")
-    found = Reload(**json.loads(done.stdout.strip().splitlines()[-1]))
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    message = f"the written checkpoint does not load in a fresh process: {last}"
+    raise CheckpointError(message) if done.returncode == REFUSED else Stopped(message)
+
+
+def _passed(found: Reload, ended: int) -> Reload:
+    """Return what the process found, if it is as it should be; `ended`: how it died after that, if it did."""
     if not found.error <= TOLERANCE:
         raise CheckpointError(
             f"the written checkpoint gives other logits in a fresh process: off by {found.error:.1e} of the largest, "
             f"more than {TOLERANCE:.0e}"
         )
+    if ended:
+        found = replace(found, generation={"skipped": f"the process that let both models write ended ({ended})"})
     return found
 
 
@@ -80,5 +98,12 @@ def _reload(folder: Path) -> Reload:
     return Reload(error / float(wanted.abs().max()), peak_memory_bytes())
 
 
-def _main(folder: str) -> None:
-    print(json.dumps(asdict(_reload(Path(folder)))))
+def _main(original: str, folder: str) -> None:
+    try:
+        found = _reload(Path(folder))
+    except (QectomyError, SafetensorError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(REFUSED)
+    print(json.dumps(asdict(found)), flush=True)  # at once: what follows is only to be looked at
+    if original:
+        print(json.dumps(asdict(replace(found, generation=generation_of(Path(original), Path(folder))))))

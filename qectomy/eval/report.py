@@ -10,6 +10,7 @@ from typing import Any
 from qectomy import __version__
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.eval.model_card import model_card
+from qectomy.eval.page.writing import write_page
 from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.reload import Reload
 from qectomy.surgery.checkpoint import Checkpoint
@@ -27,9 +28,7 @@ def conversion_report(
     hashes: dict[str, str],
     calibration: list[dict[str, Any]],
     layers: list[dict[str, Any]],
-    before: dict[str, float],
-    after: dict[str, float],
-    protocol: dict[str, Any],
+    measured: dict[str, Any],
     seconds: dict[str, float],
     total_seconds: float,
     forward_pass_seconds: float,
@@ -41,7 +40,7 @@ def conversion_report(
         **provenance(source, settings.command, hashes),
         "calibration": {"texts": calibration, "context": settings.context, "seed": settings.seed},
         "layers": layers,
-        **cost(before, after, protocol),
+        **measured,
         **sizes,
         "seconds": {
             **{stage: round(value, 3) for stage, value in seconds.items()},
@@ -50,10 +49,7 @@ def conversion_report(
         "forward_pass_seconds": round(forward_pass_seconds, 3),
         "peak_memory_bytes": max(peak_memory_bytes(), reload.peak_memory_bytes),
         "device": settings.device,
-        "reload_check": {
-            "largest_relative_logit_error": reload.error,
-            "peak_memory_bytes": reload.peak_memory_bytes,
-        },
+        **reload.record(),
     }
 
 
@@ -83,23 +79,18 @@ def made(command: str) -> dict[str, Any]:
     }
 
 
-def cost(before: dict[str, float], after: dict[str, float], protocol: dict[str, Any]) -> dict[str, Any]:
-    """Return what a conversion cost, from the summaries of both models on the same windows."""
-    return {
-        "perplexity": {
-            "before": before["perplexity"],
-            "after": after["perplexity"],
-            "ratio": after["perplexity"] / before["perplexity"],
-            "protocol": {**protocol, "dtype": "float32"},
-        },
-        "bits_per_byte": {"before": before["bits_per_byte"], "after": after["bits_per_byte"]},
-        "kl": after["kl"],
-        "top1_agreement": after["top1_agreement"],
-    }
-
-
 def write_report(folder: Path, report: dict[str, Any], source: Checkpoint) -> None:
-    """Write qectomy.json and README.md beside the weights."""
+    """Write qectomy.json, README.md and report.html beside the weights."""
     (folder / "qectomy.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    card = model_card(report, source)  # file names need not be UTF-8
+    card = _card(report, source)  # file names need not be UTF-8
     (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
+    write_page(folder)
+
+
+def _card(report: dict[str, Any], source: Checkpoint) -> str:
+    """Return the model card; one that cannot be made must not undo a conversion."""
+    try:
+        return model_card(report, source)
+    except Exception as error:
+        why = f"No model card was made ({type(error).__name__}). See qectomy.json."
+        return f"# {source.name}, reduced by Qectomy\n\n{why}\n"

@@ -1,11 +1,14 @@
-"""Run a checkpoint's own model with one layer of it in memory at a time.
+"""Run checkpoints' own models with one layer of one of them in memory at a time, whatever their size.
 
 The model is the one that transformers loads from the folder, loaded without its weights, which shows whether every
-tensor has its place. A layer's weights are read when the forward comes to it and let go after it.
-Dimensions: n windows, T positions, D d_model, M d_mlp.
+tensor has its place. A layer's weights are read once for all windows (of a group whose hidden states fit into
+STATES_BYTES): the model is asked what it passes to its layers, and each layer then runs on every batch before the next
+one is read.
+Dimensions: n windows, T positions, D d_model, M d_mlp, N scored tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,60 +17,136 @@ from torch import nn
 
 from qectomy.calibrate.memory import release_freed
 from qectomy.errors import NonFiniteError
-from qectomy.eval.perplexity import Progress, ScoringWindows, load_model
-from qectomy.eval.scores import SLICE, TokenScores, join_scores, score_tokens
-from qectomy.surgery.checkpoint import Checkpoint
+from qectomy.eval.loading import load_model
+from qectomy.eval.protocol import ScoringWindows
+from qectomy.eval.scores import SLICE, TokenScores, empty_scores, score_tokens
+from qectomy.eval.scoring import Progress, batches
+from qectomy.surgery.checkpoint import Checkpoint, locate, open_checkpoint
 from qectomy.surgery.family import Dimensions
 from qectomy.surgery.finite import all_finite
+from qectomy.surgery.headers import read_json
 
-TOKENS_AT_ONCE = 2048  # on which the model runs before its layers are read anew
+TOKENS_A_BATCH = 2048  # on which a layer runs at a time
+TOKENS_ON_DEVICE = 16_384  # likewise, on an accelerator
+STATES_BYTES = 1 << 28  # of hidden states of one model held at a time; longer texts are run in groups
+ROWS_A_HEAD = 8192  # tokens that are scored each time the head is read
+SLICE_ON_DEVICE = 8192  # rows of the head read at a time, on an accelerator
 Tap = Callable[[torch.Tensor], None]  # is given what each layer's W_down reads, in the order of the layers
+Step = Callable[[], None]  # is called after each layer
+
+
+def open_any(name: str) -> Checkpoint:
+    """Open an original or a reduced checkpoint, whichever it is."""
+    config = read_json(locate(name) / "config.json")
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    return open_checkpoint(name, reduced=str(model_type).startswith("qectomy_"))
 
 
 class StreamedModel:
     """A checkpoint, original or reduced, that computes in `dtype`, all of it, norms included."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32):
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str = "cpu"):
         family = checkpoint.family
-        self.checkpoint, self.dtype = checkpoint, dtype
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self.model, _, _ = load_model(str(checkpoint.folder), "float32", "meta")
-        for layer in range(checkpoint.dims.n_layers):
-            module = self.layer(layer)
-            module.register_forward_pre_hook(partial(self._fill, layer))
-            module.register_forward_hook(_empty)
         outside = [family.final_norm] if checkpoint.dims.norms else []
         outside += [family.positions.rpartition(".")[0]] if family.positions else []
         for name in outside:
-            self.model.get_submodule(name).load_state_dict(checkpoint.read_module(name, dtype), assign=True)
-        if family.rotary_module is not None:
-            self.model.set_submodule(family.rotary_module, family.rotary(self.model.config))  # in no file
+            self._place(self.model.get_submodule(name), checkpoint.read_module(name, dtype))
+        rotary = family.rotary(self.model.config)  # in no file
+        if family.rotary_module is not None and rotary is not None:
+            self.model.set_submodule(family.rotary_module, rotary.to(self.device))
         if dtype == torch.float64:
             family.in_own_type_(self.model)
+
+    @property
+    def label(self) -> str:
+        return str(self.checkpoint.folder)
 
     def layer(self, layer: int) -> nn.Module:
         return self.model.get_submodule(self.checkpoint.family.prefix(layer).rstrip("."))
 
-    @torch.no_grad()
     def states(self, tokens: torch.Tensor, tap: Tap | None = None) -> torch.Tensor:
         """Return what the head reads for windows of tokens (n, T): (n, T, D).
 
         `tap` is given what each layer's W_down reads, (n, T, M): no exact change of basis or gauge changes it.
         """
+        return self.states_of([tokens], tap)[0]
+
+    @torch.no_grad()
+    def states_of(
+        self, tokens: Sequence[torch.Tensor], tap: Tap | None = None, step: Step | None = None
+    ) -> list[torch.Tensor]:
+        """Return what the head reads for batches of tokens, (n, T) each: (n, T, D) each, on the device.
+
+        Raises NonFiniteError naming the model and the layer.
+        """
+        hidden, calls = self._entering(tokens)
+        with self._tapped(tap):
+            for layer in range(self.checkpoint.dims.n_layers):
+                module = self.layer(layer)
+                self._place(module, self.checkpoint.read_layer(layer, self.dtype))
+                for batch, (states, each) in enumerate(zip(hidden, calls, strict=True)):
+                    arguments, named = each[layer]
+                    hidden[batch] = module(states, *arguments, **named)
+                    if not all_finite(hidden[batch]):
+                        raise NonFiniteError(f"{self.label} gives NaN or Inf in layer {layer}; nothing is skipped")
+                module.to("meta")
+                release_freed()  # or the heap grows with every layer
+                if step:
+                    step()
+        for batch, states in enumerate(hidden):
+            hidden[batch] = self._leaving(states)
+        return hidden
+
+    def _entering(self, tokens: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[list[Any]]]:
+        """Return the states that enter the first layer for each batch, and what the model passes to each layer.
+
+        Masks and angles depend on a batch's shape alone, so batches of one shape share them.
+        """
+        hidden: list[torch.Tensor] = []
+        by_shape: dict[torch.Size, list[Any]] = {}
+        for batch in tokens:
+            calls: list[Any] = []
+
+            def keep(states: torch.Tensor, *arguments: Any, _calls: list[Any] = calls, **named: Any) -> torch.Tensor:
+                _calls.append((states, arguments, named))
+                return states
+
+            with self._layers_are(keep):
+                self.model.base_model(inputs_embeds=self._embedded(batch), use_cache=False)
+            hidden.append(calls[0][0])
+            by_shape.setdefault(batch.shape, [(arguments, named) for _, arguments, named in calls])
+        return hidden, [by_shape[batch.shape] for batch in tokens]
+
+    def _leaving(self, states: torch.Tensor) -> torch.Tensor:
+        """Return what the head reads of the last layer's states."""
+        with self._layers_are(lambda *_, **__: states):
+            return self.model.base_model(inputs_embeds=states, use_cache=False).last_hidden_state
+
+    @contextmanager
+    def _layers_are(self, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Let every layer compute `forward` instead while the block runs."""
+        modules = dict.fromkeys(self.layer(layer) for layer in range(self.checkpoint.dims.n_layers))
+        for module in modules:
+            module.forward = forward
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward
+
+    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
         checkpoint, wanted = self.checkpoint, tokens.unique()
         rows = [checkpoint.read_rows(checkpoint.family.embedding, i, i + 1, self.dtype) for i in wanted.tolist()]
-        embedded = torch.cat(rows)[torch.searchsorted(wanted, tokens)]
-        hooks = self._tapped(tap) if tap else []
-        try:
-            return self.model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        finally:
-            for hook in hooks:
-                hook.remove()
+        return torch.cat(rows)[torch.searchsorted(wanted, tokens)].to(self.device)
 
     def logits(self, states: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Return the logits (..., stop - start) of states (..., D) for a run of the vocabulary."""
         family = self.checkpoint.family
         name = family.embedding if self.checkpoint.dims.tied else family.head
-        return nn.functional.linear(states, self.checkpoint.read_rows(name, start, stop, self.dtype))
+        rows = self.checkpoint.read_rows(name, start, stop, self.dtype)
+        return nn.functional.linear(states, rows.to(self.device))
 
     def all_logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return the logits of a few states (N, D), (N, vocab_size); the head is read a slice at a time."""
@@ -76,14 +155,20 @@ class StreamedModel:
             out[:, start:stop] = self.logits(states, start, stop)
         return out
 
-    def _tapped(self, tap: Tap) -> list[Any]:
+    def _place(self, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+        placed = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        module.load_state_dict(placed, strict=True, assign=True)
+
+    @contextmanager
+    def _tapped(self, tap: Tap | None) -> Iterator[None]:
         name, layers = self.checkpoint.family.roles.mlp_out.module, range(self.checkpoint.dims.n_layers)
         modules = dict.fromkeys(self.layer(layer).get_submodule(name) for layer in layers)  # some layers share one
-        return [module.register_forward_pre_hook(partial(_give, tap)) for module in modules]
-
-    def _fill(self, layer: int, module: nn.Module, arguments: Any) -> None:
-        tensors = self.checkpoint.read_layer(layer, self.dtype)
-        module.load_state_dict(tensors, strict=True, assign=True)
+        hooks = [module.register_forward_pre_hook(partial(_give, tap)) for module in modules if tap]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def random_tokens(dims: Dimensions, count: int = 256, seed: int = 0) -> torch.Tensor:
@@ -105,34 +190,78 @@ def relative_logit_error(
     return worst / largest
 
 
+@torch.no_grad()
 def score_streamed(
-    original: StreamedModel, reduced: StreamedModel, windows: ScoringWindows, progress: Progress | None = None
-) -> tuple[TokenScores, TokenScores]:
-    """Return the scores of the windows' tokens under both models, the reduced one's with KL(original || reduced).
+    models: Sequence[StreamedModel], windows: ScoringWindows, progress: Progress | None = None
+) -> list[TokenScores]:
+    """Return the scores of the windows' tokens under each model, in the order of the windows.
 
-    Raises NonFiniteError naming the windows.
+    The first is the reference: the others' come with KL(first || other). Progress counts layers. Raises NonFiniteError
+    naming the model and the layer.
     """
-    mask, parts, vocab = windows.scored_mask(), [], reduced.checkpoint.dims.vocab_size
-    at_once = max(1, TOKENS_AT_ONCE // windows.tokens.shape[1])
-    for start in range(0, len(windows.tokens), at_once):
-        tokens, keep = windows.tokens[start : start + at_once], mask[start : start + at_once]
-        theirs, ours = (model.states(tokens)[:, :-1][keep] for model in (original, reduced))
-        parts.append(
-            score_tokens(partial(reduced.logits, ours), tokens[:, 1:][keep], vocab, partial(original.logits, theirs))
-        )
-        if not all(nll is not None and all_finite(nll) for nll in (parts[-1].nll, parts[-1].reference_nll)):
-            raise NonFiniteError(f"logits are NaN or Inf in windows {start} to {start + len(tokens) - 1}")
+    mask = windows.scored_mask()
+    n = int(mask.sum())
+    place = torch.full(mask.shape, -1).masked_scatter_(mask, torch.arange(n))
+    found = [empty_scores(n, with_reference=index > 0) for index in range(len(models))]
+    groups = list(_groups(models[0], windows))
+    done, total = 0, len(groups) * sum(model.checkpoint.dims.n_layers for model in models)
+
+    def step() -> None:
+        nonlocal done
+        done += 1
         if progress:
-            progress(start + len(tokens), len(windows.tokens))
-    after = join_scores(parts)
-    assert after.reference_nll is not None
-    return TokenScores(after.reference_nll), after
+            progress(done, total)
+
+    for group in groups:
+        tokens = [windows.tokens[rows, : length - 1] for rows, length in group]
+        keeps = [mask[rows, : length - 1] for rows, length in group]
+        places = torch.cat([place[rows, : length - 1][keep] for (rows, length), keep in zip(group, keeps, strict=True)])
+        targets = windows.tokens[:, 1:][mask][places]
+        first: torch.Tensor | None = None
+        for model, scores in zip(models, found, strict=True):
+            states = model.states_of(tokens, step=step)
+            kept = torch.cat([part[keep.to(part.device)] for part, keep in zip(states, keeps, strict=True)])
+            del states
+            _score_states(model, kept, targets, places, scores, None if first is None else (models[0], first))
+            first = kept if first is None else first
+    return found
+
+
+def _groups(model: StreamedModel, windows: ScoringWindows) -> Iterator[list[tuple[torch.Tensor, int]]]:
+    """Yield the batches of windows in groups whose hidden states are held together."""
+    at_once = TOKENS_A_BATCH if model.device.type == "cpu" else TOKENS_ON_DEVICE
+    most = STATES_BYTES // (model.checkpoint.dims.d_model * model.dtype.itemsize)
+    group: list[tuple[torch.Tensor, int]] = []
+    held = 0
+    for rows, length in batches(windows, at_once):
+        if group and held + len(rows) * length > most:
+            yield group
+            group, held = [], 0
+        group.append((rows, length))
+        held += len(rows) * length
+    yield group
+
+
+def _score_states(
+    model: StreamedModel,
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    places: torch.Tensor,
+    scores: TokenScores,
+    reference: tuple[StreamedModel, torch.Tensor] | None,
+) -> None:
+    """Store the scores of the tokens whose states (N, D) the head reads."""
+    vocab, size = model.checkpoint.dims.vocab_size, SLICE if model.device.type == "cpu" else SLICE_ON_DEVICE
+    for start in range(0, len(targets), ROWS_A_HEAD):
+        span = slice(start, start + ROWS_A_HEAD)
+        theirs = None if reference is None else partial(reference[0].logits, reference[1][span])
+        part = score_tokens(
+            partial(model.logits, states[span]), targets[span].to(states.device), vocab, theirs, slice_size=size
+        )
+        if not part.finite():
+            raise NonFiniteError(f"{model.label}: logits are NaN or Inf")
+        scores.put(places[span], part)
 
 
 def _give(tap: Tap, module: nn.Module, arguments: Any) -> None:
     tap(arguments[0])
-
-
-def _empty(module: nn.Module, arguments: Any, output: Any) -> None:
-    module.to("meta")
-    release_freed()  # or the heap grows with every layer

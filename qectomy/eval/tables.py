@@ -3,7 +3,6 @@
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from qectomy.surgery.query_maps import ranges
@@ -63,7 +62,8 @@ def show_conversion(report: dict[str, Any]) -> None:
     perplexity = report["perplexity"]
     _show_sizes(report)
     console.print(
-        f"perplexity {perplexity['before']:.3f} -> {perplexity['after']:.3f} (x {perplexity['ratio']:.4f}), "
+        f"perplexity {perplexity['before']:.3f} -> {perplexity['after']:.3f} (x {perplexity['ratio']:.4f}; 95 %: "
+        f"{between(perplexity['ratio_95'], 4)}), "
         f"bits per byte {report['bits_per_byte']['before']:.4f} -> {report['bits_per_byte']['after']:.4f}, "
         f"KL {report['kl']:.4f}, top-1 agreement {report['top1_agreement']:.1%}"
     )
@@ -211,23 +211,14 @@ def show_certificate(result: dict[str, Any]) -> None:
     console.print(f"verdict: {result['verdict']} ({proved})")
 
 
-def show_evaluations(results: list[dict[str, Any]]) -> None:
-    """Print one row a checkpoint, and the protocol they share."""
-    columns = ["checkpoint", "perplexity", "bits/byte"]
-    compared = "kl" in results[0]
-    table = Table(*columns, *(["KL", "top-1"] if compared else []))
-    for row in results:
-        cells = [escape(row["checkpoint"]), f"{row['perplexity']:.4f}", f"{row['bits_per_byte']:.5f}"]
-        if compared:
-            cells += [f"{row['kl']:.5f}", f"{row['top1_agreement']:.2%}"]
-        table.add_row(*cells)
-    console.print(table)
-    p = results[0]["protocol"]
-    console.print(
-        f"{p['text']} (sha256 {p['text_sha256'][:16]}), {p['scored_tokens']:,} scored tokens, context {p['context']}, "
-        f"stride {p['stride']}, BOS: {p['bos']}, {p['dtype']}",
-        markup=False,
-    )
+def shown(number: float | None, digits: int) -> str:
+    """Write a number, or a dash where there is none."""
+    return "-" if number is None else f"{number:.{digits}f}"
+
+
+def between(edges: list[float] | None, digits: int) -> str:
+    """Write an interval, or a dash where there is none."""
+    return "-" if edges is None else f"{edges[0]:.{digits}f} to {edges[1]:.{digits}f}"
 
 
 def size(n_bytes: int | float) -> str:

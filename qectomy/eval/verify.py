@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from qectomy.errors import CheckpointError
-from qectomy.eval.perplexity import ScoringWindows, summarize
+from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_error, score_streamed
+from qectomy.eval.summary import cost
 from qectomy.surgery.checkpoint import Checkpoint, differing_sizes
 from qectomy.surgery.config_files import DROPPED, VARIANT, load_config, model_code
 from qectomy.surgery.exact import ExactPlan, Progress, folded_tensors, layer_plan
@@ -113,9 +114,10 @@ def measure(
             record[f"error_{dtype}"] = float((a - b).abs().max() / a.abs().max())
         result[dtype] = {"logit_error": relative_logit_error(their_states, our_states, theirs, ours)}
         if held is not None and dtype == TORCH_NAMES[reduced.dtype]:
-            before, after = (summarize(scores, held.n_bytes) for scores in score_streamed(theirs, ours, held))
-            ratio = after["perplexity"] / before["perplexity"]
-            result[dtype] |= {"ratio": ratio, "kl": after["kl"], "top1_agreement": after["top1_agreement"]}
+            before, after = score_streamed([theirs, ours], held)
+            found = cost(before, after, held)
+            kept = ("kl", "top1_agreement")
+            result[dtype] |= {"ratio": found["perplexity"]["ratio"], **{name: found[name] for name in kept}}
     return result
 
 

@@ -9,6 +9,7 @@ import torch
 from qectomy.surgery.family import Dimensions
 from qectomy.surgery.gauge import join_heads, split_heads
 
+SPECTRUM = 33  # singular values that a report shows
 ENERGY = 0.99  # the share of the queries' energy that `leading_rank` asks for
 
 
@@ -16,6 +17,13 @@ def condition_number(W_Q: torch.Tensor) -> float:
     """Return the largest over the smallest of W_Q's min(D, H*K) singular values; inf if it is singular."""
     sigma = torch.linalg.svdvals(W_Q.double())
     return float("inf") if _singular(sigma, max(W_Q.shape)) else float(sigma[0] / sigma[-1])
+
+
+def spectrum(W_Q: torch.Tensor, most: int = SPECTRUM) -> list[float]:
+    """Return W_Q's singular values, falling: all of them, or `most` at equal steps from the first to the last."""
+    sigma = torch.linalg.svdvals(W_Q.float())  # to be looked at: float32 is enough, and half the time
+    chosen = torch.linspace(0, len(sigma) - 1, min(most, len(sigma))).round().long()
+    return [float(value) for value in sigma[chosen]]
 
 
 def leading_rank(W_Q: torch.Tensor, C: torch.Tensor, energy: float = ENERGY) -> int:

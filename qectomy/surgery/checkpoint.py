@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_LAYERS = 10_000
+BYTES_A_READ = 4_000_000
 HUB_PATTERNS = [
     "README.md",
     "*.json",

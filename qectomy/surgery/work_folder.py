@@ -12,6 +12,7 @@ the weights that it was given, would be again: it leaves nothing behind.
 
 import importlib.metadata
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,7 +121,8 @@ def work_folder(
         with interruptible(), _explained(folder):
             if clean:
                 folder.clean()
-            folder.start(fingerprint, resume)
+            if not folder.start(fingerprint, resume) and resume:
+                print(f"note: {folder.path} holds nothing to resume; starting anew", file=sys.stderr)
             with _kept_or_removed(folder):
                 yield folder
     finally:
@@ -157,8 +159,6 @@ def _explained(folder: WorkFolder) -> Iterator[None]:
 
 def _left(folder: WorkFolder) -> str:
     """Say what lies on the disk when a run has ended early."""
-    if folder.out.exists():
-        return f"{folder.out} is whole."
     if not folder.path.exists():
-        return "Nothing was left behind."
+        return f"{folder.out} is whole." if folder.out.exists() else "Nothing was left behind."
     return f"{folder.path} holds what was done: go on with --resume, or {folder.anew}."

@@ -16,7 +16,8 @@ from qectomy.calibrate.convert import convert
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.text import read_source
 from qectomy.errors import CheckpointError
-from qectomy.eval.perplexity import Protocol, evaluate
+from qectomy.eval.evaluate import evaluate
+from qectomy.eval.protocol import Protocol
 from qectomy.surgery.checkpoint import open_checkpoint, sha256
 from qectomy.surgery.modeling_qectomy_gpt2 import QectomyGPT2Model
 from qectomy.surgery.modeling_qectomy_llama import QectomyLlamaModel, QectomyMistralModel

@@ -3,6 +3,7 @@
 import pytest
 
 from qectomy.eval.harness_table import show_harness
+from qectomy.eval.tables import console
 
 SETTINGS = dict(limit=None, num_fewshot=None, max_length=2048, dtype=["float32", "bfloat16"], truncated=[0, 0])
 
@@ -25,7 +26,8 @@ def row(task, metric, values, *, group=None, better=True, filter_name="none"):
 @pytest.fixture
 def printed(monkeypatch, capsys):
     """A function that shows a result on a wide console and returns the lines."""
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console, "_width", 200)  # COLUMNS is not asked where TERM says that there is no terminal
+    monkeypatch.setattr(console, "_height", 50)
 
     def show(tasks, **settings):
         show_harness({"version": "0.4.13", "tasks": tasks, "settings": {**SETTINGS, **settings}})

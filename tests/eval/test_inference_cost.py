@@ -9,10 +9,9 @@ import torch
 from tiny_models import load_reduced, tiny_model
 from transformers import DynamicCache
 
-from qectomy.errors import OutputError, QectomyError
+from qectomy.errors import QectomyError
 from qectomy.eval import fresh_start as fresh
 from qectomy.eval import inference_cost
-from qectomy.eval.bench_file import check_savable, save_bench
 from qectomy.eval.bench_table import show_bench
 from qectomy.eval.fresh_start import FreshStart, fresh_start
 from qectomy.eval.inference_bytes import (
@@ -25,7 +24,7 @@ from qectomy.eval.inference_bytes import (
 )
 from qectomy.eval.inference_cost import BenchSettings, alternate, compare, spread
 from qectomy.eval.inference_loops import InferenceLoop, Timing, random_tokens, short_memory
-from qectomy.eval.perplexity import load_model
+from qectomy.eval.loading import load_model
 
 QUICK = dict(batches=(1, 3), rounds=2, prompt_tokens=9, new_tokens=4)
 MAPS = ("identity", "select", "key-shared")
@@ -390,39 +389,3 @@ def test_a_fresh_process_that_is_killed(monkeypatch, pair):
     monkeypatch.setattr(fresh, "CHILD", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(QectomyError, match=r"was killed \(signal 9\) at batch 4 of 9 tokens: most likely out"):
         fresh_start(pair[1], dtype="float32", device="cpu", batch=4, prompt=9, threads=1, seed=0)
-
-
-# The file
-
-RESULT = {"qectomy": "0", "settings": {}, "models": [], "ratios": {}, "x": 1.5}
-
-
-def test_a_result_is_saved_whole_and_replaces_its_like(tmp_path):
-    path = tmp_path / "bench.json"
-    save_bench(RESULT, path)
-    assert json.loads(path.read_text()) == RESULT
-    save_bench({**RESULT, "x": 2}, path)
-    assert json.loads(path.read_text())["x"] == 2
-    with pytest.raises(ValueError, match="JSON"):
-        save_bench({**RESULT, "x": math.nan}, path)
-    assert json.loads(path.read_text())["x"] == 2  # as it was
-    assert [entry.name for entry in tmp_path.iterdir()] == ["bench.json"]
-
-
-@pytest.mark.parametrize("content", ["", "text", "[]", '{"models": []}'])
-def test_nothing_else_is_overwritten(tmp_path, content):
-    path = tmp_path / "bench.json"
-    path.write_text(content)
-    for save in (check_savable, lambda path: save_bench(RESULT, path)):
-        with pytest.raises(OutputError, match=r"bench.json exists and is no result of bench; nothing is overwritten"):
-            save(path)
-    assert path.read_text() == content
-
-
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(OutputError, match="is not a folder that can be written to"):
-        check_savable(tmp_path / "missing" / "bench.json")
-    link = tmp_path / "link.json"
-    link.symlink_to(tmp_path / "elsewhere.json")
-    with pytest.raises(OutputError, match="exists and is no result"):
-        check_savable(link)

@@ -298,6 +298,7 @@ def test_limits_and_interval_in_plain_words(report, made):
         assert card.count(f"\n{heading}\n") == 1
     assert "qectomy eval ORIGINAL PATH --text YOURS.txt --reference ORIGINAL" in card
     assert "before you serve this" in card
-    assert "confidence" not in card
+    report["perplexity"]["ratio_95"] = None  # of a single window
+    assert "confidence" not in model_card(report, made(folder="once"))
     report["perplexity"]["ratio_95"] = [1.25, 1.5]
     assert "; 1.250 to 1.500 with 95 % confidence)" in model_card(report, made(folder="again"))

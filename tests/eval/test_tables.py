@@ -5,13 +5,23 @@ from conversions import convert_tiny
 from tiny_models import save_variant
 
 from qectomy.eval import tables
+from qectomy.eval.evaluation_table import show_evaluations
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.plan import estimate, inspect, totals
 from qectomy.surgery.query_maps import parse_recipe
 
 NEEDS = dict(tokens=320, eval_tokens=160, context=32)
 PROTOCOL = dict(
-    text="[red]text[/]", text_sha256="0" * 64, scored_tokens=1234, context=32, stride=32, bos="none", dtype="float32"
+    text="[red]text[/]",
+    text_sha256="0" * 64,
+    scored_tokens=1234,
+    context=32,
+    stride=32,
+    bos="none",
+    dtype="float32",
+    windows=38,
+    in_words="windows of 32 tokens",
+    tail="the rest is left out",
 )
 
 
@@ -78,7 +88,10 @@ def test_a_conversion(tiny_checkpoint, raven, tmp_path, printed):
     report = convert_tiny(tiny_checkpoint(), tmp_path / "out", "select", raven)
     tables.show_conversion(report)
     text, perplexity = printed(), report["perplexity"]
-    assert f"perplexity {perplexity['before']:.3f} -> {perplexity['after']:.3f} (x {perplexity['ratio']:.4f})" in text
+    assert (
+        f"perplexity {perplexity['before']:.3f} -> {perplexity['after']:.3f} (x {perplexity['ratio']:.4f}; 95 %: "
+        in text
+    )
     assert "forward passes" in text
 
 
@@ -86,16 +99,17 @@ def test_a_conversion(tiny_checkpoint, raven, tmp_path, printed):
 def test_evaluations_show_names_as_they_are(compared, printed):
     """rich reads square brackets as markup; [/nope] alone would be an error."""
     names = ["plain", "[red]x[/]", "[/nope]", "[bold]", ":bird:", "\\[x]"]
-    numbers = dict(perplexity=12.34567, bits_per_byte=0.98765, protocol=PROTOCOL)
+    numbers = dict(perplexity=12.34567, bits_per_byte=0.98765, word_perplexity=None, tokens_per_second=1.0)
+    numbers |= dict(perplexity_95=[12.0, 13.0], protocol=PROTOCOL)
     if compared:
         numbers |= dict(kl=0.0123, top1_agreement=0.875)
-    tables.show_evaluations([dict(checkpoint=name, **numbers) for name in names])
+    show_evaluations([dict(checkpoint=name, **numbers) for name in names])
     text = printed()
     for name in names:
         assert name in text
     assert "12.3457" in text
     assert ("87.50%" in text) == compared
-    assert "[red]text[/] (sha256 0000000000000000), 1,234 scored tokens" in text
+    assert "[red]text[/] (sha256 0000000000000000), 1,234 tokens scored in" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from qectomy.calibrate.convert_exact import convert_exact
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.text import load_tokenizer, read_source
 from qectomy.errors import CheckpointError
-from qectomy.eval.perplexity import Protocol, scoring_windows
+from qectomy.eval.protocol import Protocol, scoring_windows
 from qectomy.eval.verify import verify
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.fold_choice import choose_folds

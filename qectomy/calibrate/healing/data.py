@@ -10,7 +10,7 @@ from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.text import Source, load_tokenizer, read_source
 from qectomy.errors import TextError
-from qectomy.eval.perplexity import Protocol, ScoringWindows, scoring_windows
+from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.surgery.checkpoint import Checkpoint, sha256
 
 

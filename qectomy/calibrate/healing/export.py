@@ -18,11 +18,14 @@ from qectomy.calibrate.healing.plan import Plan
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.errors import NonFiniteError
-from qectomy.eval.perplexity import ScoringWindows, load_model, score_model, summarize
+from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.reload import RELOAD_TOKENS, Reload, check_reload
-from qectomy.eval.report import cost, made, provenance, write_report
+from qectomy.eval.report import made, provenance, write_report
+from qectomy.eval.samples import token_sample
 from qectomy.eval.scores import TokenScores
-from qectomy.surgery.checkpoint import Checkpoint
+from qectomy.eval.streamed import StreamedModel, score_streamed
+from qectomy.eval.summary import cost
+from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.config_files import copy_companions, copy_model_code, write_config
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.headers import TORCH_NAMES
@@ -75,7 +78,7 @@ def export(
         write_curve(work, curve, outcome.original_perplexity, outcome.best_step)
         scores, reload = _measure(student, original, work, held, device, progress)
         healing = _record(
-            settings, outcome, packed, curve, scores, outcome.generated, device, time.perf_counter() - begun
+            settings, outcome, packed, curve, scores, held, outcome.generated, device, time.perf_counter() - begun
         )
         report = _report(student, original, settings, healing, held, scores, reload) | {"tensors_sha256": digests}
         name = report["source"].get("name")  # the hub's, where the fit knew it
@@ -102,26 +105,24 @@ def _write_weights(student: Checkpoint, outcome: Outcome, work: Path) -> dict[st
 
 def _measure(
     student: Checkpoint, original: Checkpoint, work: Path, held: ScoringWindows, device: str, progress: Progress | None
-) -> tuple[dict[str, dict[str, float]], Reload]:
-    """Return the scores of original, fitted and healed model, in float32, and what a fresh process found."""
-    reference, _, _ = load_model(str(original.folder), "float32", device)
-    scores: dict[str, dict[str, float]] = {}
-    for kind, folder in (("fitted", student.folder), ("healed", work)):
-        model: Any = None  # not two reduced models at once
-        model, _, _ = load_model(str(folder), "float32", device)
+) -> tuple[dict[str, TokenScores], Reload]:
+    """Return the scores of original, fitted and healed model, in float32, and what a fresh process found.
 
-        def report(done: int, total: int, kind: str = kind) -> None:
-            if progress:
-                progress(done, total, f"measuring the {kind} model")
+    One layer of one of them is in memory at a time, beside what training still holds.
+    """
+    models = [
+        StreamedModel(checkpoint, torch.float32, device)
+        for checkpoint in (original, student, open_checkpoint(work, reduced=True))
+    ]
 
-        found = score_model(model, held, report, reference, f"the {kind} model")
-        scores[kind] = summarize(found, held.n_bytes)
-        assert found.reference_nll is not None
-        scores["original"] = summarize(TokenScores(found.reference_nll), held.n_bytes)
+    def report(done: int, total: int) -> None:
+        if progress:
+            progress(done, total, "measuring, layer by layer")
+
+    scores = dict(zip(MEASURED, score_streamed(models, held, report), strict=True))
     tokens = held.tokens[:1, :RELOAD_TOKENS]
-    with torch.no_grad():
-        logits = model(input_ids=tokens.to(device)).logits[0].float().cpu()
-    return scores, check_reload(work, tokens, logits)
+    logits = models[-1].all_logits(models[-1].states(tokens)[0]).cpu()
+    return scores, check_reload(work, tokens, logits, original.folder)
 
 
 @torch.no_grad()
@@ -141,13 +142,15 @@ def _record(
     outcome: Outcome,
     packed: Packed,
     curve: list[dict[str, int | float | None]],
-    scores: dict[str, dict[str, float]],
+    scores: dict[str, TokenScores],
+    held: ScoringWindows,
     generated: dict[str, Any] | None,
     device: str,
     total_seconds: float,
 ) -> dict[str, Any]:
     """Return what qectomy.json says of the healing; `generated` is where text that the original wrote comes from."""
     plan = outcome.plan
+    costs = {kind: cost(scores["original"], scores[kind], held) for kind in ("fitted", "healed")}
     told = asdict(settings) | {"lr": outcome.lr}
     for name in ("command", "texts", "device"):
         told.pop(name)
@@ -168,12 +171,15 @@ def _record(
         "seconds": {"training": round(outcome.seconds, 3), "this_process": round(total_seconds, 3)},
         "validation": {"original_perplexity": outcome.original_perplexity, "curve": curve},
         "perplexity": {
-            **{kind: scores[kind]["perplexity"] for kind in MEASURED},
-            "fitted_ratio": scores["fitted"]["perplexity"] / scores["original"]["perplexity"],
-            "healed_ratio": scores["healed"]["perplexity"] / scores["original"]["perplexity"],
+            "original": costs["fitted"]["perplexity"]["before"],
+            "original_95": costs["fitted"]["perplexity"]["before_95"],
+            **{kind: found["perplexity"]["after"] for kind, found in costs.items()},
+            **{f"{kind}_95": found["perplexity"]["after_95"] for kind, found in costs.items()},
+            **{f"{kind}_ratio": found["perplexity"]["ratio"] for kind, found in costs.items()},
+            **{f"{kind}_ratio_95": found["perplexity"]["ratio_95"] for kind, found in costs.items()},
         },
-        "kl": {kind: scores[kind]["kl"] for kind in ("fitted", "healed")},
-        "top1_agreement": {kind: scores[kind]["top1_agreement"] for kind in ("fitted", "healed")},
+        "kl": {kind: found["kl"] for kind, found in costs.items()},
+        "top1_agreement": {kind: found["top1_agreement"] for kind, found in costs.items()},
     }
 
 
@@ -183,7 +189,7 @@ def _report(
     settings: HealSettings,
     healing: dict[str, Any],
     held: ScoringWindows,
-    scores: dict[str, dict[str, float]],
+    scores: dict[str, TokenScores],
     reload: Reload,
 ) -> dict[str, Any]:
     """Return the fitted checkpoint's report with the healing; costs and the reload check are the healed model's."""
@@ -199,11 +205,9 @@ def _report(
     report |= {} if healing["teacher_is_source"] else {"source": teacher}
     return {
         **report,
-        **cost(scores["original"], scores["healed"], held.report),
-        "reload_check": {
-            "largest_relative_logit_error": reload.error,
-            "peak_memory_bytes": reload.peak_memory_bytes,
-        },
+        **cost(scores["original"], scores["healed"], held),
+        "token_sample": token_sample(original.folder, held, scores["original"], scores["healed"]),
+        **reload.record(),
         "healing": {**made(settings.command), "fitted_sha256": student.hashes(), **healing},
     }
 

@@ -39,7 +39,7 @@ from qectomy.calibrate.healing.trainer import HealTrainer, Watch, ended_at, vali
 from qectomy.calibrate.healing.training_arguments import reporters, training_arguments
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.errors import CheckpointError, TextError
-from qectomy.eval.perplexity import ScoringWindows
+from qectomy.eval.protocol import ScoringWindows
 from qectomy.surgery.checkpoint import Checkpoint, sha256
 from qectomy.surgery.locked_folder import read_record
 from qectomy.surgery.output import check_absent, check_room

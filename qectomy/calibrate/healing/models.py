@@ -49,7 +49,7 @@ def open_pair(reduced: str, teacher: str) -> tuple[Checkpoint, Checkpoint]:
 
 def load_student(checkpoint: Checkpoint) -> Any:
     """Return the reduced model in float32, without dropout: the teacher has none either."""
-    from qectomy.eval.perplexity import load_model
+    from qectomy.eval.loading import load_model
 
     model, _, _ = load_model(str(checkpoint.folder), "float32", "cpu")
     for module in model.modules():
@@ -69,7 +69,7 @@ def enable_checkpointing_(model: Any) -> None:
 
 def load_teacher(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
     """Return the original model, frozen."""
-    from qectomy.eval.perplexity import load_model
+    from qectomy.eval.loading import load_model
 
     model, _, _ = load_model(str(checkpoint.folder), dtype, device)
     model.config.use_cache = False

@@ -5,6 +5,7 @@ from typing import Any
 from qectomy.eval.page import numbers
 from qectomy.eval.page.blocks import Block, Cell, Chart, Command, Facts, Prose, Section, Table
 from qectomy.eval.page.charts import removed_chart, singular_chart
+from qectomy.eval.page.quality import FOREIGN
 from qectomy.eval.page.reading import Folder
 from qectomy.surgery.query_maps import ranges
 
@@ -117,7 +118,9 @@ def bench_section(folder: Folder, key: str) -> Section | None:
     if not bench.get("models"):
         return None
     models = bench["models"]
-    rows = _size_rows(models)
+    if not folder.owns(models):
+        return Section(key=f"{key}-bench", title="Inference", blocks=[Prose(text=FOREIGN.format(file="bench.json"))])
+    rows = _size_rows(models, bench.get("ratios", {}).get("load"))
     for name, words in (("prefill", "Prefill"), ("decode", "Decode")):
         ratios = {row.get("batch"): row for row in bench.get("ratios", {}).get(name, [])}
         for place, first in enumerate(models[0].get(name, [])):
@@ -134,9 +137,9 @@ def bench_section(folder: Folder, key: str) -> Section | None:
         caption=f"Measured by qectomy bench{': ' if told else ''}{', '.join(told)}",
         columns=("", *(model["checkpoint"] for model in models), "ratio", "bytes allow"),
         rows=rows,
-        note="Median [low, high] of the repetitions. Ratio: reduced ÷ original; a speed above 1 is faster, and "
-        "where its interval holds 1 the two cannot be told apart. Bytes allow: the ratio if only the weights’ bytes, "
-        "which every decoded token reads, took time.",
+        note="Median [low, high] of the repetitions. Ratio: the original’s cost over the reduced one’s, so that above "
+        "1 favours the reduced; where its interval holds 1 the two cannot be told apart. Bytes allow: the ratio if "
+        "only the weights’ bytes, which every decoded token reads, took time.",
     )
     blocks: list[Block] = [table]
     if "command" in bench:
@@ -144,7 +147,7 @@ def bench_section(folder: Folder, key: str) -> Section | None:
     return Section(key=f"{key}-bench", title="Inference", blocks=blocks)
 
 
-def _size_rows(models: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+def _size_rows(models: list[dict[str, Any]], load: dict[str, Any] | None) -> list[tuple[str, ...]]:
     rows = []
     for name, words, write in (
         ("parameters", "Parameters", numbers.whole),
@@ -155,12 +158,12 @@ def _size_rows(models: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         values = [model.get(name) for model in models]
         if any(value is not None for value in values):
             share = numbers.DASH
-            if len(values) == 2 and values[0] and values[1] is not None:
-                share = numbers.ratio(values[1] / values[0])
+            if len(values) == 2 and values[1] and values[0] is not None:
+                share = numbers.ratio(values[0] / values[1])
             rows.append((words, *map(write, values), share, ""))
     if any("load_seconds" in model for model in models):
         cells = [_spread(model.get("load_seconds"), numbers.seconds) for model in models]
-        rows.append(("Load", *cells, numbers.DASH, ""))
+        rows.append(("Load", *cells, _spread(load, _two), ""))
     return rows
 
 
@@ -212,7 +215,8 @@ def provenance_section(folder: Folder, key: str) -> Section:
     rows = [
         ("Original", source.get("name", "")),
         ("Family, stored in", ", ".join(source[name] for name in ("model_type", "dtype") if name in source)),
-        ("Made", report.get("created", "")),
+        ("Fitted" if "healing" in report else "Made", report.get("created", "")),
+        ("Healed", healing.get("created", "")),
         ("Seed, context of the fit", ", ".join(str(calibration[n]) for n in ("seed", "context") if n in calibration)),
         (
             "Versions",

@@ -10,7 +10,8 @@ from qectomy.eval.page.reading import Folder
 from qectomy.surgery.query_maps import ranges
 
 CONDITIONS = ("W_Q_condition", "basis_condition", "pivot_condition")
-SAME_MEASURE = ("text_sha256", "context", "stride", "bos", "scored_tokens", "dtype")
+FOREIGN = "{file} in this folder was measured on other checkpoints than this one, and is not shown."
+SAME_MEASURE = ("name", "text_sha256", "context", "stride", "bos", "scored_tokens", "dtype")
 
 
 def perplexity_section(folder: Folder, key: str) -> Section | None:
@@ -19,7 +20,9 @@ def perplexity_section(folder: Folder, key: str) -> Section | None:
     found = report.get("perplexity")
     if found:
         blocks += _perplexity(report, found, key)
-    if folder.evaluation.get("results"):
+    if folder.evaluation.get("results") and not folder.owns(folder.evaluation["results"]):
+        blocks.append(Prose(text=FOREIGN.format(file="evaluation.json")))
+    elif folder.evaluation.get("results"):
         blocks += _evaluation(folder.evaluation["results"], found.get("protocol", {}) if found else {})
     return Section(key=f"{key}-perplexity", title="Perplexity", blocks=blocks) if blocks else None
 
@@ -56,7 +59,7 @@ def _perplexity(report: dict[str, Any], found: dict[str, Any], key: str) -> list
         if "ratio_95" in found
         else ""
         if exact
-        else "This report holds no intervals; it was made by an older version.",
+        else "There are too few windows for intervals, or the report was made by an older version.",
     )
     caption = "Perplexity and its ratio to the original; bars are 95 % intervals where the report holds them."
     return [
@@ -86,11 +89,15 @@ def protocol_words(protocol: dict[str, Any]) -> str:
     """Say how the perplexity was measured, as far as the report tells."""
     if not protocol:
         return "How it was measured is not recorded."
-    words = "Measured on "
+    words = f"By {protocol['name']}: measured on " if "name" in protocol else "Measured on "
+    if "only_first_tokens" in protocol:
+        words += f"no more than the first {protocol['only_first_tokens']:,} tokens, "
     words += f"{protocol['scored_tokens']:,} scored tokens of " if "scored_tokens" in protocol else ""
     words += protocol.get("text", "a text")
     words += f" (sha256 {protocol['text_sha256'][:16]})" if "text_sha256" in protocol else ""
-    if "context" in protocol:
+    if "in_words" in protocol:
+        words += f"; {protocol['in_words']}"
+    elif "context" in protocol:
         words += f", in windows of {protocol['context']:,} tokens"
         stride = protocol.get("stride", protocol["context"])
         apart = "side by side" if stride == protocol["context"] else f"{stride:,} tokens apart, each scoring its last"
@@ -165,6 +172,7 @@ def layer_section(folder: Folder, key: str) -> Section | None:
             "How far each layer’s attention is from the original’s: open circles on the windows it was fitted on, "
         )
         caption += "diamonds on held-out ones. The distance between them is what the fit only learnt by heart."
+        caption += " Measured when it was fitted, before healing." if "healing" in folder.report else ""
         table = Table(
             caption="Attention KL by layer, nats, averaged over heads and positions",
             columns=("layer", "map", "fitted on", "held out", "held out ÷ fitted", "time"),

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qectomy.eval.identity import fingerprint
 from qectomy.eval.page.checked import Kind, ReportError, WrongField, clean
 from qectomy.eval.page.shapes import BENCH, CURVE_ROW, EVALUATION, POINTS, REDUCED
 from qectomy.eval.page.stored import LayerSizes, stored_layers
+from qectomy.surgery.checkpoint import sha256
 
 LARGEST = 64_000_000  # bytes of a JSON file
 
@@ -24,6 +26,12 @@ class Folder:
     bench: dict[str, Any] = field(default_factory=dict)
     curve: list[dict[str, Any]] = field(default_factory=list)  # of its healing
     layers: list[LayerSizes] = field(default_factory=list)  # by the headers of its weights
+    fingerprint: str = ""  # of its files, by which results are known to be its own
+
+    def owns(self, rows: list[dict[str, Any]]) -> bool:
+        """Whether results, one a checkpoint, are of this one too, as far as they say whose they are."""
+        said = [row["fingerprint"] for row in rows if "fingerprint" in row]
+        return not said or not self.fingerprint or self.fingerprint in said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +66,15 @@ def read_folder(path: Path, name: str | None = None) -> Folder:
         bench=_optional(path / "bench.json", BENCH),
         curve=curve,
         layers=stored_layers(path),
+        fingerprint=_fingerprint(path),
     )
+
+
+def _fingerprint(path: Path) -> str:
+    try:
+        return fingerprint(path)
+    except OSError:  # the page of a report alone
+        return ""
 
 
 def read_folders(paths: Sequence[Path]) -> list[Folder]:
@@ -69,6 +85,15 @@ def read_folders(paths: Sequence[Path]) -> list[Folder]:
         if len(set(names)) == len(names):
             return [read_folder(path, name) for path, name in zip(paths, names, strict=True)]
     raise ReportError(f"{paths[0]} and another of the folders are the same one; give each once")
+
+
+def check_original(folder: Folder, original: Path) -> None:
+    """Raise ReportError unless a checkpoint is the one that a reduced one was made from, by the hashes of its files."""
+    known = folder.report.get("source", {}).get("sha256", {})
+    for name, digest in known.items():
+        path = original / name
+        if not path.is_file() or sha256(path) != digest:
+            raise ReportError(f"{original} is not the original of {folder.name}: its {name} is another one, or missing")
 
 
 def read_points(path: Path) -> list[Point]:

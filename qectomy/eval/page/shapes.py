@@ -33,6 +33,9 @@ PROTOCOL = record(
         "scored_tokens": count,
         "scored_bytes": count,
         "tail": string,
+        "name": string,
+        "in_words": string,
+        "only_first_tokens": count,
         "first_token": count,
         "fitted_on": flag,
         "dtype": string,
@@ -195,6 +198,7 @@ EVALUATION = record(
             record(
                 {
                     "checkpoint": string,
+                    "fingerprint": string,
                     "perplexity": positive,
                     "perplexity_95": interval,
                     "bits_per_byte": number,
@@ -254,6 +258,7 @@ BENCH = record(
             record(
                 {
                     "checkpoint": string,
+                    "fingerprint": string,
                     "parameters": amount,
                     "bytes": amount,
                     "load_seconds": SPREAD,
@@ -280,6 +285,7 @@ BENCH = record(
                 "decode": listed(
                     record({"batch": count, "ratio": SPREAD, "byte_limit": number, "share_of_limit": number})
                 ),
+                "load": SPREAD,
             }
         ),
     },

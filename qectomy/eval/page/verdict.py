@@ -40,7 +40,7 @@ def verdict(report: dict[str, Any]) -> Verdict:
     perplexity = report.get("perplexity")
     if report.get("method") == "exact":
         return Verdict(
-            word="Lossless",
+            word="Lossless" if report.get("logit_error", 0.0) <= SAME_LOGITS else "Exact up to rounding",
             tone="good",
             meaning="Nothing was fitted. What went was folded into what stayed, by algebra: up to rounding the reduced "
             "model computes what the original does. That is a proof, not a measurement; the numbers below only "
@@ -58,6 +58,15 @@ def verdict(report: dict[str, Any]) -> Verdict:
     top = interval[1] if interval else perplexity["ratio"]
     what = "the upper end of the ratio’s 95 % interval" if interval else "the ratio, for which there is no interval,"
     healed = "healing" in report
+    little = perplexity.get("protocol", {}).get("scored_tokens", FEW_TOKENS) < FEW_TOKENS or not interval
+    if top <= CLOSE and little:
+        return Verdict(
+            word="Close, on little text",
+            tone="fair",
+            meaning=f"On this text it predicts nearly as well as the original, but the text is short. Measure at least "
+            f"{FEW_TOKENS:,} tokens of your own with `qectomy eval` before you rely on it.",
+            rule=f"{what} is {numbers.ratio(top)}, at most {CLOSE:g}, on fewer than {FEW_TOKENS:,} tokens",
+        )
     if top <= CLOSE:
         return Verdict(
             word="Close",
@@ -108,7 +117,7 @@ def _measure_checks(report: dict[str, Any]) -> list[Check]:
         told = "is within the noise of this text" if low <= 1 <= high else "is beyond the noise of this text"
         found.append(Check(holds=True, text=f"The difference {told}, by a paired bootstrap{windows}."))
     else:
-        found.append(Check(holds=None, text="No interval of the ratio was recorded, by an older version."))
+        found.append(Check(holds=None, text="There is no interval of the ratio: too few windows, or an older version."))
     return [*found, *_text_check(report, protocol)]
 
 
@@ -148,7 +157,7 @@ def _fit_checks(report: dict[str, Any]) -> list[Check]:
     pairs = [layer["attention_kl"] for layer in report["layers"] if "attention_kl" in layer]
     pairs = [pair for pair in pairs if "fitted" in pair and "heldout" in pair]
     fitted, heldout = (sum(pair[name] for pair in pairs) for name in ("fitted", "heldout"))
-    if not pairs or fitted <= 0:
+    if not pairs or fitted <= 0 or "healing" in report:  # healing has changed what the fit left
         return []
     times = heldout / fitted
     advice = "more calibration tokens would help" if times > OVERFIT else "the fit carries over to text it has not seen"

@@ -2,12 +2,12 @@
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 from qectomy.eval.page.checked import ReportError
 from qectomy.eval.page.page import page
 from qectomy.eval.page.reading import read_folder
+from qectomy.eval.saved import write_whole
 
 OURS = b'<meta name="generator" content="qectomy '
 NAME, COMPARISON = "report.html", "qectomy-comparison.html"
@@ -30,19 +30,7 @@ def write_html(html: str, out: Path, *, force: bool = False) -> Path:
     """Write a page to `out`, in one step. Raises ReportError where that holds something that is no page of ours."""
     check_replaceable(out, force=force)
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{out.name[:80]}.", dir=out.absolute().parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-                file.write(html)
-                file.flush()
-                os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(name, 0o666 & ~umask)
-            os.replace(name, out)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(out, html)
     except OSError as error:
         raise ReportError(f"{out} could not be written: {error.strerror or error}. Nothing was left behind.") from error
     return out

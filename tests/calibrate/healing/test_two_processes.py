@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from healings import STEP, heal_tiny, options
 from safetensors.torch import load_file
 
@@ -42,7 +41,9 @@ def test_two_processes_heal_as_one(both):
         assert two["perplexity"][kind] == pytest.approx(one["perplexity"][kind], rel=1e-5)
     ours, theirs = (load_file(place / name / "model.safetensors") for name in ("two", "one"))
     for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+        apart = (ours[name].float() - theirs[name].float()).abs()
+        assert apart.mean() <= 1e-6, name
+        assert apart.max() <= 1e-4, name  # where a gradient is nearly 0, rounding decides the sign of AdamW's step
     assert sorted(path.name for path in place.iterdir()) == ["one", "two"]
 
 

@@ -1,0 +1,182 @@
+"""Evaluate checkpoints, original or reduced, by one recorded protocol: `qectomy eval`."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from qectomy.calibrate.text import Source, load_tokenizer, read_source
+from qectomy.errors import QectomyError, TextError
+from qectomy.eval.identity import fingerprint
+from qectomy.eval.loading import check_dtype, load_model, read_config
+from qectomy.eval.protocol import (
+    Protocol,
+    ScoringWindows,
+    check_positions,
+    common_context,
+    positions_of,
+    scoring_windows,
+)
+from qectomy.eval.published import ROLLING_CONTEXT, Text, published, read_text
+from qectomy.eval.scores import TokenScores
+from qectomy.eval.scoring import Progress, score_model
+from qectomy.eval.streamed import StreamedModel, open_any, score_streamed
+from qectomy.eval.summary import compare, summarize
+from qectomy.surgery.checkpoint import locate
+from qectomy.surgery.headers import TORCH_NAMES
+
+OTHER_TOKENIZER = (
+    "it has another tokenizer or vocabulary than {reference}, so their predictions cannot be compared token by token; "
+    "bits per byte and word perplexity still compare"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """How checkpoints are evaluated. `streamed`: one layer in memory at a time, for models of any size."""
+
+    protocol: Protocol = field(default_factory=Protocol)
+    dtype: str | None = None
+    device: str = "cpu"
+    reference: str | None = None
+    streamed: bool = False
+
+
+@dataclass(frozen=True)
+class _Found:
+    windows: ScoringWindows
+    scores: TokenScores
+
+
+def evaluate_all(
+    names: Sequence[str], text: str | None, measure: Measure, progress: Any | None = None
+) -> list[dict[str, Any]]:
+    """Return one result a checkpoint, each also compared with the first on the same windows.
+
+    `text`: a file or dataset; None only for a published protocol that has its own. `progress(name)` is given each
+    checkpoint's name and gives the function that its windows are reported to.
+    """
+    if measure.protocol.name is not None:
+        source: Source | Text = read_text(text, measure.protocol.name)
+    elif text is not None:
+        source = read_source(text)
+    else:
+        raise TextError("no text to measure on: give --text FILE, or a --protocol that has a text of its own")
+    for name in names:
+        read_config(name)  # a folder that is none is found before the first one is evaluated
+    results: list[dict[str, Any]] = []
+    first: _Found | None = None
+    for name in names:
+        result, found = _evaluate(name, source, measure, progress(name) if progress else None)
+        if first is None:
+            first = found
+        elif torch.equal(found.windows.tokens, first.windows.tokens):
+            result["paired"] = {"against": names[0], **compare(first.scores, found.scores, found.windows)}
+        else:
+            result["paired_refused"] = OTHER_TOKENIZER.format(reference=names[0])
+        results.append(result)
+    return results
+
+
+def evaluate(
+    name: str, source: Source | Text, protocol: Protocol, progress: Progress | None = None, **options: Any
+) -> dict[str, Any]:
+    """Return perplexity, bits per byte and the protocol of one checkpoint on one text; `options`: Measure's others.
+
+    With a reference, also mean KL(reference || checkpoint) in nats a token and top-1 agreement.
+    """
+    return _evaluate(name, source, Measure(protocol=protocol, **options), progress)[0]
+
+
+def _evaluate(
+    name: str, source: Source | Text, measure: Measure, progress: Progress | None
+) -> tuple[dict[str, Any], _Found]:
+    check_dtype(measure.dtype)
+    config, windows = read_config(name), _windows(name, source, measure)
+    result: dict[str, Any] = {"checkpoint": name, "fingerprint": fingerprint(locate(name))}
+    reference = measure.reference
+    refused = None if reference is None else _not_comparable(reference, config, windows, source, measure)
+    if refused is not None:
+        result["reference_refused"] = refused
+        reference = None
+    other = None if reference is None or locate(reference).samefile(locate(name)) else reference
+    run = _streamed if measure.streamed else _resident
+    scores, dtype_name, seconds = run(name, other, windows, measure, progress)
+    if reference is not None:
+        result["reference"] = reference
+        scores = scores if other is not None else _of_itself(scores)
+    result |= summarize(scores, windows)
+    result["seconds"] = round(seconds, 3)
+    if other is None:  # else two models ran
+        result["tokens_per_second"] = round(windows.report["scored_tokens"] / seconds, 1)
+    result |= {"device": measure.device, "streamed": measure.streamed}
+    return {**result, "protocol": {**windows.report, "dtype": dtype_name}}, _Found(windows, scores)
+
+
+def _not_comparable(
+    reference: str, config: Any, windows: ScoringWindows, source: Source | Text, measure: Measure
+) -> str | None:
+    """Say why a reference does not read the text as the same tokens, of the same vocabulary; None: it does."""
+    try:
+        theirs = _windows(reference, source, measure)
+    except TextError as error:
+        return f"{reference} cannot be the reference on these windows: {error}"
+    same = torch.equal(theirs.tokens, windows.tokens) and read_config(reference).vocab_size == config.vocab_size
+    return None if same else OTHER_TOKENIZER.format(reference=reference)
+
+
+def _of_itself(scores: TokenScores) -> TokenScores:
+    """The scores of a model that is its own reference."""
+    return TokenScores(scores.nll, torch.zeros_like(scores.nll), torch.ones_like(scores.nll), scores.nll)
+
+
+def _resident(
+    name: str, reference: str | None, windows: ScoringWindows, measure: Measure, progress: Progress | None
+) -> tuple[TokenScores, str, float]:
+    model, _, dtype_name = load_model(name, measure.dtype, measure.device)
+    other = None if reference is None else load_model(reference, measure.dtype, measure.device)[0]
+    begun = time.perf_counter()
+    return score_model(model, windows, progress, other, name), dtype_name, time.perf_counter() - begun
+
+
+def _streamed(
+    name: str, reference: str | None, windows: ScoringWindows, measure: Measure, progress: Progress | None
+) -> tuple[TokenScores, str, float]:
+    opened = [open_any(each) for each in _some(reference, name)]
+    dtype_name = measure.dtype or TORCH_NAMES[opened[-1].dtype]
+    begun = time.perf_counter()
+    models = [StreamedModel(checkpoint, getattr(torch, dtype_name), measure.device) for checkpoint in opened]
+    return score_streamed(models, windows, progress)[-1], dtype_name, time.perf_counter() - begun
+
+
+def _windows(name: str, source: Source | Text, measure: Measure) -> ScoringWindows:
+    """Cut the text into windows of a checkpoint's tokens."""
+    config, protocol = read_config(name), measure.protocol
+    fixed = protocol.name is not None and published(protocol.name).context is not None
+    check_positions(name, config, protocol.context, protocol.name if fixed else None)
+    tokenizer = load_tokenizer(locate(name))
+    if isinstance(source, Text):
+        assert protocol.name is not None
+        return published(protocol.name).windows(tokenizer, source, protocol, config.vocab_size)
+    return scoring_windows(tokenizer, source, protocol, config.vocab_size)
+
+
+def settle(
+    name: str | None, context: int | None, stride: int | None, tokens: int | None, models: list[str]
+) -> Protocol:
+    """Return the protocol that these options mean for these models. Raises QectomyError where they contradict it."""
+    if name is None:
+        return Protocol(context=context or common_context(models), stride=stride, tokens=tokens)
+    chosen = published(name)
+    if stride is not None:
+        raise QectomyError(f"--protocol {name} says how windows follow each other; leave --stride out")
+    if chosen.context is not None and context not in (None, chosen.context):
+        raise QectomyError(f"--protocol {name} means windows of {chosen.context} tokens; leave --context out")
+    made_for = min((found for found in map(positions_of, models) if found), default=ROLLING_CONTEXT)
+    return Protocol(name=name, context=chosen.context or context or made_for, tokens=tokens)
+
+
+def _some(*names: str | None) -> list[str]:
+    return [name for name in names if name is not None]

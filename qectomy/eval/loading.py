@@ -1,0 +1,74 @@
+"""Load whole models, original or reduced, without running code of the folder."""
+
+from pathlib import Path
+from typing import Any
+
+from qectomy.errors import CheckpointError, QectomyError
+from qectomy.surgery.architectures import FAMILIES
+from qectomy.surgery.checkpoint import locate
+from qectomy.surgery.headers import TORCH_NAMES, read_json
+
+DTYPES = [TORCH_NAMES[kind] for kind in ("F32", "BF16", "F16", "F64")]
+
+
+def load_model(name: str, dtype: str | None, device: str) -> tuple[Any, Path, str]:
+    """Load any causal model; return (model, folder, dtype name). On device `meta` its weights stay on disk.
+
+    Code in the folder is never run. Raises CheckpointError when a tensor is missing or left over.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    check_dtype(dtype)
+    folder, config = locate(name), _json_config(name)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            device_map="meta" if device == "meta" else None,
+        )
+    except Exception as error:  # transformers raises many kinds; the message is what the user needs
+        raise _not_loaded(folder, config, error) from error
+    family = FAMILIES.get(str(config.get("model_type")))
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = [str(name) for name in info.get(kind) or ()]
+        if kind == "unexpected_keys" and family is not None:
+            names = [name for name in names if not name.endswith(family.ignored_suffixes)]
+        if names:
+            raise CheckpointError(f"{folder}: {kind.replace('_', ' ')}: {sorted(names)[:3]}")
+    return model.to(device).eval(), folder, str(model.dtype).removeprefix("torch.")
+
+
+def read_config(name: str) -> Any:
+    """Return the config of any causal model, its weights unread and its code never run."""
+    from transformers import AutoConfig
+
+    folder, config = locate(name), _json_config(name)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
+    except Exception as error:
+        raise _not_loaded(folder, config, error) from error
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raise QectomyError for a type that nothing is computed in."""
+    if dtype is not None and dtype not in DTYPES:
+        raise QectomyError(f"unknown --dtype {dtype!r}; known: {', '.join(DTYPES)}")
+
+
+def _json_config(name: str) -> dict[str, Any]:
+    path = locate(name) / "config.json"
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return config
+
+
+def _not_loaded(folder: Path, config: dict[str, Any], error: Exception) -> CheckpointError:
+    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    return CheckpointError(f"{folder} (model_type {config.get('model_type')!r}) cannot be loaded: {reason}")

@@ -1,0 +1,106 @@
+"""What people look at beside the numbers: which words got worse, and what both models write.
+
+Dimensions: n windows, L positions, N scored tokens.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qectomy.calibrate.text import load_tokenizer
+from qectomy.eval.loading import load_model
+from qectomy.eval.protocol import ScoringWindows
+from qectomy.eval.scores import TokenScores
+
+SAMPLE_TOKENS = 256  # shown, from the start of one window
+NEW_TOKENS = 40
+MOST_BYTES = 1_000_000_000  # of weights that are loaded whole to write a few words
+PROMPTS = (
+    "In the beginning",
+    "The most important thing to know about a computer is that",
+    "Question: Why does bread rise in the oven?\nAnswer:",
+)
+
+
+def token_sample(folder: Path, windows: ScoringWindows, before: TokenScores, after: TokenScores) -> dict[str, Any]:
+    """Return the tokens of the window that got worse most like the average one, and both models' loss of each, in nats.
+
+    So that it is neither the best nor the worst that is shown. `folder`: of the tokenizer. It is to be looked at:
+    what goes wrong in it must not undo a conversion, and is told in `skipped`.
+    """
+    try:
+        return _token_sample(folder, windows, before, after)
+    except Exception as error:
+        return {"text": windows.report["text"], "tokens": [], "skipped": f"{type(error).__name__}: {str(error)[:200]}"}
+
+
+def _token_sample(folder: Path, windows: ScoringWindows, before: TokenScores, after: TokenScores) -> dict[str, Any]:
+    within, positions = windows.places()
+    change = torch.zeros(len(windows.tokens), dtype=torch.float64).index_add_(0, within, after.nll - before.nll)
+    count = torch.zeros(len(windows.tokens), dtype=torch.float64).index_add_(0, within, torch.ones_like(before.nll))
+    typical = (change / count.clamp(min=1) - float((after.nll - before.nll).mean())).abs()
+    window = int(typical.masked_fill(count == 0, torch.inf).argmin())
+    here = (within == window) & (positions < SAMPLE_TOKENS)
+    losses = {
+        int(at): (float(one), float(other))
+        for at, one, other in zip(positions[here], before.nll[here], after.nll[here], strict=True)
+    }
+    length = windows.tokens.shape[1] if windows.lengths is None else int(windows.lengths[window])
+    pieces = _pieces(load_tokenizer(folder), windows.tokens[window, : min(length, SAMPLE_TOKENS)].tolist())
+    tokens = [
+        dict(zip(("text", "before", "after"), (piece, *losses.get(at, (None, None))), strict=True))
+        for at, piece in enumerate(pieces)
+    ]
+    return {"text": windows.report["text"], "window": window, "tokens": tokens}
+
+
+def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Return what each token adds to the text; a character of several tokens comes with the last."""
+    pieces, done = [], ""
+    for stop in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:stop], clean_up_tokenization_spaces=False)
+        text = text if not text.endswith("\ufffd") or stop == len(ids) else done
+        pieces.append(text[len(done) :])
+        done = text
+    return pieces
+
+
+def generation_of(original: Path, reduced: Path, most_bytes: int | None = MOST_BYTES) -> dict[str, Any]:
+    """Return what both models write after each prompt, the most likely token each time, one in memory at a time.
+
+    Models larger than `most_bytes` are left out, and so is what cannot be run: this is to be looked at, not relied on.
+    """
+    sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (original, reduced)]
+    if most_bytes is not None and max(sizes) > most_bytes:
+        return {"skipped": f"over {most_bytes / 1e9:.0f} GB of weights; run `qectomy report DIR --original ORIGINAL`"}
+    try:
+        tokenizer = load_tokenizer(reduced)
+        texts = []
+        for folder in (original, reduced):
+            model, _, _ = load_model(str(folder), None, "cpu")
+            texts.append([write(model, tokenizer, prompt) for prompt in PROMPTS])
+            del model
+    except Exception as error:  # a tokenizer or a config may be one that generates nothing
+        return {"skipped": f"the models did not write ({type(error).__name__}: {str(error).strip()[:200]})"}
+    samples = [
+        dict(zip(("prompt", "original", "reduced"), row, strict=True)) for row in zip(PROMPTS, *texts, strict=True)
+    ]
+    return {"max_new_tokens": NEW_TOKENS, "decoding": "greedy", "samples": samples}
+
+
+@torch.no_grad()
+def write(model: Any, tokenizer: Any, prompt: str) -> str:
+    """Return the continuation of a prompt, without it."""
+    from transformers import GenerationConfig
+
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(next(model.parameters()).device)
+    most = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + NEW_TOKENS
+    model.generation_config = GenerationConfig(  # the folder's own may ask for penalties, beams or sampling
+        max_new_tokens=max(1, min(NEW_TOKENS, most - ids.shape[1])),
+        do_sample=False,
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+    )
+    written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,78 @@
+"""From the scores of a text's tokens to what a report says of them, each number by its definition in one place.
+
+Dimensions: N scored tokens.
+"""
+
+import math
+from typing import Any
+
+from qectomy.errors import NonFiniteError
+from qectomy.eval.protocol import ScoringWindows
+from qectomy.eval.scores import TokenScores
+from qectomy.eval.statistics import by_position, mean_interval, paired, perplexity_interval
+
+MOST_NATS = 650.0  # whose exp a float holds with room for a ratio
+
+
+def summarize(scores: TokenScores, windows: ScoringWindows) -> dict[str, Any]:
+    """Return perplexity a token and a word, nats a token, bits a byte; mean KL and top-1 agreement if there are any.
+
+    Intervals are the 95 % bootstrap's over windows; None for a single window.
+    """
+    total = float(scores.nll.sum())
+    if not float(scores.nll.mean()) < MOST_NATS:
+        raise NonFiniteError(f"{float(scores.nll.mean()):.0f} nats a token: a perplexity beyond any number")
+    within, positions = windows.places()
+    edges, (by_span,) = by_position(positions, scores.nll)
+    result: dict[str, Any] = {
+        "perplexity": float(scores.nll.mean().exp()),
+        "perplexity_95": perplexity_interval(scores.nll, within),
+        "nll": float(scores.nll.mean()),
+        "bits_per_byte": total / math.log(2) / max(1, windows.n_bytes),
+        "word_perplexity": _exp(total / max(1, windows.n_words)),
+        "per_position": {"edges": edges, "nll": by_span},
+    }
+    if scores.kl is not None and scores.agree is not None:
+        result["kl"] = float(scores.kl.mean())
+        result["kl_95"] = mean_interval(scores.kl, within)
+        result["top1_agreement"] = float(scores.agree.mean())
+    return result
+
+
+def compare(before: TokenScores, after: TokenScores, windows: ScoringWindows) -> dict[str, Any]:
+    """Return ratio and difference of two models' perplexities, paired by window, with 95 % intervals."""
+    return paired(before.nll, after.nll, windows.places()[0])
+
+
+def cost(before: TokenScores, after: TokenScores, windows: ScoringWindows) -> dict[str, Any]:
+    """Return what a conversion cost, from the scores of both models on the same windows, float32."""
+    one, other, both = summarize(before, windows), summarize(after, windows), compare(before, after, windows)
+    return {
+        "perplexity": {
+            "before": one["perplexity"],
+            "after": other["perplexity"],
+            **both,
+            "before_95": one["perplexity_95"],
+            "after_95": other["perplexity_95"],
+            "protocol": {**windows.report, "dtype": "float32"},
+        },
+        "bits_per_byte": {"before": one["bits_per_byte"], "after": other["bits_per_byte"]},
+        **_words(one["word_perplexity"], other["word_perplexity"]),
+        "per_position": {
+            "edges": one["per_position"]["edges"],
+            "before": one["per_position"]["nll"],
+            "after": other["per_position"]["nll"],
+        },
+        "kl": other["kl"],
+        "kl_95": other["kl_95"],
+        "top1_agreement": other["top1_agreement"],
+    }
+
+
+def _words(before: float | None, after: float | None) -> dict[str, Any]:
+    return {} if before is None or after is None else {"word_perplexity": {"before": before, "after": after}}
+
+
+def _exp(nats: float) -> float | None:
+    """None for what is beyond any number: a long word, as of Chinese, may cost more nats than exp takes."""
+    return math.exp(nats) if nats < MOST_NATS else None
