@@ -39,10 +39,11 @@ def score_model(
     mask = windows.scored_mask()
     place = torch.full(mask.shape, -1).masked_scatter_(mask, torch.arange(int(mask.sum())))
     probe = windows.tokens[:1, :16].to(device)
-    score = scorer(model, probe) if reference is None else scorer(model, probe, reference)
+    readers = [LogitsReader(each, probe) for each in (model, reference) if each is not None]
+    score = scorer(readers[0], readers[1] if reference is not None else None, device)
     found, done = empty_scores(int(mask.sum()), with_reference=reference is not None), 0
     at_once = TOKENS_A_BATCH if device.type == "cpu" else TOKENS_ON_DEVICE
-    if not is_plain(model, probe):
+    if not all(reader.plain for reader in readers):
         at_once = min(at_once, max(1, LOGITS_ON_DEVICE // vocab_size(model)))  # its logits come whole
     for rows, length in batches(windows, at_once):
         tokens, keep = windows.tokens[rows, :length].to(device), mask[rows, : length - 1]
@@ -76,36 +77,6 @@ def batches(windows: ScoringWindows, tokens: int) -> Iterator[tuple[torch.Tensor
         start = stop
 
 
-def scorer(
-    model: Any, probe: torch.Tensor, reference: Any | None = None
-) -> Callable[[torch.Tensor, torch.Tensor], TokenScores]:
-    """Return a function from (tokens (n, L), kept (n, L - 1)) to the scores of the next tokens that are kept."""
-    vocab = vocab_size(model)
-    ours = logits_reader(model, probe)
-    theirs = None if reference is None else logits_reader(reference, probe)
-
-    def by_slices(tokens: torch.Tensor, keep: torch.Tensor) -> TokenScores:
-        targets = tokens[:, 1:][keep]
-        other = None if theirs is None else theirs(tokens, keep).slices
-        return score_tokens(ours(tokens, keep).slices, targets, vocab, other)
-
-    def by_rows(tokens: torch.Tensor, keep: torch.Tensor) -> TokenScores:
-        targets = tokens[:, 1:][keep]
-        mine, other = ours(tokens, keep), None if theirs is None else theirs(tokens, keep)
-        found = empty_scores(len(targets), with_reference=other is not None)
-        at_once = max(1, LOGITS_ON_DEVICE // vocab)
-        for start in range(0, len(targets), at_once):
-            span = slice(start, start + at_once)
-            found.put(span, score_rows(mine.rows(span), targets[span], None if other is None else other.rows(span)))
-        return found
-
-    return by_slices if probe.device.type in SLICED else by_rows
-
-
-def vocab_size(model: Any) -> int:
-    return model.config.get_text_config(decoder=True).vocab_size
-
-
 class KeptLogits:
     """The logits of kept positions, made when they are asked for: by slices of the vocabulary or by rows."""
 
@@ -123,34 +94,66 @@ class KeptLogits:
         return self.states[span] if self.weight is None else nn.functional.linear(self.states[span], self.weight)
 
 
-def is_plain(model: Any, probe: torch.Tensor) -> bool:
-    """Whether the head is one matrix and nothing else (a bias, scaling, a cap): seen by trying it on tokens (1, L)."""
-    head = model.get_output_embeddings()
-    if head is None:
-        raise CheckpointError(f"a {type(model).__name__} has no head that predicts tokens, so it has no perplexity")
-    with torch.no_grad():
-        whole = model(input_ids=probe, use_cache=False).logits
-        sliced = nn.functional.linear(model.base_model(input_ids=probe, use_cache=False).last_hidden_state, head.weight)
-    near = {torch.float64: 1e-12, torch.float32: 1e-5}.get(whole.dtype, 1e-2)
-    close = whole.shape == sliced.shape and bool((whole - sliced).abs().max() <= near * whole.abs().max())
-    return close and not getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
-
-
-def logits_reader(model: Any, probe: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], KeptLogits]:
-    """Return a function from (tokens, kept positions) to the logits that predict the kept next tokens.
+class LogitsReader:
+    """Reads, from (tokens, kept positions), the logits that predict the kept next tokens.
 
     A head that is one matrix is multiplied slice by slice; one that does more is run whole.
     """
-    plain, head = is_plain(model, probe), model.get_output_embeddings()
 
-    def read(tokens: torch.Tensor, keep: torch.Tensor) -> KeptLogits:
+    def __init__(self, model: Any, probe: torch.Tensor):
+        self.model, self.plain, self.head = model, is_plain(model, probe), model.get_output_embeddings()
+
+    def __call__(self, tokens: torch.Tensor, keep: torch.Tensor) -> KeptLogits:
         tokens = tokens[:, :-1]  # nothing is scored that the last one predicts
-        if not plain:
-            return KeptLogits(model(input_ids=tokens, use_cache=False).logits[keep], None)
-        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        return KeptLogits(hidden[keep], head.weight)
+        if not self.plain:
+            return KeptLogits(self.model(input_ids=tokens, use_cache=False).logits[keep], None)
+        hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return KeptLogits(hidden[keep], self.head.weight)
 
-    return read
+
+def scorer(
+    ours: LogitsReader, theirs: LogitsReader | None, device: torch.device
+) -> Callable[[torch.Tensor, torch.Tensor], TokenScores]:
+    """Return a function from (tokens (n, L), kept (n, L - 1)) to the scores of the next tokens that are kept."""
+    vocab = vocab_size(ours.model)
+
+    def by_slices(tokens: torch.Tensor, keep: torch.Tensor) -> TokenScores:
+        targets = tokens[:, 1:][keep]
+        other = None if theirs is None else theirs(tokens, keep).slices
+        return score_tokens(ours(tokens, keep).slices, targets, vocab, other)
+
+    def by_rows(tokens: torch.Tensor, keep: torch.Tensor) -> TokenScores:
+        targets = tokens[:, 1:][keep]
+        mine, other = ours(tokens, keep), None if theirs is None else theirs(tokens, keep)
+        found = empty_scores(len(targets), with_reference=other is not None)
+        at_once = max(1, LOGITS_ON_DEVICE // vocab)
+        for start in range(0, len(targets), at_once):
+            span = slice(start, start + at_once)
+            found.put(span, score_rows(mine.rows(span), targets[span], None if other is None else other.rows(span)))
+        return found
+
+    return by_slices if device.type in SLICED else by_rows
+
+
+def vocab_size(model: Any) -> int:
+    return model.config.get_text_config(decoder=True).vocab_size
+
+
+def is_plain(model: Any, probe: torch.Tensor) -> bool:
+    """Whether the head is one matrix and nothing else (a bias, scaling, a cap): seen by trying it on tokens (1, L)."""
+    head, seen = model.get_output_embeddings(), list[torch.Tensor]()
+    if head is None:
+        raise CheckpointError(f"a {type(model).__name__} has no head that predicts tokens, so it has no perplexity")
+    hook = model.base_model.register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state))
+    try:
+        with torch.no_grad():
+            whole = model(input_ids=probe, use_cache=False).logits
+    finally:
+        hook.remove()
+    sliced = nn.functional.linear(seen[-1], head.weight)
+    near = {torch.float64: 1e-12, torch.float32: 1e-5}.get(whole.dtype, 1e-2)
+    close = whole.shape == sliced.shape and bool((whole - sliced).abs().max() <= near * whole.abs().max())
+    return close and not getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
 
 
 def non_finite(model: Any, reference: Any | None, windows: ScoringWindows, rows: torch.Tensor, label: str) -> str:

@@ -15,7 +15,7 @@ from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, TextEr
 from qectomy.eval.evaluate import evaluate
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import Protocol, common_context, scoring_windows
-from qectomy.eval.scoring import logits_reader
+from qectomy.eval.scoring import LogitsReader
 
 SOURCE = Source("raven", "hash", RAVEN * 2)
 CONTEXTS = [(16, 16), (16, 5), (16, 1), (33, 20)]
@@ -136,7 +136,7 @@ def test_windows_longer_than_a_table_of_positions_are_refused(tiny_checkpoint):
 def test_a_plain_head_is_read_in_slices(tiny_checkpoint):
     model, *_ = load_model(str(tiny_checkpoint()), None, "cpu")
     tokens, calls = torch.arange(3, 35)[None], []
-    read = logits_reader(model, tokens)
+    read = LogitsReader(model, tokens)
     model.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         logits = read(tokens, torch.ones(1, 31, dtype=torch.bool))
