@@ -13,7 +13,6 @@ from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.reload import RELOAD_TOKENS
 from qectomy.eval.scores import SLICE, Logits, TokenScores, join_scores, score_tokens
 from qectomy.surgery.checkpoint import Checkpoint
-from qectomy.surgery.finite import all_finite
 
 SCORED_TOKENS = 1024  # at a time: the head is read anew for each batch
 
@@ -70,7 +69,7 @@ def final_scores(
         begun = time.perf_counter()
         parts.append(score_tokens(reduced.logits(ours), targets, reduced.vocab_size, original.logits(theirs)))
         seconds += (time.perf_counter() - begun) / 2  # two heads
-        if not all(nll is not None and all_finite(nll) for nll in (parts[-1].nll, parts[-1].reference_nll)):
+        if not parts[-1].finite():
             raise NonFiniteError(f"logits are NaN or Inf on evaluation windows {start} to {stop - 1}")
     window = streams.student[streams.fitted : streams.fitted + 1][0]
     logits = reduced.logits(window[-RELOAD_TOKENS:].to(reduced.device))
@@ -79,5 +78,4 @@ def final_scores(
         whole[:, a:b] = logits(a, b).cpu()
     expected = (held.tokens[:1].clone(), whole)  # a whole window: some RoPE types depend on the length
     after = join_scores(parts)
-    assert after.reference_nll is not None
-    return FinalScores(TokenScores(after.reference_nll), after, expected, seconds)
+    return FinalScores(after.of_reference(), after, expected, seconds)

@@ -97,11 +97,14 @@ def _evaluate(
     config, windows = read_config(name), _windows(name, source, measure)
     result: dict[str, Any] = {"checkpoint": name, "fingerprint": fingerprint(locate(name))}
     reference = measure.reference
-    refused = None if reference is None else _not_comparable(reference, config, windows, source, measure)
+    itself = reference is not None and locate(reference).samefile(locate(name))
+    refused = None
+    if reference is not None and not itself:
+        refused = _not_comparable(reference, config, windows, source, measure)
     if refused is not None:
         result["reference_refused"] = refused
         reference = None
-    other = None if reference is None or locate(reference).samefile(locate(name)) else reference
+    other = None if itself else reference
     run = _streamed if measure.streamed else _resident
     scores, dtype_name, seconds = run(name, other, windows, measure, progress)
     if reference is not None:

@@ -29,7 +29,7 @@ from qectomy.eval.inference_bytes import (
 )
 from qectomy.eval.inference_loops import InferenceLoop, Timing, random_tokens
 from qectomy.eval.loading import load_model
-from qectomy.eval.protocol import common_context
+from qectomy.eval.protocol import common_context, table_of_positions
 from qectomy.surgery.checkpoint import locate
 
 Progress = Callable[[int, int, str], None]  # (runs done, runs in all, what ran)
@@ -130,8 +130,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def check_positions(name: str, config: Any, prompt: int, new: int) -> None:
     """Raise QectomyError if a model with a table of positions, not RoPE, has fewer than the run needs."""
-    rows = getattr(config, "max_position_embeddings", None)
-    if getattr(config, "rope_parameters", None) is None and isinstance(rows, int) and prompt + new > rows:
+    rows = table_of_positions(config)
+    if rows is not None and prompt + new > rows:
         raise QectomyError(
             f"{prompt} prompt tokens and {new} new ones are more than the {rows} positions of {name}; use "
             f"--prompt-tokens {max(1, rows - new)} or less, or fewer --new-tokens"

@@ -44,6 +44,15 @@ class ScoringWindows:
         mask = positions[None, :] >= self.first_scored[:, None]
         return mask if self.lengths is None else mask & (positions[None, :] < self.lengths[:, None])
 
+    def score_numbers(self) -> torch.Tensor:
+        """(n, L - 1): which score, in the order of the windows, the next token at each position gets; -1: none."""
+        mask = self.scored_mask()
+        return torch.full(mask.shape, -1).masked_scatter_(mask, torch.arange(int(mask.sum())))
+
+    def length(self, window: int) -> int:
+        """Tokens of one window."""
+        return self.tokens.shape[1] if self.lengths is None else int(self.lengths[window])
+
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the window and the position of each scored token, (N,) each, in the order in which they are scored."""
         windows, before = self.scored_mask().nonzero(as_tuple=True)
@@ -137,13 +146,18 @@ def check_positions(name: str, config: Any, context: int, protocol: str | None =
 
     `protocol`: the name of a published one that says how long its windows are.
     """
-    rows = getattr(config, "max_position_embeddings", None)
-    if getattr(config, "rope_parameters", None) is not None or not isinstance(rows, int) or context <= rows:
+    rows = table_of_positions(config)
+    if rows is None or context <= rows:
         return
     if protocol is not None:
         raise TextError(
             f"--protocol {protocol} means windows of {context} tokens, and {name} has {rows} positions; it can be "
             "measured by another one alone, as wikitext2-1024, lm-eval-wikitext or rolling"
         )
-    if context > rows:
-        raise TextError(f"--context {context} is longer than the {rows} positions of {name}; use {rows} or less")
+    raise TextError(f"--context {context} is longer than the {rows} positions of {name}; use {rows} or less")
+
+
+def table_of_positions(config: Any) -> int | None:
+    """Return how many rows a model's table of positions has; None for RoPE, which goes on beyond any."""
+    rows = getattr(config, "max_position_embeddings", None)
+    return rows if getattr(config, "rope_parameters", None) is None and isinstance(rows, int) else None

@@ -46,8 +46,9 @@ def _token_sample(folder: Path, windows: ScoringWindows, before: TokenScores, af
         int(at): (float(one), float(other))
         for at, one, other in zip(positions[here], before.nll[here], after.nll[here], strict=True)
     }
-    length = windows.tokens.shape[1] if windows.lengths is None else int(windows.lengths[window])
-    pieces = _pieces(load_tokenizer(folder), windows.tokens[window, : min(length, SAMPLE_TOKENS)].tolist())
+    pieces = _pieces(
+        load_tokenizer(folder), windows.tokens[window, : min(windows.length(window), SAMPLE_TOKENS)].tolist()
+    )
     tokens = [
         dict(zip(("text", "before", "after"), (piece, *losses.get(at, (None, None))), strict=True))
         for at, piece in enumerate(pieces)

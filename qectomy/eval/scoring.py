@@ -36,8 +36,7 @@ def score_model(
     Raises NonFiniteError naming the model, the window and, if one is to blame, the layer.
     """
     device = next(model.parameters()).device
-    mask = windows.scored_mask()
-    place = torch.full(mask.shape, -1).masked_scatter_(mask, torch.arange(int(mask.sum())))
+    mask, numbers = windows.scored_mask(), windows.score_numbers()
     probe = windows.tokens[:1, :16].to(device)
     readers = [LogitsReader(each, probe) for each in (model, reference) if each is not None]
     score = scorer(readers[0], readers[1] if reference is not None else None, device)
@@ -50,7 +49,7 @@ def score_model(
         scores = score(tokens, keep.to(device))
         if not scores.finite():
             raise NonFiniteError(non_finite(model, reference, windows, rows, label))
-        found.put(place[rows, : length - 1][keep], scores)
+        found.put(numbers[rows, : length - 1][keep], scores)
         done += len(rows)
         if progress:
             progress(done, len(windows.tokens))
@@ -160,8 +159,7 @@ def non_finite(model: Any, reference: Any | None, windows: ScoringWindows, rows:
     """Say which model, window and layer first gives NaN or Inf, by running the batch's windows again one by one."""
     for name, each in ((label, model), *([("the reference", reference)] if reference is not None else [])):
         for row in rows.tolist():
-            length = windows.tokens.shape[1] if windows.lengths is None else int(windows.lengths[row])
-            tokens = windows.tokens[row : row + 1, : length - 1].to(next(each.parameters()).device)
+            tokens = windows.tokens[row : row + 1, : windows.length(row) - 1].to(next(each.parameters()).device)
             where = first_bad_layer(each, tokens)
             if where is not None:
                 return f"{name} gives NaN or Inf in window {row}, first in {where}; no number of it would mean anything"

@@ -199,9 +199,8 @@ def score_streamed(
     The first is the reference: the others' come with KL(first || other). Progress counts layers. Raises NonFiniteError
     naming the model and the layer.
     """
-    mask = windows.scored_mask()
+    mask, numbers = windows.scored_mask(), windows.score_numbers()
     n = int(mask.sum())
-    place = torch.full(mask.shape, -1).masked_scatter_(mask, torch.arange(n))
     found = [empty_scores(n, with_reference=index > 0) for index in range(len(models))]
     groups = list(_groups(models[0], windows))
     done, total = 0, len(groups) * sum(model.checkpoint.dims.n_layers for model in models)
@@ -215,7 +214,9 @@ def score_streamed(
     for group in groups:
         tokens = [windows.tokens[rows, : length - 1] for rows, length in group]
         keeps = [mask[rows, : length - 1] for rows, length in group]
-        places = torch.cat([place[rows, : length - 1][keep] for (rows, length), keep in zip(group, keeps, strict=True)])
+        places = torch.cat(
+            [numbers[rows, : length - 1][keep] for (rows, length), keep in zip(group, keeps, strict=True)]
+        )
         targets = windows.tokens[:, 1:][mask][places]
         first: torch.Tensor | None = None
         for model, scores in zip(models, found, strict=True):
