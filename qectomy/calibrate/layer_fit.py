@@ -8,7 +8,6 @@ from torch import nn
 
 from qectomy.calibrate.attention_kl import attention_logits
 from qectomy.calibrate.layers import LayerRunner
-from qectomy.calibrate.memory import release_freed
 from qectomy.calibrate.moments import Moments, MomentSums
 from qectomy.calibrate.precision import fast_dtype, fast_math
 from qectomy.calibrate.projections import Projections, Start
@@ -17,6 +16,7 @@ from qectomy.calibrate.starts import make_start
 from qectomy.calibrate.states import Streams, WindowFile, batches, scratch_file
 from qectomy.surgery.family import Family
 from qectomy.surgery.linear_views import add_through, read_view, store_views, without_views
+from qectomy.surgery.memory import release_freed
 from qectomy.surgery.query_maps import QueryMapSpec
 
 EIGEN_CHANNELS = 4096  # over all KV heads: up to so many, small eigenvalues are raised; beyond, the diagonal

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from qectomy.calibrate.layers import LayerRunner
-from qectomy.calibrate.memory import release_freed
 from qectomy.calibrate.moments import COLUMNS, MomentSums, ridge, ridge_
 from qectomy.calibrate.precision import fast_dtype, fast_math
 from qectomy.calibrate.states import Streams, batches
 from qectomy.surgery.family import LinearView
 from qectomy.surgery.linear_views import oriented
+from qectomy.surgery.memory import release_freed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qectomy.calibrate.memory import release_freed
 from qectomy.errors import NonFiniteError
+from qectomy.eval.cast_on_use import cast_on_use, projections
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.scores import SLICE, TokenScores, empty_scores, score_tokens
@@ -25,6 +25,7 @@ from qectomy.surgery.checkpoint import Checkpoint, locate, open_checkpoint
 from qectomy.surgery.family import Dimensions
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.headers import read_json
+from qectomy.surgery.memory import release_freed
 
 TOKENS_A_BATCH = 2048  # on which a layer runs at a time
 TOKENS_ON_DEVICE = 16_384  # likewise, on an accelerator
@@ -49,10 +50,12 @@ class StreamedModel:
         family = checkpoint.family
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self.model, _, _ = load_model(str(checkpoint.folder), "float32", "meta")
+        for layer in dict.fromkeys(map(self.layer, range(checkpoint.dims.n_layers))):  # some share one module
+            cast_on_use(layer, dtype)
         outside = [family.final_norm] if checkpoint.dims.norms else []
         outside += [family.positions.rpartition(".")[0]] if family.positions else []
         for name in outside:
-            self._place(self.model.get_submodule(name), checkpoint.read_module(name, dtype))
+            self._place(self.model.get_submodule(name), checkpoint.read_module(name))
         rotary = family.rotary(self.model.config)  # in no file
         if family.rotary_module is not None and rotary is not None:
             self.model.set_submodule(family.rotary_module, rotary.to(self.device))
@@ -85,7 +88,7 @@ class StreamedModel:
         with self._tapped(tap):
             for layer in range(self.checkpoint.dims.n_layers):
                 module = self.layer(layer)
-                self._place(module, self.checkpoint.read_layer(layer, self.dtype))
+                self._place(module, self.checkpoint.read_layer(layer))
                 for batch, (states, each) in enumerate(zip(hidden, calls, strict=True)):
                     arguments, named = each[layer]
                     hidden[batch] = module(states, *arguments, **named)
@@ -156,7 +159,14 @@ class StreamedModel:
         return out
 
     def _place(self, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-        placed = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        """Give a module its tensors: those of projections as they are stored (`cast_on_use`), others in `dtype`."""
+        stored = {name for name, _ in projections(module)}
+        placed = {
+            name: tensor.to(self.device)
+            if name.rpartition(".")[0] in stored or not tensor.is_floating_point()
+            else tensor.to(self.device, self.dtype)
+            for name, tensor in tensors.items()
+        }
         module.load_state_dict(placed, strict=True, assign=True)
 
     @contextmanager

@@ -20,6 +20,7 @@ from qectomy.surgery.fold_layer import LayerPlan, fold_layer, fold_norm, query_s
 from qectomy.surgery.folding import LOST, Choice, Folds, rounding
 from qectomy.surgery.gauge import MAX_PIVOT_CONDITION, choose_pivots, fold_pivots, pivot_rows, split_heads
 from qectomy.surgery.linear_views import read_view
+from qectomy.surgery.memory import release_freed
 from qectomy.surgery.plan import planned_tensors
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.source_watch import SourceWatch
@@ -165,8 +166,10 @@ def _steps(source: Checkpoint, plan: ExactPlan) -> list[Callable[[], Iterator[tu
     def layer_tensors(layer: int) -> Iterator[tuple[str, int, torch.Tensor]]:
         tensors = source.read_layer(layer)
         folded = fold_layer(tensors, source.dims, source.family.roles, layer_plan(plan, folds, layer))
-        for name, tensor in folded.items():
-            yield source.prefix(layer) + name, 0, tensor
+        del tensors
+        for name in list(folded):  # what was written is let go
+            yield source.prefix(layer) + name, 0, folded.pop(name)
+        release_freed()
 
     layers = [partial(layer_tensors, layer) for layer in range(source.dims.n_stored)]
     return [partial(_embedding, source, folds), *layers, partial(_head, source, folds, plan.dims.tied)]

@@ -33,7 +33,7 @@ def store_views(projections: list[tuple[LinearView, Projection]]) -> dict[str, t
     for module, parts in stored.items():
         parts.sort(key=lambda pair: pair[0].part)
         assert [view.part for view, _ in parts] == [(i, len(parts)) for i in range(len(parts))], module
-        W = torch.cat([W for _, (W, _) in parts], 1)
+        W = parts[0][1][0] if len(parts) == 1 else torch.cat([W for _, (W, _) in parts], 1)  # a copy may weigh a lot
         tensors[f"{module}.weight"] = oriented(W, parts[0][0]).contiguous()
         biases = [bias for _, (_, bias) in parts if bias is not None]
         assert len(biases) in (0, len(parts)), f"{module}: some parts have a bias and some have none"
