@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import torch
 
 from qectomy.calibrate.moments import ridge
+from qectomy.calibrate.precision import fast_dtype
 from qectomy.calibrate.rope_pairs import Rope
-from qectomy.calibrate.units import adam, key_parameter, mix_parameter
+from qectomy.calibrate.units import adam, diagonal_key_parameter, mix_parameter
 
 STEPS = 120
 OFFSETS_A_STEP = 6  # drawn anew: the mean over all offsets starts the fit worse (docs/LOG.md)
@@ -38,25 +39,36 @@ def joint_start(
     rope: Rope,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (W_K' (D, G*K), A (H, K, K)) that lower the error above; C (D, D), C_k (G, D, D)."""
+    """Return (W_K' (D, G*K), A (H, K, K)) that lower the error above; C (D, D), C_k (G, D, D), which is used up.
+
+    It runs in the eigenbasis of C: there C is diagonal and so is the step of W_K, and C_k W is the one wide product
+    left of a step (in bfloat16 where that is quick: it is the gradient of a start).
+    """
     d_model, groups, per, K = len(C), rope.n_kv_heads, rope.per_group, rope.d_head
     C, C_k, W_Q, W_K = (tensor.float() for tensor in (C, C_k, W_Q, W_K))
     rope = Rope(rope.cos.float(), rope.sin.float(), groups, per)
-    key = key_parameter(W_K, C, rope, power=0.25, lr=5e-3)
     mix = mix_parameter(least_squares_mix(C, W_Q, W_K, rope), W_Q, W_K, C, rope, lr=1e-2)
+    variances, V = torch.linalg.eigh(C)
+    C = variances.clamp_min(0)[:, None]
+    for own in C_k:
+        own.copy_(V.T @ own @ V)
+    W_Q, W_K = V.T @ W_Q, V.T @ W_K
+    key = diagonal_key_parameter(W_K, variances, rope, power=0.25, lr=5e-3)
     theirs = W_K.view(d_model, groups, K).transpose(0, 1)  # (G, D, K)
     queries = W_Q.view(d_model, groups, per, K).permute(1, 2, 0, 3)  # (G, r, D, K)
-    C_queries, C_theirs = C @ queries, C_k @ theirs
+    C_queries, C_theirs = C * queries, C_k @ theirs
     query_gram, key_gram = queries.mT @ C_queries, theirs.mT @ C_theirs
     scale, turns = (query_gram * key_gram[:, None]).sum(), bool(rope.sin.any())
+    C_k = C_k.to(fast_dtype(C.device))
 
     def loss(values: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         ours = values[0].view(d_model, groups, K).transpose(0, 1)
         A = values[1].view(groups, per, K, K)
         cross = (C_queries.mT @ ours[:, None]) @ A
-        own = A.mT @ (ours.mT @ (C @ ours))[:, None] @ A
+        own = A.mT @ (ours.mT @ (C * ours))[:, None] @ A
         query_blocks = _blocks(query_gram, -cross, own)  # (G, r, 2K, 2K)
-        key_blocks = _blocks(key_gram, C_theirs.mT @ ours, ours.mT @ (C_k @ ours))  # (G, 2K, 2K)
+        C_ours = (C_k @ ours.to(C_k.dtype)).float()
+        key_blocks = _blocks(key_gram, C_theirs.mT @ ours, ours.mT @ C_ours)  # (G, 2K, 2K)
         if not turns:
             yield (query_blocks * key_blocks[:, None]).sum() / scale
             return
@@ -65,7 +77,7 @@ def joint_start(
         yield (query_blocks * mean_turn(key_blocks, offsets, rope)[:, None]).sum() / scale
 
     adam([key, mix], loss, steps=STEPS, warmup=15, betas=(0.9, 0.95))
-    return key.value().detach(), mix.value().detach()
+    return V @ key.value().detach(), mix.value().detach()
 
 
 def _blocks(a: torch.Tensor, b: torch.Tensor, d: torch.Tensor) -> torch.Tensor:

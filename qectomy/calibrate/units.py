@@ -73,8 +73,13 @@ def _gradients(
 def eigenbasis(C: torch.Tensor, power: float) -> torch.Tensor:
     """Return (D, D): columns are eigenvectors of C scaled by (eigenvalue + damping)^-power, for outputs of order 1."""
     values, vectors = torch.linalg.eigh(C)
+    return vectors * _scales(values, power)
+
+
+def _scales(values: torch.Tensor, power: float) -> torch.Tensor:
+    """Return (D,): (eigenvalue + damping)^-power, for outputs of order 1."""
     mean = values.mean()
-    return vectors * ((values.clamp_min(0) + DAMPING * mean) / mean) ** -power / mean.sqrt()
+    return ((values.clamp_min(0) + DAMPING * mean) / mean) ** -power / mean.sqrt()
 
 
 def output_rms(C: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
@@ -84,9 +89,22 @@ def output_rms(C: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
 
 def key_parameter(W_K: torch.Tensor, C: torch.Tensor, rope: Rope, *, power: float, lr: float) -> Parameter:
     """W_K (D, G*K), moved in the eigenbasis of C in units of its group's key."""
-    basis = eigenbasis(C, power)
-    size = output_rms(C, W_K).view(rope.n_kv_heads, -1).square().mean(1).sqrt().repeat_interleave(rope.d_head)
+    basis, size = eigenbasis(C, power), _group_size(output_rms(C, W_K), rope)
     return Parameter(W_K, lambda u: basis @ u * size, lr)
+
+
+def diagonal_key_parameter(
+    W_K: torch.Tensor, variances: torch.Tensor, rope: Rope, *, power: float, lr: float
+) -> Parameter:
+    """Do as `key_parameter` does in the eigenbasis of C, where C is the diagonal of `variances` (D,)."""
+    rms = (W_K.square() * variances.clamp_min(0)[:, None]).sum(0).clamp_min(1e-30).sqrt()
+    scales, size = _scales(variances, power)[:, None], _group_size(rms, rope)
+    return Parameter(W_K, lambda u: scales * u * size, lr)
+
+
+def _group_size(rms: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Return the rms (G*K,) of each key's group from that of its channels."""
+    return rms.view(rope.n_kv_heads, -1).square().mean(1).sqrt().repeat_interleave(rope.d_head)
 
 
 def mix_parameter(
