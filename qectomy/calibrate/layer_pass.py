@@ -29,6 +29,7 @@ from qectomy.surgery.finite import all_finite
 from qectomy.surgery.folding import read_query
 from qectomy.surgery.plan import planned_tensors
 from qectomy.surgery.query_maps import QueryMapSpec
+from qectomy.surgery.read_ahead import Layers, read_layers
 from qectomy.surgery.source_watch import SourceWatch
 from qectomy.surgery.step_writer import StepWriter
 from qectomy.surgery.stream_basis import StreamBasis, random_basis
@@ -70,6 +71,7 @@ class LayerPass:
         self.basis = self._choose_basis()
         self.drifted = self.basis is not None  # whether the student's stream has left the teacher's
         self.layers: list[dict[str, Any]] = []  # one record a layer
+        self.coming: Layers  # those of the source that are still to be done
 
     def run(self, progress: Progress | None) -> tuple[FinalScores, dict[str, str]]:
         """Write every tensor; return the scores of the evaluation windows, and the sha256 of each tensor."""
@@ -87,7 +89,9 @@ class LayerPass:
                 tell(len(self.layers), dims.n_layers, "done before: going on from there")
             else:
                 self._begin(streams, writer)
-            for layer in range(len(self.layers), dims.n_layers):
+            ahead, device = range(len(self.layers), dims.n_layers), self.runner.device
+            self.coming = stack.enter_context(read_layers(self.source, ahead, torch.float32, device, on_host=True))
+            for layer in ahead:
                 record = self._timed_layer(layer, streams, writer)
                 self._keep(streams, writer, record)
                 kl = record["attention_kl"]
@@ -258,7 +262,7 @@ class LayerPass:
 
     def _read(self, layer: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Return the teacher's layer and the one that the fit starts from: the same but where the stream begins."""
-        tensors, family = self.source.read_layer(layer, torch.float32), self.source.family
+        tensors, family = self.coming.take(layer), self.source.family
         if self.basis is None:
             return tensors, tensors
         turned = self.basis.layer(family, tensors)

@@ -1,5 +1,7 @@
 """Run checkpoints' own models with one layer of one of them in memory at a time, whatever their size.
 
+On a GPU the next layer is on its way meanwhile (`surgery/read_ahead.py`).
+
 The model is the one that transformers loads from the folder, loaded without its weights, which shows whether every
 tensor has its place. A layer's weights are read once for all windows (of a group whose hidden states fit into
 STATES_BYTES): the model is asked what it passes to its layers, and each layer then runs on every batch before the next
@@ -26,6 +28,7 @@ from qectomy.surgery.family import Dimensions
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.headers import read_json
 from qectomy.surgery.memory import release_freed
+from qectomy.surgery.read_ahead import read_layers
 
 TOKENS_A_BATCH = 2048  # on which a layer runs at a time
 TOKENS_ON_DEVICE = 16_384  # likewise, on an accelerator
@@ -84,11 +87,12 @@ class StreamedModel:
 
         Raises NonFiniteError naming the model and the layer.
         """
-        hidden, calls = self._entering(tokens)
-        with self._tapped(tap):
-            for layer in range(self.checkpoint.dims.n_layers):
+        layers = range(self.checkpoint.dims.n_layers)
+        with read_layers(self.checkpoint, layers, None, self.device) as coming, self._tapped(tap):
+            hidden, calls = self._entering(tokens)
+            for layer in layers:
                 module = self.layer(layer)
-                self._place(module, self.checkpoint.read_layer(layer))
+                self._place(module, coming.take(layer))
                 for batch, (states, each) in enumerate(zip(hidden, calls, strict=True)):
                     arguments, named = each[layer]
                     hidden[batch] = module(states, *arguments, **named)
