@@ -36,6 +36,8 @@ def import_nanogpt(
         str | None,
         typer.Option(help="Folder or hub id whose tokenizer files go along: a nanoGPT checkpoint holds none."),
     ] = None,
+    resume: Resume = False,
+    clean: Clean = False,
     as_json: Json = False,
 ) -> None:
     """Read a nanoGPT checkpoint, one of the paper's repository too, into a folder that transformers loads."""
@@ -43,13 +45,12 @@ def import_nanogpt(
     from qectomy.surgery.checkpoint import locate
     from qectomy.surgery.config_files import TOKENIZER_FILES
     from qectomy.surgery.nanogpt import import_nanogpt as run
-    from qectomy.surgery.output import check_absent
 
-    check_absent(out)
+    check_out(out, resume, clean)
     folder = locate(tokenizer, TOKENIZER_FILES) if tokenizer else None
     if folder is not None:
         load_tokenizer(folder)  # one that does not load is refused before anything is written
-    result = run(checkpoint, out, folder)
+    result = run(checkpoint, out, folder, resume=resume, clean=clean)
     if as_json:
         print_json(result)
     else:
@@ -68,16 +69,18 @@ def fold_norms(
         list[str] | None,
         typer.Option(help="gain, shift or mean; may be repeated. Default: all that the family's norms have."),
     ] = None,
+    resume: Resume = False,
+    clean: Clean = False,
     as_json: Json = False,
 ) -> None:
     """Fold the norms' gains, shifts and means into the matrices around them: a stock model with the same logits."""
     from qectomy.surgery.checkpoint import open_checkpoint
     from qectomy.surgery.norm_folding import fold_norms as run
-    from qectomy.surgery.output import check_absent
 
-    check_absent(out)
+    check_out(out, resume, clean)
+    source = open_checkpoint(checkpoint)
     with progress_bar("folding norms") as progress:
-        result = run(open_checkpoint(checkpoint), out, only, lambda done, total: progress(done, total, ""))
+        result = run(source, out, only, lambda done, total: progress(done, total, ""), resume=resume, clean=clean)
     if as_json:
         print_json(result)
     else:

@@ -17,12 +17,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 
 def check_out(out: Path, resume: bool, clean: bool) -> None:
     """Refuse an output that exists before anything is loaded; one that is resumed may be in its place already."""
-    from qectomy.surgery.output import check_absent
+    from qectomy.surgery.work_folder import check_free
 
     if resume and clean:
         raise typer.BadParameter("--resume goes on with what --clean removes; give one or the other")
     if not resume:
-        check_absent(out)
+        check_free(out)
 
 
 @contextmanager

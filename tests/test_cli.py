@@ -359,14 +359,17 @@ def stop(*_, **__):
         ("qectomy.calibrate.convert.check_reload", ["convert", "model", "--query", "select", "--text", "text", *QUICK]),
         ("qectomy.calibrate.convert_exact.check_reload", ["convert", "gpt2", "--query", "exact"]),
         ("qectomy.surgery.materialize.write_config", ["materialize", "reduced"]),
+        ("qectomy.surgery.norm_folding.write_config", ["fold-norms", "gpt2"]),
+        ("qectomy.surgery.nanogpt.write_config", ["import-nanogpt", "nanogpt"]),
     ],
 )
 def test_what_was_stopped_is_resumed_or_cleaned(
-    place, arguments, cli, tiny_checkpoint, tiny_reduced, raven, tmp_path, monkeypatch
+    place, arguments, cli, tiny_checkpoint, tiny_reduced, raven, tmp_path, tmp_path_factory, monkeypatch
 ):
-    made = {"model": tiny_checkpoint(), "gpt2": tiny_checkpoint("gpt2"), "text": raven}
-    made["reduced"] = tiny_reduced(("select", "dense"))
-    command = [*(made.get(word, word) for word in arguments), "--out", tmp_path / "out"]
+    files = {"model": tiny_checkpoint(), "gpt2": tiny_checkpoint("gpt2"), "text": raven}
+    files["reduced"] = tiny_reduced(("select", "dense"))
+    files["nanogpt"] = made().save(tmp_path_factory.mktemp("nanogpt") / "ckpt.pt")
+    command = [*(files.get(word, word) for word in arguments), "--out", tmp_path / "out"]
     with monkeypatch.context() as patch:
         patch.setattr(place, stop)
         done = cli(*command)

@@ -27,6 +27,7 @@ from qectomy.eval.samples import token_sample
 from qectomy.eval.summary import cost
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.config_files import copy_companions, copy_model_code
+from qectomy.surgery.headers import read_json
 from qectomy.surgery.output import check_room
 from qectomy.surgery.plan import scratch_bytes, totals
 from qectomy.surgery.query_maps import QueryMapSpec, written
@@ -52,7 +53,7 @@ def convert(
     output folder that exists, and a result that a fresh process cannot reload. A full or failing disk, a source that
     changes and an interruption leave what was done.
     """
-    if resume and (done := finished(out)) is not None:
+    if resume and (done := finished(out, lambda: read_json(out / "qectomy.json"))) is not None:
         return done
     watch = Stopwatch()
     if source.reduced:

@@ -25,7 +25,7 @@ from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.config_files import copy_companions, copy_model_code, reduced_config, write_config
 from qectomy.surgery.exact import ExactPlan, Progress, fold_checkpoint, plan_exact
 from qectomy.surgery.folding import usable_error
-from qectomy.surgery.headers import TORCH_NAMES
+from qectomy.surgery.headers import TORCH_NAMES, read_json
 from qectomy.surgery.output import check_room
 from qectomy.surgery.query_maps import QueryMapSpec, ranges
 from qectomy.surgery.source_watch import SourceWatch
@@ -48,7 +48,7 @@ def convert_exact(
     it. Layers in `kept` stay whole; `resume` and `clean` are those of `convert`. Raises a QectomyError, and leaves
     nothing behind, where nothing goes exactly or a layer is too ill-conditioned, and for what `convert` refuses.
     """
-    if resume and (done := finished(out)) is not None:
+    if resume and (done := finished(out, lambda: read_json(out / "qectomy.json"))) is not None:
         return done
     watch = Stopwatch()
     if settings.device != "cpu":

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
@@ -28,6 +29,7 @@ class LockedFolder:
     doing: ClassVar[str]  # what another process does there
     anew: ClassVar[str]  # how to start anew
     before_record: ClassVar[frozenset[str]] = frozenset()  # what a run makes before its record is there
+    removed_last: ClassVar[tuple[str, ...]] = (RECORD, LOCK)  # in this order
 
     def __init__(self, out: Path):
         out = out.absolute()
@@ -118,17 +120,22 @@ class LockedFolder:
         """Keep values in run.json."""
         write_json(self.path / RECORD, self.record() | values)
 
-    def clear(self) -> None:
-        """Remove all but the record and the lock."""
+    def clear(self, kept: tuple[str, ...] = (RECORD, LOCK)) -> None:
+        """Remove all but these."""
         for path in self.path.iterdir():
-            if path.name not in (RECORD, LOCK):
+            if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove the folder, its mark last: one that is half removed is still known as a run's."""
-        if self.path.is_dir():
-            self.clear()
-            shutil.rmtree(self.path, ignore_errors=True)
+        """Remove the folder, its marks last: one that is half removed is still known as a run's.
+
+        Nobody else can enter before the lock is gone, and then nothing is removed that another run has put there.
+        """
+        with suppress(OSError):
+            self.clear(self.removed_last)
+            for name in self.removed_last:
+                (self.path / name).unlink(missing_ok=True)
+            self.path.rmdir()
 
 
 def _is_open(path: Path, file: TextIO) -> bool:

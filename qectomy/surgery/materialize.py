@@ -5,6 +5,7 @@ saves nothing; it is for engines that know nothing of Qectomy.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from qectomy.surgery.linear_views import Projection, read_maps, store_views, wit
 from qectomy.surgery.output import check_room
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.source_watch import SourceWatch
-from qectomy.surgery.step_writer import StepWriter, check_shards
+from qectomy.surgery.step_writer import write_steps
 from qectomy.surgery.work_folder import WorkFolder, finished, work_folder
 from qectomy.surgery.writer import DTYPES, MAX_SHARD_BYTES, ShardWriter, TensorSpec
 
@@ -83,8 +84,6 @@ def materialize(
     One layer is held at a time. Until it is whole it lies in OUT.converting, whence `resume` goes on and which `clean`
     removes first. Raises OutputError if `out` exists or the disk is full.
     """
-    if resume and (done := finished(out)) is not None:
-        return done
     family, dims, dtype = checkpoint.family, checkpoint.dims, checkpoint.dtype
     if not dims.stock:
         raise UnsupportedArchitecture(
@@ -97,40 +96,39 @@ def materialize(
         name: TensorSpec(shape, checkpoint.tensors[name].dtype if name in checkpoint.tensors else dtype)
         for name, shape in shapes.items()
     }
+    report = {
+        "out": str(out),
+        "model_type": family.model_type,
+        "parameters": {
+            "before": checkpoint.parameters,
+            "after": sum(torch.Size(spec.shape).numel() for spec in specs.values()),
+        },
+        "bytes": {"before": checkpoint.nbytes, "after": sum(spec.nbytes for spec in specs.values())},
+        "note": "materialising saves nothing: W_Q is back, for engines that know nothing of Qectomy",
+    }
+    if resume and (done := finished(out, lambda: report)) is not None:
+        return done
     check_room(out, sum(spec.nbytes for spec in specs.values()) - WorkFolder(out).nbytes())
     config, unchanged = load_config(family, checkpoint.config, reduced=True), SourceWatch(checkpoint)
     told = {"command": "materialize", "largest shard": max_shard_bytes} | unchanged.fingerprint
     with work_folder(out, told, resume=resume, clean=clean) as work:
-        with StepWriter(work, specs, max_shard_bytes) as writer:
-            for step in range(len(writer.steps), dims.n_layers + 1):  # the first is what lies outside the layers
-                if step == 0:
-                    for name in family.outer_shapes(dims):
-                        writer.write(name, checkpoint.read(name))
-                else:
-                    _write_layer(checkpoint, config, step - 1, writer, specs)
-                unchanged.check()
-                writer.keep()
-                if progress and step:
-                    progress(step, dims.n_layers)
-            writer.finish()
-        check_shards(work.result, specs, writer.digests, max_shard_bytes)
+        layers = [partial(_write_layer, checkpoint, config, layer, specs) for layer in range(dims.n_layers)]
+        write_steps(work, specs, [partial(_write_outer, checkpoint), *layers], unchanged, progress, max_shard_bytes)
         write_config(work.result, stock_config(checkpoint, dtype))
         copy_companions(checkpoint.folder, work.result)
-        parameters = sum(torch.Size(spec.shape).numel() for spec in specs.values())
-        report = {
-            "out": str(out),
-            "model_type": family.model_type,
-            "parameters": {"before": checkpoint.parameters, "after": parameters},
-            "bytes": {"before": checkpoint.nbytes, "after": sum(spec.nbytes for spec in specs.values())},
-            "note": "materialising saves nothing: W_Q is back, for engines that know nothing of Qectomy",
-        }
         unchanged.check()
         work.publish(report)
     return report
 
 
+def _write_outer(checkpoint: Checkpoint, writer: ShardWriter) -> None:
+    """Write what lies outside the layers, as it is."""
+    for name in checkpoint.family.outer_shapes(checkpoint.dims):
+        writer.write(name, checkpoint.read(name))
+
+
 def _write_layer(
-    checkpoint: Checkpoint, config: Any, layer: int, writer: ShardWriter, specs: dict[str, TensorSpec]
+    checkpoint: Checkpoint, config: Any, layer: int, specs: dict[str, TensorSpec], writer: ShardWriter
 ) -> None:
     """Write the stock layer that a reduced one amounts to."""
     family, prefix = checkpoint.family, checkpoint.family.prefix(layer)

@@ -13,10 +13,11 @@ nanoGPT's GELU is the exact one. Only tensors and plain containers are unpickled
 Layouts: nanoGPT (out, in), GPT-2 (in, out). D d_model, K d_head.
 """
 
+import math
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,13 +28,23 @@ import torch
 from qectomy.errors import CheckpointError, NonFiniteError, UnsupportedArchitecture
 from qectomy.surgery.architectures import FAMILIES
 from qectomy.surgery.checkpoint import MAX_LAYERS, expected_tensors, open_checkpoint
-from qectomy.surgery.config_files import TOKENIZER_FILES, copy_companions, copy_model_code, reduced_fields, write_config
+from qectomy.surgery.config_files import (
+    TOKENIZER_FILES,
+    companions,
+    copy_companions,
+    copy_model_code,
+    reduced_fields,
+    write_config,
+)
 from qectomy.surgery.family import Dimensions, flag, size
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.headers import TORCH_NAMES
 from qectomy.surgery.linear_views import add_through, read_view, with_query
-from qectomy.surgery.output import check_room, new_folder
+from qectomy.surgery.output import check_room
 from qectomy.surgery.query_maps import QueryMapSpec
+from qectomy.surgery.source_watch import FileWatch
+from qectomy.surgery.step_writer import write_steps
+from qectomy.surgery.work_folder import WorkFolder, finished, work_folder
 from qectomy.surgery.writer import DTYPES, ShardWriter, TensorSpec
 
 GPT2 = FAMILIES["gpt2"]
@@ -70,10 +81,13 @@ class ModelArgs:
         return QueryMapSpec("identity" if self.reduced else "dense")
 
 
-def import_nanogpt(path: Path, out: Path, tokenizer: Path | None = None) -> dict[str, Any]:
+def import_nanogpt(
+    path: Path, out: Path, tokenizer: Path | None = None, *, resume: bool = False, clean: bool = False
+) -> dict[str, Any]:
     """Write the checkpoint in `path` to the folder `out`; return what was written.
 
-    `tokenizer` is a folder whose tokenizer files are copied along: a nanoGPT checkpoint holds none. Raises
+    `tokenizer` is a folder whose tokenizer files are copied along: a nanoGPT checkpoint holds none. Until the output is
+    whole it lies in OUT.converting, whence `resume` goes on and which `clean` removes first. Raises
     CheckpointError for a pickle that holds more than tensors and plain containers, for missing, misshapen or
     unknown tensors and for sizes that make no sense, UnsupportedArchitecture for a query mode that is not linear.
     """
@@ -84,32 +98,44 @@ def import_nanogpt(path: Path, out: Path, tokenizer: Path | None = None) -> dict
     dtype = safetensors_dtype(state[GPT2.embedding])
     recipe = (args.spec,) * dims.n_layers
     specs = {name: TensorSpec(shape, dtype) for name, shape in expected_tensors(GPT2, dims, recipe).items()}
-    check_room(out, sum(spec.nbytes for spec in specs.values()))
-    with new_folder(out) as work:
-        with ShardWriter(work, specs) as writer:
-            for name, tensor in gpt2_tensors(args, dims, state):
-                stored = tensor.to(DTYPES[dtype])
-                if not all_finite(stored):
-                    raise NonFiniteError(f"{path}: {name} holds NaN or Inf; no output of this model would be usable")
-                writer.write(name, stored)
-            writer.finish()
-        config["dtype"] = TORCH_NAMES[dtype]
-        if args.reduced:
-            config |= {**reduced_fields(GPT2, recipe), "softmax_scale": args.scale}
-            copy_model_code(GPT2, work)
-        write_config(work, config)
-        if tokenizer is not None:
-            copy_companions(tokenizer, work, TOKENIZER_FILES)
-        written = open_checkpoint(work, reduced=args.reduced)
-    return {
+    config |= {"dtype": TORCH_NAMES[dtype]}
+    if args.reduced:
+        config |= {**reduced_fields(GPT2, recipe), "softmax_scale": args.scale}
+    report = {
         "out": str(out),
         "model_type": config["model_type"],
         "query_mode": args.query_mode,
         "softmax_scale": args.scale,
-        "parameters": written.parameters,
-        "bytes": written.nbytes,
+        "parameters": sum(math.prod(spec.shape) for spec in specs.values()),
+        "bytes": sum(spec.nbytes for spec in specs.values()),
         "tokenizer": tokenizer is not None,
     }
+    if resume and (done := finished(out, lambda: report)) is not None:
+        return done
+    check_room(out, report["bytes"] - WorkFolder(out).nbytes())
+    beside = [] if tokenizer is None else companions(tokenizer, TOKENIZER_FILES)
+    unchanged = FileWatch({"weights": path} | {file.name: file for file in beside})
+    told = {"command": "import-nanogpt"} | unchanged.fingerprint
+    steps = [partial(_write_step, step, path, dtype) for step in gpt2_steps(args, dims, state)]
+    with work_folder(out, told, resume=resume, clean=clean) as work:
+        write_steps(work, specs, steps, unchanged)
+        if args.reduced:
+            copy_model_code(GPT2, work.result)
+        write_config(work.result, config)
+        if tokenizer is not None:
+            copy_companions(tokenizer, work.result, TOKENIZER_FILES)
+        open_checkpoint(work.result, reduced=args.reduced)
+        unchanged.check()
+        work.publish(report)
+    return report
+
+
+def _write_step(tensors: Callable[[], dict[str, torch.Tensor]], path: Path, dtype: str, writer: ShardWriter) -> None:
+    for name, tensor in tensors().items():
+        stored = tensor.to(DTYPES[dtype])
+        if not all_finite(stored):
+            raise NonFiniteError(f"{path}: {name} holds NaN or Inf; no output of this model would be usable")
+        writer.write(name, stored)
 
 
 def read_nanogpt(path: Path) -> tuple[ModelArgs, dict[str, torch.Tensor]]:
@@ -176,17 +202,20 @@ def model_args(found: dict[str, Any], has_bias: bool) -> ModelArgs:
     )
 
 
-def gpt2_tensors(
+def gpt2_steps(
     args: ModelArgs, dims: Dimensions, state: dict[str, torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield GPT-2's tensors, stock or reduced, with their names, one layer at a time."""
-    for name, shape in GPT2.outer_shapes(dims).items():
-        yield name, _or_zeros(state, name, shape)
-    for layer in range(dims.n_layers):
-        prefix = GPT2.prefix(layer)
+) -> list[Callable[[], dict[str, torch.Tensor]]]:
+    """Return what makes GPT-2's tensors, stock or reduced, by name: those outside the layers, then each layer's."""
+
+    def outer() -> dict[str, torch.Tensor]:
+        return {name: _or_zeros(state, name, shape) for name, shape in GPT2.outer_shapes(dims).items()}
+
+    def layer(number: int) -> dict[str, torch.Tensor]:
+        prefix = GPT2.prefix(number)
         part = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        for name, tensor in _gpt2_layer(args, dims, part).items():
-            yield prefix + name, tensor
+        return {prefix + name: tensor for name, tensor in _gpt2_layer(args, dims, part).items()}
+
+    return [outer, *(partial(layer, number) for number in range(dims.n_layers))]
 
 
 def safetensors_dtype(tensor: torch.Tensor) -> str:

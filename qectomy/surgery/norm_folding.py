@@ -8,6 +8,7 @@ Dimensions: D d_model; weights are (in, out), as in x W. All algebra in float64,
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from qectomy.surgery.config_files import copy_companions, copy_model_code, write
 from qectomy.surgery.family import LayerRoles
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.linear_views import Projection, read_view, store_views
-from qectomy.surgery.output import check_room, new_folder
+from qectomy.surgery.output import check_room
+from qectomy.surgery.source_watch import SourceWatch
+from qectomy.surgery.step_writer import write_steps
+from qectomy.surgery.work_folder import WorkFolder, finished, work_folder
 from qectomy.surgery.writer import ShardWriter, TensorSpec
 
 PARTS = ("gain", "shift", "mean")
@@ -83,12 +87,19 @@ def without_gain(beta: torch.Tensor, gamma: torch.Tensor, norm: str) -> torch.Te
 
 
 def fold_norms(
-    source: Checkpoint, out: Path, only: Sequence[str] | None = None, progress: Callable[[int, int], None] | None = None
+    source: Checkpoint,
+    out: Path,
+    only: Sequence[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    resume: bool = False,
+    clean: bool = False,
 ) -> dict[str, Any]:
     """Write a stock checkpoint with the same logits whose norms have `only` these parts folded; one layer at a time.
 
     Default: all. What cannot be folded is left and said: the final norm's shift, for want of a bias in the head, and
-    where the head is tied the final gain and the means of the embedding.
+    where the head is tied the final gain and the means of the embedding. Until it is whole it lies in OUT.converting,
+    whence `resume` goes on and which `clean` removes first.
     Raises QectomyError for an unknown part or a model without norms.
     """
     family, dims, parts = source.family, source.dims, tuple(only or PARTS)
@@ -97,32 +108,35 @@ def fold_norms(
     if not dims.norms:
         raise UnsupportedArchitecture(f"{source.folder} has no norms to fold")
     parts = tuple(part for part in parts if part == "gain" or dims.norm_shift)  # RMSNorm has a gain alone
-    specs = {name: TensorSpec(info.shape, info.dtype) for name, info in source.tensors.items()}
-    check_room(out, source.nbytes)
-    with new_folder(out) as work:
-        with ShardWriter(work, specs) as writer:
-            _write_outer(source, writer, parts)
-            for layer in range(dims.n_stored):
-                folded = fold_layer_norms(source.read_layer(layer), family.roles, parts)
-                for name, tensor in folded.items():
-                    if not all_finite(tensor):
-                        raise NonFiniteError(
-                            f"layer {layer}: {name} does not fit in its type once the norm is folded in"
-                        )
-                    writer.write(source.prefix(layer) + name, tensor)
-                if progress:
-                    progress(layer + 1, dims.n_stored)
-            writer.finish()
-        write_config(work, source.config)
-        copy_companions(source.folder, work)
-        if source.reduced:
-            copy_model_code(family, work)
     kept = {"gain": "the final norm's gain", "shift": "the final norm's shift", "mean": "the embedding's means"}
     left = [what for part, what in kept.items() if part in parts and (dims.tied or part == "shift")]
-    return {"out": str(out), "folded": list(parts), "left": left}
+    report = {"out": str(out), "folded": list(parts), "left": left}
+    if resume and (done := finished(out, lambda: report)) is not None:
+        return done
+    specs = {name: TensorSpec(info.shape, info.dtype) for name, info in source.tensors.items()}
+    check_room(out, source.nbytes - WorkFolder(out).nbytes())
+    unchanged = SourceWatch(source)
+    told = {"command": "fold-norms", "parts": ", ".join(sorted(parts))} | unchanged.fingerprint
+    with work_folder(out, told, resume=resume, clean=clean) as work:
+        layers = [partial(_write_layer, source, parts, layer) for layer in range(dims.n_stored)]
+        write_steps(work, specs, [partial(_write_outer, source, parts), *layers], unchanged, progress)
+        write_config(work.result, source.config)
+        copy_companions(source.folder, work.result)
+        if source.reduced:
+            copy_model_code(family, work.result)
+        unchanged.check()
+        work.publish(report)
+    return report
 
 
-def _write_outer(source: Checkpoint, writer: ShardWriter, parts: Sequence[str]) -> None:
+def _write_layer(source: Checkpoint, parts: Sequence[str], layer: int, writer: ShardWriter) -> None:
+    for name, tensor in fold_layer_norms(source.read_layer(layer), source.family.roles, parts).items():
+        if not all_finite(tensor):
+            raise NonFiniteError(f"layer {layer}: {name} does not fit in its type once the norm is folded in")
+        writer.write(source.prefix(layer) + name, tensor)
+
+
+def _write_outer(source: Checkpoint, parts: Sequence[str], writer: ShardWriter) -> None:
     """Write what lies outside the layers: a head that takes in the final gain, tables without their rows' means."""
     family, dims = source.family, source.dims
     final = {f"{family.final_norm}.{name}": tensor for name, tensor in source.read_module(family.final_norm).items()}

@@ -1,4 +1,4 @@
-"""Notice a checkpoint that changes while it is read."""
+"""Notice files that change while they are read."""
 
 import os
 from pathlib import Path
@@ -9,23 +9,14 @@ from qectomy.surgery.config_files import companions
 from qectomy.surgery.headers import INDEX
 
 
-class SourceWatch:
-    """The files of a checkpoint as they were when this was made: weights, config and what is copied along."""
+class FileWatch:
+    """Files as they were when this was made, by the names that they have for the run."""
 
-    def __init__(self, source: Checkpoint):
-        self._folder = source.folder
-        names = {"config.json", *source.files, *(path.name for path in companions(source.folder))}
-        if (source.folder / INDEX).is_file():
-            names.add(INDEX)
-        self._seen = {name: _status(source.folder / name) for name in sorted(names)}
-        self.hashes = {name: sha256(source.folder / name) for name in self._seen}
-        self._weights = ["config.json", *source.files]
+    def __init__(self, files: dict[str, Path]):
+        self._files = files
+        self._seen = {name: _status(path) for name, path in files.items()}
+        self.hashes = {name: sha256(path) for name, path in files.items()}
         self.check()  # nothing may have changed while it was hashed
-
-    @property
-    def weights(self) -> dict[str, str]:
-        """The sha256 of the config and of every weights file, as Checkpoint.hashes gives them."""
-        return {name: self.hashes[name] for name in self._weights}
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -38,7 +29,7 @@ class SourceWatch:
         A file is hashed again only where its size, times or inode differ.
         """
         for name, before in self._seen.items():
-            path = self._folder / name
+            path = self._files[name]
             try:
                 now = _status(path)
                 same = now == before or sha256(path) == self.hashes[name]
@@ -52,6 +43,22 @@ class SourceWatch:
                     "what it was"
                 )
             self._seen[name] = now
+
+
+class SourceWatch(FileWatch):
+    """The files of a checkpoint as they were when this was made: weights, config and what is copied along."""
+
+    def __init__(self, source: Checkpoint):
+        names = {"config.json", *source.files, *(path.name for path in companions(source.folder))}
+        if (source.folder / INDEX).is_file():
+            names.add(INDEX)
+        self._weights = ["config.json", *source.files]
+        super().__init__({name: source.folder / name for name in sorted(names)})
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """The sha256 of the config and of every weights file, as Checkpoint.hashes gives them."""
+        return {name: self.hashes[name] for name in self._weights}
 
 
 def _status(path: Path) -> tuple[int, ...]:

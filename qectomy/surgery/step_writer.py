@@ -1,12 +1,13 @@
 """Write the shards of an output step by step, so that no step is lost that was kept."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from qectomy.errors import Stopped
 from qectomy.surgery.locked_folder import sync
+from qectomy.surgery.source_watch import FileWatch
 from qectomy.surgery.work_folder import WorkFolder
 from qectomy.surgery.writer import MAX_SHARD_BYTES, ShardWriter, TensorSpec, damaged
 
@@ -53,6 +54,30 @@ class StepWriter(ShardWriter):
         new = dict(list(self.digests.items())[self._kept :])
         self._work.journal.append(tensors=new, **more)
         self._kept = len(self.digests)
+
+
+def write_steps(
+    work: WorkFolder,
+    tensors: dict[str, TensorSpec],
+    steps: Sequence[Callable[[ShardWriter], None]],
+    unchanged: FileWatch,
+    progress: Callable[[int, int], None] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, str]:
+    """Write an output's tensors step by step, going on from those of an earlier process; return their sha256.
+
+    The first step is what lies outside the layers; progress counts the others.
+    """
+    with StepWriter(work, tensors, max_shard_bytes) as writer:
+        for number in range(len(writer.steps), len(steps)):
+            steps[number](writer)
+            unchanged.check()
+            writer.keep()
+            if progress and number:
+                progress(number, len(steps) - 1)
+        writer.finish()
+    check_shards(work.result, tensors, writer.digests, max_shard_bytes)
+    return writer.digests
 
 
 def check_shards(

@@ -13,15 +13,15 @@ the weights that it was given, would be again: it leaves nothing behind.
 import importlib.metadata
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from qectomy import __version__
 from qectomy.errors import OutputError, QectomyError, Stopped
 from qectomy.surgery.journal import Journal
-from qectomy.surgery.locked_folder import RECORD, LockedFolder
+from qectomy.surgery.locked_folder import LOCK, RECORD, LockedFolder
 from qectomy.surgery.output import cause, check_absent, interruptible, make_parents, move, remove_empty
 
 JOURNAL = "journal"
@@ -36,6 +36,7 @@ class WorkFolder(LockedFolder):
     doing = "works"
     anew = "start anew with --clean"
     before_record = frozenset({JOURNAL, RESULT, SCRATCH})
+    removed_last = (RECORD, JOURNAL, LOCK)  # the journal knows whether the output is in its place
 
     def __init__(self, out: Path):
         super().__init__(out)
@@ -86,23 +87,48 @@ class WorkFolder(LockedFolder):
         move(self.result, self.out)
         self.remove()
 
-    def remove(self) -> None:
-        """Remove the folder; the journal, which knows whether the output is in its place, goes late."""
-        for folder in (self.result, self.scratch):
-            shutil.rmtree(folder, ignore_errors=True)
-        super().remove()
+    @property
+    def report(self) -> dict[str, Any] | None:
+        """What the run was about to return when it let the output appear; None before that."""
+        last = self.journal.entries[-1] if self.journal.entries else {}
+        return dict(last["report"]) if "report" in last else None
+
+    @property
+    def is_rest(self) -> bool:
+        """Whether the output is in its place, and this is what its run had not removed yet when it was stopped."""
+        if self.result.exists() or not self.path.is_dir() or not self.out.is_dir():
+            return False
+        if self.journal.entries:
+            return self.report is not None and self.out.stat().st_ino == self.journal.entries[-1].get("inode")
+        if {path.name for path in self.path.iterdir()} - {RECORD, LOCK, SCRATCH}:
+            return False
+        # The journal is gone too. A rename sets the output's ctime, and every removal after it the folder's mtime; an
+        # output that came after a run had been refused, or had only begun, is younger than the folder.
+        return self.out.stat().st_ctime_ns <= self.path.stat().st_mtime_ns
 
 
-def finished(out: Path) -> dict[str, Any] | None:
-    """Return the report of a run that was stopped when its output was in its place already, and tidy up; else None."""
+def finished(out: Path, told_by_output: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the report of a run that was stopped when its output was in its place already, and tidy up; else None.
+
+    `told_by_output` makes the report from the output where the folder has lost it.
+    """
     folder = WorkFolder(out)
-    last = folder.journal.entries[-1] if folder.journal.entries else {}
-    if "report" not in last or folder.result.exists() or not out.is_dir() or out.stat().st_ino != last.get("inode"):
+    if not folder.is_rest:
         return None
-    folder.take()
-    folder.remove()
+    report = told_by_output() if folder.report is None else folder.report
+    folder.clean()
     folder.release()
-    return dict(last["report"])
+    return report
+
+
+def check_free(out: Path) -> None:
+    """Raise OutputError unless `out` can be made, as `check_absent` does; remove what its own run left beside it."""
+    try:
+        check_absent(out)
+    except OutputError:
+        with suppress(QectomyError, OSError):  # the refusal is what has to be said
+            finished(out, dict)
+        raise
 
 
 @contextmanager
@@ -114,7 +140,7 @@ def work_folder(
     The block ends by `publish`. Signals that end a process are treated as Ctrl-C. Raises OutputError where the output
     exists or cannot be written, QectomyError where another run is there, and Stopped for what can be resumed.
     """
-    check_absent(out)
+    check_free(out)
     made = make_parents(out.absolute().parent)
     folder = WorkFolder(out)
     try:

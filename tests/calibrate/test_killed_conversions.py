@@ -12,12 +12,16 @@ from pathlib import Path
 import pytest
 from conversions import convert_tiny, reload_here
 from interruptions import PowerCut, in_a_child, same_output
+from nanogpt_checkpoints import made
+from tiny_models import tiny_tokenizer
 
 from qectomy.calibrate.convert_exact import convert_exact
 from qectomy.calibrate.layer_pass import LayerPass
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.materialize import materialize
+from qectomy.surgery.nanogpt import import_nanogpt
+from qectomy.surgery.norm_folding import fold_norms
 from qectomy.surgery.step_writer import StepWriter
 from qectomy.surgery.work_folder import WorkFolder
 
@@ -285,22 +289,46 @@ def exactly(source, out, raven, **options):
     with pytest.MonkeyPatch.context() as patch:
         reload_here(patch)
         settings = ConvertSettings(eval_text=str(raven), eval_tokens=64, context=32)
-        convert_exact(open_checkpoint(source), out, settings, **options)
+        return convert_exact(open_checkpoint(source), out, settings, **options)
 
 
 def to_stock(source, out, raven, **options):
-    materialize(open_checkpoint(source, reduced=True), out, max_shard_bytes=12_000, **options)
+    return materialize(open_checkpoint(source, reduced=True), out, max_shard_bytes=12_000, **options)
+
+
+def without_gains(source, out, raven, **options):
+    return fold_norms(open_checkpoint(source), out, **options)
+
+
+def from_nanogpt(source, out, raven, **options):
+    return import_nanogpt(source / "ckpt.pt", out, source, **options)
+
+
+@pytest.fixture
+def source_of(tiny_checkpoint, tiny_reduced, tmp_path_factory):
+    """Return a function (what writes) -> the folder that it reads."""
+
+    def nanogpt():
+        folder = tmp_path_factory.mktemp("nanogpt")
+        made(query_mode="identity").save(folder / "ckpt.pt")
+        tiny_tokenizer().save_pretrained(folder)
+        return folder
+
+    sources = {exactly: lambda: tiny_checkpoint("gpt2"), to_stock: lambda: tiny_reduced(("select", "key-shared"))}
+    sources |= {without_gains: lambda: tiny_checkpoint("gpt2-untied"), from_nanogpt: nanogpt}
+    return lambda write: sources[write]()
 
 
 @pytest.mark.usefixtures("nothing_is_lost")
-@pytest.mark.parametrize("write", [exactly, to_stock])
-def test_what_fits_nothing_goes_on_wherever_it_was_killed(write, tiny_checkpoint, tiny_reduced, raven, tmp_path):
-    source = tiny_checkpoint("gpt2") if write is exactly else tiny_reduced(("select", "key-shared"))
+@pytest.mark.parametrize("write", [exactly, to_stock, without_gains, from_nanogpt])
+def test_what_fits_nothing_goes_on_wherever_it_was_killed(write, source_of, raven, tmp_path):
+    source = source_of(write)
     counter = PowerCut(10**9, random.Random(0))
     with pytest.MonkeyPatch.context() as patch:
         counter.install(patch)
-        write(source, tmp_path / "whole", raven)
-    kills = range(0, 10**9 - counter.left, 7)
+        report = write(source, tmp_path / "whole", raven)
+    calls = 10**9 - counter.left
+    kills = sorted({*range(0, calls, 7), *range(calls - 9, calls)})  # the last ones, once the output is there, each
     for number in kills:
         out = tmp_path / f"out-{number}"
 
@@ -310,8 +338,27 @@ def test_what_fits_nothing_goes_on_wherever_it_was_killed(write, tiny_checkpoint
                 write(source, out, raven)
 
         assert in_a_child(act) == "killed", number
-        if not out.exists() or WorkFolder(out).journal.entries:
-            write(source, out, raven, resume=True)
-            assert not WorkFolder(out).path.exists()
+        if not out.exists() or WorkFolder(out).path.exists():
+            done = write(source, out, raven, resume=True)
+            assert write is exactly or done == report | {"out": str(out)}  # the other one has times in it
+        assert not WorkFolder(out).path.exists()
         same_output(out, tmp_path / "whole")
     assert len(kills) > 8
+
+
+@pytest.mark.usefixtures("nothing_is_lost")
+@pytest.mark.parametrize("write", [without_gains, from_nanogpt])
+def test_what_is_rewritten_goes_on_or_starts_anew_when_killed_at_random_moments(write, source_of, raven, tmp_path):
+    source, chance = source_of(write), random.Random(write.__name__)
+    begun = time.perf_counter()
+    write(source, tmp_path / "whole", raven)
+    seconds, killed = time.perf_counter() - begun, 0
+    for number in range(8):
+        out = tmp_path / f"out-{number}"
+        killed += in_a_child(lambda out=out: write(source, out, raven), chance.uniform(0, seconds)) == "killed"
+        if not out.exists():
+            write(source, out, raven, **({"resume": True} if number % 2 else {"clean": True}))
+            assert not WorkFolder(out).path.exists()
+        same_output(out, tmp_path / "whole")
+    assert killed
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -2,13 +2,15 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from interruptions import in_a_child
+from interruptions import PowerCut, in_a_child
 
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped
 from qectomy.surgery import work_folder as module
@@ -27,6 +29,10 @@ def make(out, error=None, steps=1, **options):
         if error is not None:
             raise error
         work.publish({"told": 1})
+
+
+def lost():
+    pytest.fail("the journal has the report")
 
 
 @pytest.fixture
@@ -96,6 +102,18 @@ def test_parents_that_were_made_go_too(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_parents_with_other_files_stay(tmp_path):
+    def act():
+        with work_folder(tmp_path / "a/b/out", TOLD):
+            (tmp_path / "a/notes").write_text("theirs")
+            raise NonFiniteError("NaN")
+
+    with pytest.raises(NonFiniteError):
+        act()
+    assert (tmp_path / "a/notes").is_file()
+    assert not (tmp_path / "a/b").exists()
+
+
 # Killed around the end
 
 
@@ -117,11 +135,94 @@ def test_killed_around_the_end(moment, out, tmp_path, monkeypatch):
     assert in_a_child(act) == "killed"
     whole = moment != "before the rename"
     assert names(tmp_path) == (["out", "out.converting"] if whole else ["out.converting"])
-    assert finished(out) == ({"told": 1} if whole else None)
+    assert finished(out, lost) == ({"told": 1} if whole else None)
     assert names(tmp_path) == (["out"] if whole else ["out.converting"])
     if not whole:
         make(out, resume=True)
     assert names(out) == ["weights"]
+
+
+def again(out, way):
+    """What a command does that is given once more."""
+    if way == "resume" and (done := finished(out, lambda: {"told": "by the output"})) is not None:
+        return done
+    make(out, **({} if way == "plain" else {way: True}))
+    return {"told": 2}
+
+
+@pytest.mark.parametrize("way", ["plain", "resume", "clean"])
+def test_killed_at_every_call_that_ends_a_run(way, tmp_path):
+    """Once the output is there `--resume` says so; whatever is asked for, nothing stays beside it."""
+    seen = []
+    for number in range(100):
+        place = tmp_path / f"{number}"
+        place.mkdir()
+        out = place / "out"
+
+        def act(out=out, number=number):
+            with pytest.MonkeyPatch.context() as patch:
+                PowerCut(number, random.Random(0)).install(patch)
+                with work_folder(out, TOLD) as work:
+                    (work.result / "weights").write_text("w")
+                    (work.scratch / "states").write_text("s")
+                    work.journal.append(step=0)
+                    work.publish({"told": 1})
+
+        if in_a_child(act) == "done":
+            break
+        whole, left = out.exists(), names(place / "out.converting") if (place / "out.converting").exists() else None
+        if not whole and left and "run.json" in left and way == "plain":
+            with pytest.raises(QectomyError, match="go on with --resume, or start anew with --clean"):
+                again(out, way)
+            continue
+        if whole and (way != "resume" or left is None):
+            with pytest.raises(OutputError, match=r"out exists; nothing is overwritten"):
+                again(out, way)
+        else:
+            expected = {"told": ("by the output" if "journal" not in left else 1) if whole else 2}
+            assert again(out, way) == expected, left
+        assert names(place) == ["out"], left
+        assert names(out) == ["weights"]
+        seen += [left] if whole else []
+    assert [] in seen
+    assert ["lock"] in seen
+    assert ["journal", "lock"] in seen
+    assert ["journal", "lock", "run.json", "scratch"] in seen
+    assert number != 99  # or it was never done
+
+
+def test_an_empty_work_folder_is_no_sign_that_an_output_of_later_is_whole(out, tmp_path):
+    """It may be what is left of a run that was refused."""
+    for left in ((), ("lock",)):
+        out.with_name("out.converting").mkdir()
+        for name in left:
+            (out.with_name("out.converting") / name).touch()
+        time.sleep(0.05)  # the clock of a file system is coarse
+        out.mkdir()
+        assert finished(out, dict) is None
+        with pytest.raises(OutputError, match="out exists; nothing is overwritten"):
+            make(out, resume=True)
+        assert names(out) == []
+        out.rmdir()
+        shutil.rmtree(out.with_name("out.converting"))
+
+
+def test_what_is_not_the_rest_of_a_run_stays_beside_an_output(out, tmp_path):
+    """An unfinished run, its output made by other means meanwhile; and a folder of someone else."""
+    unfinished(out)
+    out.mkdir()
+    before = names(tmp_path / "out.converting")
+    for options in ({}, {"clean": True}, {"resume": True}):
+        with pytest.raises(OutputError, match="out exists; nothing is overwritten"):
+            make(out, **options)
+    assert names(tmp_path / "out.converting") == before
+    shutil.rmtree(tmp_path / "out.converting")
+    (tmp_path / "out.converting").mkdir()
+    (tmp_path / "out.converting/thesis.tex").write_text("years of work")
+    assert finished(out, dict) is None
+    with pytest.raises(OutputError, match="out exists; nothing is overwritten"):
+        make(out, clean=True)
+    assert names(tmp_path / "out.converting") == ["thesis.tex"]
 
 
 def test_an_output_of_another_run_is_not_taken_for_this_ones(out, tmp_path, monkeypatch):
@@ -130,7 +231,7 @@ def test_an_output_of_another_run_is_not_taken_for_this_ones(out, tmp_path, monk
     shutil.rmtree(out)
     (tmp_path / "taken").mkdir()  # so that the inode is not used again
     out.mkdir()
-    assert finished(out) is None
+    assert finished(out, lost) is None
     with pytest.raises(OutputError, match="out exists; nothing is overwritten"):
         make(out, resume=True)
 
