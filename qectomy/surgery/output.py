@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,18 +41,19 @@ def check_room(out: Path, needed: int) -> None:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a work folder beside `out`; rename it to `out` when the block ends well, else remove it.
+def new_folder(out: Path, work: Path) -> Iterator[Path]:
+    """Yield `work`, made anew; rename it to `out` when the block ends well, else remove it.
 
-    The signals that end a process are treated as Ctrl-C while the block runs, so that they clean up too.
+    It lies in a folder that the caller holds: what is in its place was left by a process that was killed. The signals
+    that end a process are treated as Ctrl-C while the block runs, so that they clean up too.
     """
     check_absent(out)
     out = out.absolute()
-    made = make_parents(out.parent)
     try:
         with interruptible():
-            work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+            shutil.rmtree(work, ignore_errors=True)
             try:
+                work.mkdir()
                 yield work
                 move(work, out)
             except BaseException:
@@ -61,8 +61,6 @@ def new_folder(out: Path) -> Iterator[Path]:
                 raise
     except OSError as error:
         raise OutputError(f"{out} could not be written: {cause(error)}. Nothing was left behind.") from error
-    finally:
-        remove_empty(made)
 
 
 def move(work: Path, out: Path) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from damage import allow_interrupts
+from interruptions import in_a_child
 
 from qectomy.errors import OutputError
-from qectomy.surgery.output import check_absent, check_room, new_folder
+from qectomy.surgery.output import check_absent, check_room, make_parents, new_folder
 
 
 def fill(work):
@@ -21,9 +22,20 @@ def fill(work):
     (work / "sub/config").write_text("c")
 
 
+def place(out):
+    """Return where an output is made: in a folder of its run's, which stays."""
+    run = out.with_name(f"{out.name}.run")
+    run.mkdir(exist_ok=True)
+    return run / "result"
+
+
+def nothing_is_left(out):
+    return not out.exists() and not any(place(out).parent.iterdir())
+
+
 def fail(out, error, meanwhile=lambda: None):
     """Fill a new folder, let something else happen meanwhile, and fail with the error, if any."""
-    with new_folder(out) as work:
+    with new_folder(out, place(out)) as work:
         fill(work)
         meanwhile()
         if error is not None:
@@ -32,38 +44,44 @@ def fail(out, error, meanwhile=lambda: None):
 
 def test_success(tmp_path):
     out = tmp_path / "out"
-    with new_folder(out) as work:
-        assert work.parent == tmp_path
-        assert work.name.startswith(".out.partial-")
+    with new_folder(out, place(out)) as work:
+        assert work == tmp_path / "out.run/result"
         assert not out.exists()
         fill(work)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not any(place(out).parent.iterdir())
     assert (out / "weights").stat().st_size == 1000
     assert (out / "sub/config").read_text() == "c"
     assert out.stat().st_mode & 0o777 == 0o755
 
 
-def test_relative_and_deep_paths(tmp_path, monkeypatch):
+def test_relative_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with new_folder(Path("a/b/out")) as work:
+    with new_folder(Path("out"), place(tmp_path / "out")) as work:
         fill(work)
         monkeypatch.chdir("/")  # a library may change the working folder
-    assert (tmp_path / "a/b/out/weights").is_file()
+    assert (tmp_path / "out/weights").is_file()
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, OutputError])
-@pytest.mark.parametrize("where", ["out", "a/b/out"])
-def test_nothing_is_left_after_an_error(tmp_path, error, where):
+def test_nothing_is_left_after_an_error(tmp_path, error):
     with pytest.raises(error, match="stop"):
-        fail(tmp_path / where, error("stop"))
-    assert list(tmp_path.iterdir()) == []
+        fail(tmp_path / "out", error("stop"))
+    assert nothing_is_left(tmp_path / "out")
 
 
-def test_parents_with_other_files_stay(tmp_path):
-    with pytest.raises(ValueError, match="stop"):
-        fail(tmp_path / "a/b/out", ValueError("stop"), lambda: (tmp_path / "a/notes").write_text("theirs"))
-    assert (tmp_path / "a/notes").is_file()
-    assert not (tmp_path / "a/b").exists()
+def test_what_a_kill_left_goes_when_the_output_is_made_again(tmp_path):
+    out = tmp_path / "out"
+
+    def killed():
+        with new_folder(out, place(out)) as work:
+            (work / "half").write_text("h")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_a_child(killed) == "killed"
+    assert [path.name for path in place(out).iterdir()] == ["half"]
+    fail(out, None)
+    assert sorted(path.name for path in out.iterdir()) == ["sub", "weights"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.run"]
 
 
 @pytest.mark.parametrize(
@@ -79,13 +97,13 @@ def test_operating_system_errors_are_explained(tmp_path, code, what):
     error = OSError(code, os.strerror(code)) if code else OSError("odd")
     with pytest.raises(OutputError, match=f"out could not be written: {what}. Nothing was left behind"):
         fail(tmp_path / "out", error)
-    assert list(tmp_path.iterdir()) == []
+    assert nothing_is_left(tmp_path / "out")
 
 
 SCRIPT = """
 import sys, time, pathlib
 from qectomy.surgery.output import new_folder
-with new_folder(pathlib.Path(sys.argv[1])) as work:
+with new_folder(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])) as work:
     (work / "weights").write_bytes(b"w" * 1000)
     print("ready", flush=True)
     time.sleep(60)
@@ -95,19 +113,19 @@ with new_folder(pathlib.Path(sys.argv[1])) as work:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_nothing_is_left_after_a_signal(tmp_path, number):
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "a/out")],
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "out"), str(place(tmp_path / "out"))],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=allow_interrupts,
     )
     assert process.stdout.readline() == "ready\n"
-    assert any((tmp_path / "a").iterdir())
+    assert any(place(tmp_path / "out").iterdir())
     process.send_signal(number)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode != 0
     assert "KeyboardInterrupt" in stderr
-    assert list(tmp_path.iterdir()) == []
+    assert nothing_is_left(tmp_path / "out")
 
 
 def test_the_old_handler_of_sigterm_comes_back(tmp_path):
@@ -116,20 +134,21 @@ def test_the_old_handler_of_sigterm_comes_back(tmp_path):
 
     before = signal.signal(signal.SIGTERM, handler)
     try:
-        with new_folder(tmp_path / "good"):
+        with new_folder(tmp_path / "good", place(tmp_path / "good")):
             assert signal.getsignal(signal.SIGTERM) is not handler
         assert signal.getsignal(signal.SIGTERM) is handler
-        with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "bad"):
+        with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "bad", place(tmp_path / "bad")):
             signal.raise_signal(signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert [path.name for path in tmp_path.iterdir()] == ["good"]
+    assert (tmp_path / "good").is_dir()
+    assert nothing_is_left(tmp_path / "bad")
 
 
 def test_works_outside_the_main_thread(tmp_path):
     def work():
-        with new_folder(tmp_path / "out") as folder:
+        with new_folder(tmp_path / "out", place(tmp_path / "out")) as folder:
             fill(folder)
 
     thread = threading.Thread(target=work)
@@ -145,7 +164,7 @@ def test_existing_output_is_refused(tmp_path):
     link.symlink_to(tmp_path / "nowhere")
     for out in (folder, file, link):
         with pytest.raises(OutputError, match=f"{out} exists; nothing is overwritten. Give another --out"):
-            with new_folder(out):
+            with new_folder(out, tmp_path / "run"):
                 pytest.fail("the block must not run")
     assert file.read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link"]
@@ -160,7 +179,7 @@ def test_output_that_appears_meanwhile_is_kept(tmp_path):
 
     with pytest.raises(OutputError, match="out exists"):
         fail(out, None, appear)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not any(place(out).parent.iterdir())
     assert [path.name for path in out.iterdir()] == ["precious"]
 
 
@@ -176,8 +195,7 @@ def test_a_read_only_parent(tmp_path):
     locked.mkdir(mode=0o555)
     for out in (locked / "out", locked / "a/out"):
         with pytest.raises(OutputError, match="locked is not a folder that can be written to"):
-            with new_folder(out):
-                pytest.fail("the block must not run")
+            check_absent(out)
 
 
 def test_a_parent_that_refuses(tmp_path, monkeypatch):
@@ -186,12 +204,18 @@ def test_a_parent_that_refuses(tmp_path, monkeypatch):
     def refuse(self, *args, **kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    for method, message in (("mkdir", "a cannot be made: "), ("rename", "out could not be written: ")):
+    place(tmp_path / "out")
+    for method in ("mkdir", "rename"):
         with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[__name__], "place", lambda out: tmp_path / "out.run/result")
             patch.setattr(Path, method, refuse)
-            with pytest.raises(OutputError, match=f"{message}Permission denied"):
-                fail(tmp_path / "a/out", None)
-    assert list(tmp_path.iterdir()) == []
+            with pytest.raises(OutputError, match="out could not be written: Permission denied"):
+                fail(tmp_path / "out", None)
+    assert nothing_is_left(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(OutputError, match="a cannot be made: Permission denied"):
+            make_parents(tmp_path / "a")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(OutputError, match="is not a folder that can be written to"):
         check_absent(tmp_path / "a/out")

@@ -15,6 +15,7 @@ from qectomy.calibrate.healing.curve import curve_of, write_curve
 from qectomy.calibrate.healing.models import Distillation
 from qectomy.calibrate.healing.packing import Packed, PackedWindows
 from qectomy.calibrate.healing.plan import Plan
+from qectomy.calibrate.healing.run_folder import RunFolder
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.errors import NonFiniteError
@@ -67,7 +68,7 @@ def export(
     begun: float,
 ) -> dict[str, Any]:
     """Write the healed checkpoint, its curve, report and card to `out`; return the report."""
-    with new_folder(out) as work:
+    with new_folder(out, RunFolder(out).result) as work:
         digests = _write_weights(student, outcome, work)
         write_config(work, student.config)
         copy_companions(student.folder, work)

@@ -3,6 +3,7 @@
     OUT.healing/
       run.json              fingerprint of the run, and its plan: steps, windows a device runs at a time
       train.bin, validation.bin, data.json
+      result/               what becomes OUT, once training is done
       checkpoints/checkpoint-N/   what Trainer saves, and complete.json, written last
 
 A process can be killed at any moment. A checkpoint counts once complete.json lies in it and every file that it names
@@ -28,7 +29,7 @@ class RunFolder(LockedFolder):
 
     def __init__(self, out: Path):
         super().__init__(out)
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints, self.result = self.path / "checkpoints", self.path / "result"
 
     def prepare(self) -> None:
         """Make the folder of the checkpoints."""
