@@ -23,9 +23,14 @@ Tensors = dict[str, torch.Tensor]
 
 
 def read_layers(
-    checkpoint: Checkpoint, layers: Iterable[int], dtype: torch.dtype, device: torch.device, *, on_host: bool = False
+    checkpoint: Checkpoint,
+    layers: Iterable[int],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    *,
+    on_host: bool = False,
 ) -> "Layers":
-    """Return some layers of a checkpoint, to be taken in this order, in `dtype`, on the device.
+    """Return some layers of a checkpoint, to be taken in this order, in `dtype` (None: as stored), on the device.
 
     `on_host` leaves them in the host's memory, from where a copy to the device is quick. Taking a layer raises what
     reading it raises.
@@ -38,7 +43,7 @@ def read_layers(
         return LayersAhead(
             layers,
             lambda layer: copies.send(checkpoint.read_layer(layer)),
-            lambda sent: _in_type(copies.receive(*sent), dtype),
+            lambda sent: _in_type(copies.receive(*sent), dtype) if dtype else copies.receive(*sent),
         )
 
     def read(layer: int) -> Tensors:
