@@ -8,10 +8,10 @@ from typing import Any
 
 from qectomy.calibrate.convert import convert
 from qectomy.calibrate.healing.heal import heal
-from qectomy.calibrate.healing.processes import Processes
 from qectomy.calibrate.healing.run_folder import RunFolder
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.layer_pass import Progress
+from qectomy.calibrate.processes import Processes
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.errors import QectomyError, TextError
 from qectomy.surgery.checkpoint import Checkpoint

@@ -31,13 +31,13 @@ from qectomy.calibrate.healing.models import (
 )
 from qectomy.calibrate.healing.packing import Packed, PackedWindows, Shuffled
 from qectomy.calibrate.healing.plan import Plan, make_plan, tokens_to_train
-from qectomy.calibrate.healing.processes import Processes
 from qectomy.calibrate.healing.run_folder import RunFolder, step_of
 from qectomy.calibrate.healing.self_generated import self_generated_text, tokens_to_write
 from qectomy.calibrate.healing.settings import TOKENS, HealSettings
 from qectomy.calibrate.healing.trainer import HealTrainer, Watch, ended_at, validation_losses
 from qectomy.calibrate.healing.training_arguments import reporters, training_arguments
 from qectomy.calibrate.layer_pass import Progress
+from qectomy.calibrate.processes import Processes
 from qectomy.errors import CheckpointError, TextError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.surgery.checkpoint import Checkpoint, sha256

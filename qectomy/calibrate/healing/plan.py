@@ -9,9 +9,9 @@ import torch
 
 from qectomy.calibrate.healing.models import Distillation
 from qectomy.calibrate.healing.packing import Packed, PackedWindows
-from qectomy.calibrate.healing.processes import Processes
 from qectomy.calibrate.healing.run_folder import RunFolder
 from qectomy.calibrate.healing.settings import HealSettings
+from qectomy.calibrate.processes import Processes
 from qectomy.errors import QectomyError
 
 TOKENS_AT_A_TIME = {"cpu": 4096, "cuda": 16_384}

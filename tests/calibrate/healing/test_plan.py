@@ -10,9 +10,9 @@ from qectomy.calibrate.healing import plan as plan_module
 from qectomy.calibrate.healing.models import Distillation, load_student, load_teacher
 from qectomy.calibrate.healing.packing import Packed
 from qectomy.calibrate.healing.plan import Plan, batches, make_plan, tokens_to_train
-from qectomy.calibrate.healing.processes import Processes
 from qectomy.calibrate.healing.run_folder import RunFolder
 from qectomy.calibrate.healing.settings import HealSettings
+from qectomy.calibrate.processes import Processes
 from qectomy.errors import QectomyError
 from qectomy.surgery.checkpoint import open_checkpoint
 
