@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qectomy.terminal import Clean, Json, Resume, check_out, print_json, progress_bar
+from qectomy.terminal import Clean, Json, Resume, check_out, one_process, print_json, progress_bar
 
 
 def materialize(
@@ -19,6 +19,7 @@ def materialize(
     from qectomy.surgery.checkpoint import open_checkpoint
     from qectomy.surgery.materialize import materialize as run
 
+    one_process()
     check_out(out, resume, clean)
     source = open_checkpoint(reduced, reduced=True)
     with progress_bar("materializing") as progress:
@@ -46,6 +47,7 @@ def import_nanogpt(
     from qectomy.surgery.config_files import TOKENIZER_FILES
     from qectomy.surgery.nanogpt import import_nanogpt as run
 
+    one_process()
     check_out(out, resume, clean)
     folder = locate(tokenizer, TOKENIZER_FILES) if tokenizer else None
     if folder is not None:
@@ -77,6 +79,7 @@ def fold_norms(
     from qectomy.surgery.checkpoint import open_checkpoint
     from qectomy.surgery.norm_folding import fold_norms as run
 
+    one_process()
     check_out(out, resume, clean)
     source = open_checkpoint(checkpoint)
     with progress_bar("folding norms") as progress:

@@ -1,6 +1,7 @@
 """Progress on stderr, results on stdout."""
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,12 @@ def check_out(out: Path, resume: bool, clean: bool) -> None:
         raise typer.BadParameter("--resume goes on with what --clean removes; give one or the other")
     if not resume:
         check_free(out)
+
+
+def one_process() -> None:
+    """End all but the first of several processes that a launcher started: there is nothing to share."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
+        raise typer.Exit
 
 
 @contextmanager
