@@ -1,5 +1,7 @@
 """The command that takes W_Q out of a checkpoint; `cli.py` registers it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,45 +63,78 @@ def convert(
     clean: Clean = False,
     as_json: Json = False,
 ) -> None:
-    """Take W_Q out of a checkpoint in one pass; write the reduced one and its perplexity before and after."""
+    """Take W_Q out of a checkpoint in one pass; write the reduced one and its perplexity before and after.
+
+    On several devices: `torchrun --nproc-per-node 8 -m qectomy convert ...`, each with its share of the windows.
+    """
     from qectomy.calibrate.settings import ConvertSettings, default_context
     from qectomy.surgery.checkpoint import open_checkpoint
     from qectomy.surgery.query_maps import parse_exact, parse_recipe
 
-    check_out(out, resume, clean)
-    source = open_checkpoint(checkpoint)
-    settings = ConvertSettings(
-        texts=tuple(text or ()),
-        tokens=tokens,
-        context=context or default_context(source),
-        eval_text=eval_text,
-        eval_tokens=eval_tokens,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        command=command_line(),
-    )
-    if text and self_generated:
-        raise QectomyError("--self-generated takes the place of a text; give one or the other")
-    kept = parse_exact(query, source.dims)
-    if kept is not None:
+    with _together(device) as together:
+        together.first_alone(lambda: check_out(out, resume, clean))
+        source = open_checkpoint(checkpoint)
+        settings = ConvertSettings(
+            texts=tuple(text or ()),
+            tokens=tokens,
+            context=context or default_context(source),
+            eval_text=eval_text,
+            eval_tokens=eval_tokens,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            command=command_line(),
+        )
+        if text and self_generated:
+            raise QectomyError("--self-generated takes the place of a text; give one or the other")
+        kept = parse_exact(query, source.dims)
+        if kept is not None:
+            if heal is not None:
+                raise QectomyError("--query exact loses nothing: there is nothing to heal; leave --heal out")
+            if together.is_first:  # it fits nothing: there is nothing to share
+                _convert_exact(source, out, settings, kept, dry_run, resume, clean, as_json)
+            return
+        recipe = tuple(parse_recipe(query, source.dims))
+        if dry_run:
+            if together.is_first:
+                _show_plan(source, recipe, settings, as_json)
+            return
+        if self_generated:
+            wanted = settings
+            settings = together.first_alone(lambda: _self_generated(source, wanted, heal))
         if heal is not None:
-            raise QectomyError("--query exact loses nothing: there is nothing to heal; leave --heal out")
-        _convert_exact(source, out, settings, kept, dry_run, resume, clean, as_json)
-        return
-    recipe = tuple(parse_recipe(query, source.dims))
-    if dry_run:
-        _show_plan(source, recipe, settings, as_json)
-        return
-    if self_generated:
-        settings = _self_generated(source, settings, heal)
-    if heal is not None:
-        _convert_and_heal(source, out, recipe, settings, heal, self_generated, resume, clean, as_json)
-        return
+            _convert_and_heal(source, out, recipe, settings, heal, self_generated, resume, clean, as_json)
+            return
+        _convert(source, out, recipe, settings, together, resume, clean, as_json)
+
+
+@contextmanager
+def _together(device: str) -> Iterator[Any]:
+    """Yield this process among those that torchrun started, or alone; the first one alone says what goes wrong."""
+    from qectomy.calibrate.together import join
+
+    together = join(device)
+    try:
+        with together.one_end():
+            yield together
+    except (QectomyError, OSError, KeyboardInterrupt) as error:
+        if together.is_first:
+            raise
+        together.wait_for_first()
+        raise typer.Exit(1) from error
+    together.leave()
+
+
+def _convert(
+    source: Any, out: Path, recipe: Any, settings: Any, together: Any, resume: bool, clean: bool, as_json: bool
+) -> None:
+    """Run `convert` with a fit."""
     from qectomy.calibrate.convert import convert as run
 
     with progress_bar("converting") as progress:
-        report = run(source, out, recipe, settings, progress, resume=resume, clean=clean)
+        report = run(source, out, recipe, settings, progress, resume=resume, clean=clean, together=together)
+    if report is None:
+        return
     if as_json:
         print_json(report)
     else:

@@ -68,9 +68,10 @@ def convert_tiny(
     resume: bool = False,
     clean: bool = False,
     progress: Any = None,
+    together: Any = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Convert with QUICK settings; return the report."""
+    """Convert with QUICK settings; return the report, or None in all but the first of several processes."""
     checkpoint = open_checkpoint(source)
     recipe = tuple(parse_recipe(query, checkpoint.dims))
     with pytest.MonkeyPatch.context() as patch:
@@ -78,7 +79,7 @@ def convert_tiny(
         if not fresh_process:
             reload_here(patch)
         told = ConvertSettings(**{"texts": (str(text),), **QUICK, **settings})
-        return convert(checkpoint, out, recipe, told, progress, resume=resume, clean=clean)
+        return convert(checkpoint, out, recipe, told, progress, resume=resume, clean=clean, together=together)
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -17,8 +17,10 @@ import torch
 from qectomy.calibrate.layer_pass import LayerPass, Progress
 from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.settings import ConvertSettings
+from qectomy.calibrate.shared_run import check_alike, shared_folder
 from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.calibrate.text import Windows, load_tokenizer, make_windows, read_source
+from qectomy.calibrate.together import Together
 from qectomy.errors import QectomyError, TextError, UnsupportedArchitecture
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.eval.reload import check_reload
@@ -33,7 +35,7 @@ from qectomy.surgery.plan import scratch_bytes, totals
 from qectomy.surgery.query_maps import QueryMapSpec, written
 from qectomy.surgery.source_watch import SourceWatch
 from qectomy.surgery.step_writer import check_shards
-from qectomy.surgery.work_folder import WorkFolder, finished, work_folder
+from qectomy.surgery.work_folder import WorkFolder, finished
 
 
 def convert(
@@ -45,16 +47,35 @@ def convert(
     *,
     resume: bool = False,
     clean: bool = False,
-) -> dict[str, Any]:
+    together: Together | None = None,
+) -> dict[str, Any] | None:
     """Write the reduced checkpoint to `out` and return its report (also in `out`/qectomy.json).
+
+    Of several processes, which torchrun started and which `together` has joined, each calls this and fits on its share
+    of the windows; the first one writes, and the others return None.
 
     Until it is whole it lies in OUT.converting, whence `resume` goes on and which `clean` removes first. Raises a
     QectomyError, and leaves nothing behind, for text that is too short, weights or states that are not finite, an
     output folder that exists, and a result that a fresh process cannot reload. A full or failing disk, a source that
     changes and an interruption leave what was done.
     """
-    if resume and (done := finished(out, lambda: read_json(out / "qectomy.json"))) is not None:
-        return done
+    together = together or Together(settings.device)
+    with together.one_end():
+        if resume and (done := together.first_alone(lambda: finished(out, lambda: read_json(out / "qectomy.json")))) is not None:
+            return done if together.is_first else None
+        return _convert(source, out, recipe, settings, progress if together.is_first else None, together, resume, clean)
+
+
+def _convert(
+    source: Checkpoint,
+    out: Path,
+    recipe: tuple[QueryMapSpec, ...],
+    settings: ConvertSettings,
+    progress: Progress | None,
+    together: Together,
+    resume: bool,
+    clean: bool,
+) -> dict[str, Any] | None:
     watch = Stopwatch()
     if source.reduced:
         raise UnsupportedArchitecture(
@@ -62,19 +83,23 @@ def convert(
             "to stock models: use --query exact"
         )
     settings.check_context(source)
-    device = check_device(settings.device)
+    device = check_device(together.device)
     needed = totals(source, recipe, settings.stored_dtype)["bytes"]["after"]
     needed += scratch_bytes(source, settings.tokens, settings.eval_tokens)
-    check_room(out, needed - WorkFolder(out).nbytes())
-    fitted, held = _windows(source, settings)
+    together.first_alone(lambda: check_room(out, needed - WorkFolder(out).nbytes()))
+    fitted, held = together.first_alone(lambda: _windows(source, settings))
     since = watch.add("text", watch.begun)
     runner = LayerRunner(source, recipe, settings.context, device)
     unchanged = SourceWatch(source)
     since = watch.add("hashing", since)
-    told = fingerprint(recipe, settings, fitted, held) | unchanged.fingerprint
-    with work_folder(out, told, resume=resume, clean=clean) as work:
-        run = LayerPass(source, recipe, settings, runner, fitted, held, unchanged, work, watch)
+    told = fingerprint(recipe, settings, fitted, held) | {"processes": together.count} | unchanged.fingerprint
+    check_alike(together, told)
+    with shared_folder(together, out, told, resume=resume, clean=clean) as work:
+        run = LayerPass(source, recipe, settings, runner, fitted, held, unchanged, work, watch, together)
         scores, digests = run.run(progress)
+        together.meet()  # all have closed their files
+        if scores.expected is None:
+            return None
         since = time.perf_counter()
         copy_companions(source.folder, work.result)
         copy_model_code(source.family, work.result)
@@ -96,6 +121,7 @@ def convert(
             total_seconds=watch.total,
             forward_pass_seconds=run.forward_pass_seconds(scores.head_seconds),
             reload=reload,
+            processes=together.count,
         )
         report["tensors_sha256"] = digests
         write_report(work.result, report, source)

@@ -11,7 +11,7 @@ from qectomy.calibrate.states import Streams, batches
 from qectomy.errors import NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.reload import RELOAD_TOKENS
-from qectomy.eval.scores import SLICE, Logits, TokenScores, join_scores, score_tokens
+from qectomy.eval.scores import SLICE, Logits, TokenScores, empty_scores, join_scores, score_tokens
 from qectomy.surgery.checkpoint import Checkpoint
 
 SCORED_TOKENS = 1024  # at a time: the head is read anew for each batch
@@ -44,25 +44,27 @@ class FinalScores:
 
     before: TokenScores
     after: TokenScores
-    expected: tuple[torch.Tensor, torch.Tensor]  # a whole window (1, T), the logits of its last positions (n, V)
+    # A whole window (1, T), the logits of its last positions (n, V); in the first process alone.
+    expected: tuple[torch.Tensor, torch.Tensor] | None
     head_seconds: float
 
 
 def final_scores(
     original: Head, reduced: Head, streams: Streams, held: ScoringWindows, basis: Any | None = None
 ) -> FinalScores:
-    """Score the evaluation windows, which follow the fitted ones in `streams`.
+    """Score the evaluation windows, of which `streams` has this process's after the fitted ones; all get all scores.
 
     `basis` is the one the streams are in, if not that of training. Raises NonFiniteError naming the windows.
     """
-    mask = held.scored_mask()
-    parts, seconds = [], 0.0
+    mask, own = held.scored_mask(), streams.share.held
+    parts, seconds = [empty_scores(0, with_reference=True)], 0.0
+    first = streams.fitted - own.start  # where window 0 would lie here
     at_once = max(1, SCORED_TOKENS // held.tokens.shape[1])
-    for start, stop in batches(0, len(held.tokens), at_once):
+    for start, stop in batches(own.start, own.stop, at_once):
         keep = mask[start:stop]
         targets = held.tokens[start:stop, 1:][keep].to(original.device)
         theirs, ours = (
-            states[streams.fitted + start : streams.fitted + stop][:, :-1][keep].to(original.device)
+            states[first + start : first + stop][:, :-1][keep].to(original.device)
             for states in (streams.teacher, streams.student)
         )
         theirs = theirs if basis is None else basis.original_states(theirs)
@@ -71,11 +73,18 @@ def final_scores(
         seconds += (time.perf_counter() - begun) / 2  # two heads
         if not parts[-1].finite():
             raise NonFiniteError(f"logits are NaN or Inf on evaluation windows {start} to {stop - 1}")
+    everyone = streams.share.together.gather(join_scores(parts))
+    (seconds,) = streams.share.sum_numbers(seconds)
+    after = join_scores(everyone)
+    expected = _expected(reduced, streams, held) if streams.share.together.is_first else None
+    return FinalScores(after.of_reference(), after, expected, seconds)
+
+
+def _expected(reduced: Head, streams: Streams, held: ScoringWindows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first evaluation window (1, T), and the logits of its last positions (n, V)."""
     window = streams.student[streams.fitted : streams.fitted + 1][0]
     logits = reduced.logits(window[-RELOAD_TOKENS:].to(reduced.device))
     whole = torch.empty(len(window[-RELOAD_TOKENS:]), reduced.vocab_size)
     for a, b in batches(0, reduced.vocab_size, SLICE):
         whole[:, a:b] = logits(a, b).cpu()
-    expected = (held.tokens[:1].clone(), whole)  # a whole window: some RoPE types depend on the length
-    after = join_scores(parts)
-    return FinalScores(after.of_reference(), after, expected, seconds)
+    return held.tokens[:1].clone(), whole  # a whole window: some RoPE types depend on the length

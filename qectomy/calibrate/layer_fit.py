@@ -12,6 +12,7 @@ from qectomy.calibrate.moments import Moments, MomentSums
 from qectomy.calibrate.precision import fast_dtype, fast_math
 from qectomy.calibrate.projections import Projections, Start
 from qectomy.calibrate.refine import FitData, RefineSettings, refine
+from qectomy.calibrate.share import Share
 from qectomy.calibrate.starts import make_start
 from qectomy.calibrate.states import Streams, WindowFile, batches, scratch_file
 from qectomy.surgery.family import Family
@@ -49,6 +50,7 @@ def fit_layer(
             attended = attended_moments(data, dims.n_kv_heads, projections.W_K)
         release_freed()
         start = make_start(spec, moments, attended, projections, dims, rope, generator)
+        _take_first_(start, streams.share)
         del attended
         release_freed()
         fitted = refine(
@@ -61,6 +63,7 @@ def fit_layer(
             settings,
             generator,
         )
+        _take_first_(fitted, streams.share)
     return fold(runner.family, base, fitted)
 
 
@@ -96,6 +99,12 @@ def fold(family: Family, tensors: dict[str, torch.Tensor], fitted: Start) -> dic
     return {name: tensor.cpu().contiguous() for name, tensor in out.items()}
 
 
+def _take_first_(start: Start, share: Share) -> None:
+    """Let all processes have the first one's: rounding alone may make another choose other channels."""
+    parts = (start.W_K, *start.query.values(), start.b_K, start.norm_gain, start.norm_shift)
+    share.together.take_first_(*(part for part in parts if part is not None))
+
+
 @contextmanager
 def _collected(runner: LayerRunner, teacher: nn.Module, streams: Streams) -> Iterator[tuple[Moments, FitData]]:
     """Read the fitted windows once: moments, the student's x̂, and the teacher's turned queries and keys.
@@ -110,7 +119,13 @@ def _collected(runner: LayerRunner, teacher: nn.Module, streams: Streams) -> Ite
     }
     with ExitStack() as stack:
         stores = {name: _store(stack, runner.device, streams, name, *shape) for name, shape in shapes.items()}
-        data = FitData(**stores, allowed=runner.causal(), scaling=runner.scaling(teacher), turn=runner.turn)
+        data = FitData(
+            **stores,
+            allowed=runner.causal(),
+            scaling=runner.scaling(teacher),
+            turn=runner.turn,
+            share=streams.share,
+        )
         yield _collect(runner, teacher, streams, data), data
 
 
@@ -136,7 +151,7 @@ def _collect(runner: LayerRunner, teacher: nn.Module, streams: Streams, data: Fi
         data.hidden[start:stop] = ours
         data.teacher_query[start:stop] = query
         data.teacher_key[start:stop] = key
-    return sums.moments()
+    return sums.moments(streams.share.together)
 
 
 def attended_moments(
@@ -146,13 +161,13 @@ def attended_moments(
 
     With W_K (D, G*K), of that head's keys x̂ W_K instead: (G, K, K).
     """
-    n, context, d_model = data.hidden.shape
+    (_, context, d_model), n = data.hidden.shape, data.windows.n_fitted
     device = data.allowed.device
     rows = torch.arange(stride - 1, context, stride, device=device)
     width = d_model if W_K is None else W_K.shape[1] // n_kv_heads
     total = torch.zeros(n_kv_heads, width, width, device=device)
     chosen = range(0, n, max(1, n // windows))
-    for i in chosen:
+    for _, i in data.windows.fitted_here(chosen):
         logits = attention_logits(
             data.teacher_query[i : i + 1][:, :, rows], data.teacher_key[i : i + 1], data.allowed[rows]
         )
@@ -165,6 +180,7 @@ def attended_moments(
             mean = p[g] @ seen
             spread = (seen * p[g].sum(0)[:, None]).T @ seen - mean.T @ mean
             total[g] += spread / len(p[g])
+    data.windows.together.sum_(total)
     for own in total:  # one at a time: a float64 copy of all of them would outweigh the layer
         own /= len(chosen)
         least = 1e-3 * own.diagonal().mean()

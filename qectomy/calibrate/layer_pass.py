@@ -17,9 +17,12 @@ from qectomy.calibrate.precision import fast_math
 from qectomy.calibrate.refine import RefineSettings
 from qectomy.calibrate.refit import TURNED, RefitSettings, refit_layer
 from qectomy.calibrate.settings import ConvertSettings
+from qectomy.calibrate.share import shared
+from qectomy.calibrate.shared_run import SharedWriter, own_scratch
 from qectomy.calibrate.states import Streams, batches, scratch_file
 from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.calibrate.text import Windows
+from qectomy.calibrate.together import Together
 from qectomy.errors import NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.surgery.audit import spectrum
@@ -31,10 +34,9 @@ from qectomy.surgery.plan import planned_tensors
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.read_ahead import Layers, read_layers
 from qectomy.surgery.source_watch import SourceWatch
-from qectomy.surgery.step_writer import StepWriter
 from qectomy.surgery.stream_basis import StreamBasis, random_basis
 from qectomy.surgery.work_folder import WorkFolder
-from qectomy.surgery.writer import DTYPES, ShardWriter, TensorSpec
+from qectomy.surgery.writer import DTYPES, TensorSpec
 
 Progress = Callable[[int, int, str], None]  # (layers done, layers in all, note)
 TOKENS_A_BATCH = 512  # how many tokens a layer runs on at a time
@@ -44,7 +46,10 @@ KL_WINDOWS = 8  # on which the attention KL of a layer is measured, fitted and h
 
 
 class LayerPass:
-    """One pass over a checkpoint: both streams, the writer, and what has been measured."""
+    """One pass over a checkpoint: both streams, the writer, and what has been measured.
+
+    Each of several processes runs it on its own windows.
+    """
 
     def __init__(
         self,
@@ -57,11 +62,14 @@ class LayerPass:
         unchanged: SourceWatch,
         work: WorkFolder,
         watch: Stopwatch,
+        together: Together | None = None,
     ):
         self.source, self.recipe, self.settings, self.runner = source, recipe, settings, runner
         self.held, self.unchanged, self.work, self.watch = held, unchanged, work, watch
-        self.tokens = torch.cat([fitted.tokens, held.tokens])
-        self.n_fitted = fitted.tokens.shape[0]
+        self.share = shared(together or Together(settings.device), fitted.tokens.shape[0], held.tokens.shape[0])
+        own = self.share.fitted, self.share.held
+        self.tokens = torch.cat([fitted.tokens[own[0]], held.tokens[own[1]]])  # of this process
+        self.n_fitted = len(own[0])
         at_once = TOKENS_A_BATCH if runner.device.type == "cpu" else TOKENS_ON_DEVICE
         self.batch = max(1, at_once // settings.context)
         planned = planned_tensors(source, recipe, settings.stored_dtype)
@@ -78,10 +86,10 @@ class LayerPass:
         dims, tell = self.source.dims, progress or (lambda done, total, note: None)
         shape = (self.tokens.shape[0], self.settings.context, dims.d_model)
         with ExitStack() as stack, torch.no_grad():
-            streams = Streams(self.work.scratch, shape, fitted=self.n_fitted, batch=self.batch)
+            scratch = own_scratch(self.work, self.share.together)
+            streams = Streams(scratch, shape, fitted=self.n_fitted, batch=self.batch, share=self.share)
             stack.callback(streams.close)
-            writer = StepWriter(self.work, self.specs, holds=lambda n, step: streams.hold(n - 1, step.get("states")))
-            stack.enter_context(writer)
+            writer = stack.enter_context(SharedWriter(self.share.together, self.work, self.specs, streams))
             if writer.lost:
                 tell(0, dims.n_layers, writer.loss)
             if writer.steps:
@@ -100,21 +108,22 @@ class LayerPass:
             writer.finish()
             return self._score(streams), writer.digests
 
-    def _begin(self, streams: Streams, writer: StepWriter) -> None:
+    def _begin(self, streams: Streams, writer: SharedWriter) -> None:
         """Write what lies outside the layers and both streams' first states: the first step."""
         since = time.perf_counter()
         self._embed(streams)
-        self._write_outer(writer)
+        if writer.writes:
+            self._write_outer(writer)
         self.watch.add("embedding", since)
         self._keep(streams, writer, None)
 
-    def _keep(self, streams: Streams, writer: StepWriter, record: dict[str, Any] | None) -> None:
+    def _keep(self, streams: Streams, writer: SharedWriter, record: dict[str, Any] | None) -> None:
         """End a step: after this nothing of it is lost, and all that the next layers depend on is on the disk."""
         since = time.perf_counter()
         self.unchanged.check()
         self.layers += [record] if record else []
         writer.keep(
-            states=streams.sync(),
+            states=self.share.together.gather(streams.sync()),
             record=record,
             generator=self.generator.get_state().numpy().tobytes().hex(),
             drifted=self.drifted,
@@ -133,7 +142,7 @@ class LayerPass:
         self.drifted, self.teacher_seconds = last["drifted"], last["teacher_seconds"]
         self.watch.go_on_from(last["seconds"], last["total_seconds"])
 
-    def _timed_layer(self, layer: int, streams: Streams, writer: StepWriter) -> dict[str, Any]:
+    def _timed_layer(self, layer: int, streams: Streams, writer: SharedWriter) -> dict[str, Any]:
         begun = time.perf_counter()
         try:
             record = self._layer(layer, streams, writer)
@@ -147,7 +156,9 @@ class LayerPass:
         """Write the config and score both models on the evaluation windows."""
         since, work = time.perf_counter(), self.work.result
         dtype = self.settings.stored_dtype or self.source.dtype
-        write_config(work, reduced_config(self.source, self.recipe, dtype))
+        if self.share.together.is_first:
+            write_config(work, reduced_config(self.source, self.recipe, dtype))
+        self.share.together.meet()
         original = Head(self.source, self.runner.config, self.runner.device)
         reduced = Head(open_checkpoint(work, reduced=True), self.runner.config, self.runner.device)
         scores = final_scores(original, reduced, streams, self.held, self.basis)
@@ -156,8 +167,7 @@ class LayerPass:
 
     def forward_pass_seconds(self, head_seconds: float) -> float:
         """Estimate of one plain float32 pass over all tokens, from the teacher's share of this run."""
-        share = self.tokens.shape[0] / (self.tokens.shape[0] - self.n_fitted)
-        return (self.teacher_seconds + head_seconds) * share
+        return (self.teacher_seconds + head_seconds) * (1 + self.share.n_fitted / self.share.n_held)
 
     def _choose_basis(self) -> StreamBasis | None:
         """Turn the stream where a layer reads its queries straight from it, and no norm can add a shift to them."""
@@ -208,7 +218,7 @@ class LayerPass:
         rows = self.source.read_rows(name, 0, self.settings.context, torch.float32)
         return rows, self._as_stored(name, rows)
 
-    def _write_outer(self, writer: ShardWriter) -> None:
+    def _write_outer(self, writer: SharedWriter) -> None:
         """Write what lies outside the layers, a few rows at a time."""
         family, basis = self.source.family, self.basis
         change = {family.embedding: basis.embedding_rows, family.head: basis.head_rows} if basis else {}
@@ -223,7 +233,7 @@ class LayerPass:
                 writer.write_rows(name, start, rows)
                 start += len(rows)
 
-    def _layer(self, layer: int, streams: Streams, writer: ShardWriter) -> dict[str, Any]:
+    def _layer(self, layer: int, streams: Streams, writer: SharedWriter) -> dict[str, Any]:
         """Run, fit, write and run again one layer; return its record."""
         runner, spec = self.runner, self.recipe[layer]
         since = time.perf_counter()
@@ -286,17 +296,18 @@ class LayerPass:
 
     def _attention_kl(self, teacher: nn.Module, student: nn.Module, streams: Streams) -> dict[str, float]:
         """Mean KL of the attention in nats, over a few fitted and a few held-out windows, float32."""
-        total = self.tokens.shape[0]
-        result = {}
-        for name, first, last in (("fitted", 0, self.n_fitted), ("heldout", self.n_fitted, total)):
-            values = []
-            for start in range(first, min(last, first + KL_WINDOWS)):
-                pair = []
+        share, result = self.share, {}
+        for name, own, total in (("fitted", share.fitted, share.n_fitted), ("heldout", share.held, share.n_held)):
+            values = torch.zeros(min(total, KL_WINDOWS), device=self.runner.device)  # each in its place
+            first = (0 if name == "fitted" else self.n_fitted) - own.start
+            for window in range(own.start, min(own.stop, KL_WINDOWS)):
+                start, pair = first + window, []
                 for module, states in ((teacher, streams.teacher), (student, streams.student)):
                     hidden = self.runner.read(module, states[start : start + 1].to(self.runner.device))
                     pair.append(self.runner.queries_keys(module, hidden))
-                values.append(attention_kl(pair[0], pair[1], self.runner.causal()).mean())
-            result[name] = float(torch.stack(values).mean())
+                values[window] = attention_kl(pair[0], pair[1], self.runner.causal()).mean()
+            share.together.sum_(values)
+            result[name] = float(values.mean())
         return result
 
     def _run_teacher(self, layer: int, teacher: nn.Module, streams: Streams) -> None:
@@ -312,7 +323,7 @@ class LayerPass:
                         streams.teacher_mid[start:stop] = x_mid
                     streams.teacher_after[start:stop] = after
             if first == self.n_fitted:
-                self.teacher_seconds += time.perf_counter() - begun
+                self.teacher_seconds += self.share.sum_numbers(time.perf_counter() - begun)[0]
 
     def _run_student(self, layer: int, student: nn.Module, streams: Streams) -> None:
         """Run the reduced layer on all windows and keep its stream after the layer."""
@@ -328,7 +339,7 @@ class LayerPass:
         yield 0, self.n_fitted, fast_math(self.runner.device)
         yield self.n_fitted, self.tokens.shape[0], nullcontext()
 
-    @staticmethod
-    def _check(after: torch.Tensor, what: str, start: int, stop: int) -> None:
+    def _check(self, after: torch.Tensor, what: str, start: int, stop: int) -> None:
         if not all_finite(after):
-            raise NonFiniteError(f"{what} gives NaN or Inf on windows {start} to {stop - 1}; nothing was written")
+            first, last = self.share.number(start), self.share.number(stop - 1)
+            raise NonFiniteError(f"{what} gives NaN or Inf on windows {first} to {last}; nothing was written")

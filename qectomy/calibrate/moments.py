@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from qectomy.calibrate.together import Together
+
 COLUMNS = 256  # of a wide matrix handled at a time
 
 
@@ -46,8 +48,12 @@ class MomentSums:
         self._means += torch.stack([s.sum(0), t.sum(0)]).double()
         self._count += s.shape[0]
 
-    def moments(self) -> Moments:
-        n = self._count
+    def moments(self, together: Together | None = None) -> Moments:
+        """Return the moments of all that was taken in, by every process if there are several."""
+        count = torch.tensor(self._count, dtype=torch.float64)
+        if together:
+            together.sum_(self._student, self._cross, self._means, count)
+        n = float(count)
         return Moments(self._student / n, self._cross / n, self._means[0] / n, self._means[1] / n)
 
 

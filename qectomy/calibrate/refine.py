@@ -17,6 +17,7 @@ from torch import nn
 from qectomy.calibrate.attention_kl import MeanAttentionKL
 from qectomy.calibrate.projections import Start
 from qectomy.calibrate.rope_pairs import Rope
+from qectomy.calibrate.share import Share, whole
 from qectomy.calibrate.states import WindowFile, batches
 from qectomy.calibrate.units import Parameter, adam, key_parameter, mix_parameter, output_rms
 
@@ -47,7 +48,10 @@ class RefineSettings:
 
 @dataclass(frozen=True)
 class FitData:
-    """What the fit sees: the student's x̂ (N, T, D), the teacher's turned and scaled queries (N, H, T, K) and keys."""
+    """What the fit sees: the student's x̂ (N, T, D), the teacher's turned and scaled queries (N, H, T, K) and keys.
+
+    These are the windows of this process; without `share` it has all.
+    """
 
     hidden: torch.Tensor | WindowFile
     teacher_query: torch.Tensor | WindowFile
@@ -55,6 +59,12 @@ class FitData:
     allowed: torch.Tensor  # (T, T) bool, True where a query may look
     scaling: float
     turn: Turn
+    share: Share | None = None
+
+    @property
+    def windows(self) -> Share:
+        """Which of all fitted windows these are."""
+        return self.share or whole(self.hidden.shape[0])
 
 
 def refine(
@@ -83,9 +93,10 @@ def refine(
     adam(
         list(parameters.values()),
         loss,
-        steps=settings.steps_for(data.hidden.shape[0] * data.hidden.shape[1]),
+        steps=settings.steps_for(data.windows.n_fitted * data.hidden.shape[1]),
         warmup=settings.warmup,
         betas=(0.9, 0.98),
+        together=data.windows.together,
     )
     with torch.no_grad():
         values = {name: parameter.value() for name, parameter in parameters.items()}
@@ -94,10 +105,14 @@ def refine(
 
 
 class _Batches:
-    """Draws, for each step, windows (each once an epoch), every s-th row of them, and their temperatures."""
+    """Draws, for each step, windows (each once an epoch), every s-th row of them, and their temperatures.
+
+    All processes draw the same ones of all windows, and each takes those that it has.
+    """
 
     def __init__(self, data: FitData, settings: RefineSettings, generator: torch.Generator):
-        self.n, self.context, _ = data.hidden.shape
+        self.share, self.context = data.windows, data.hidden.shape[1]
+        self.n = self.share.n_fitted
         self.device, self.generator = data.allowed.device, generator
         self.stride = max(1, round(1 / settings.row_share))
         self.size = max(1, min(self.n, settings.rows_a_step * self.stride // self.context))
@@ -107,7 +122,10 @@ class _Batches:
         self.order: list[int] = []
 
     def draw(self) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Yield a step's windows, rows, temperatures and weights, a few windows at a time to save memory."""
+        """Yield a step's windows, rows, temperatures and weights, a few windows at a time to save memory.
+
+        Windows are numbered as this process has them, and all processes together yield the step.
+        """
         if len(self.order) < self.size:
             self.order = torch.randperm(self.n, generator=self.generator).tolist()
         chosen, self.order = self.order[: self.size], self.order[self.size :]
@@ -115,10 +133,13 @@ class _Batches:
         rows = torch.arange(first, self.context, self.stride, device=self.device)
         kinds = [self.kinds[(self.drawn + i) % len(self.kinds)] for i in range(len(chosen))]
         self.drawn += len(chosen)
-        temperature, weight = torch.tensor(kinds, device=self.device).T.reshape(2, -1, 1, 1, 1)
-        for start, stop in batches(0, len(chosen), self.part):
+        here = self.share.fitted_here(chosen)
+        own = torch.tensor([kinds[place] for place, _ in here], device=self.device)
+        temperature, weight = own.T.reshape(2, -1, 1, 1, 1)
+        for start, stop in batches(0, len(here), self.part):
             share = (stop - start) / len(chosen)  # of the step's mean
-            yield chosen[start:stop], rows, temperature[start:stop], weight[start:stop] * share
+            windows = [window for _, window in here[start:stop]]
+            yield windows, rows, temperature[start:stop], weight[start:stop] * share
 
 
 def _loss(

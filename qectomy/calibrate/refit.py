@@ -18,6 +18,7 @@ from torch import nn
 from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.moments import COLUMNS, MomentSums, ridge, ridge_
 from qectomy.calibrate.precision import fast_dtype, fast_math
+from qectomy.calibrate.share import Share
 from qectomy.calibrate.states import Streams, batches
 from qectomy.surgery.family import LinearView
 from qectomy.surgery.linear_views import oriented
@@ -40,17 +41,18 @@ class _Regression:
     """Gram matrix of what a projection reads, and its product with what the student lacks.
 
     With a bias both are taken about the first batch's means: products of low precision would lose a small spread about
-    a large mean.
+    a large mean. Every process takes in its own windows, about the means of the first one.
     """
 
-    def __init__(self, inputs: torch.Tensor, lack: torch.Tensor, with_bias: bool):
+    def __init__(self, inputs: torch.Tensor, lack: torch.Tensor, with_bias: bool, share: Share):
         n_in, n_out, device = inputs.shape[-1], lack.shape[-1], inputs.device
         self.gram = torch.zeros(n_in, n_in, device=device)
         self.right = torch.zeros(n_in, n_out, device=device)
         self.with_bias = with_bias
         self.origin = [part.flatten(0, 1).mean(0) for part in (inputs, lack)]
         self.sums = [torch.zeros(part.shape[-1], dtype=torch.float64, device=device) for part in (inputs, lack)]
-        self.count = 0
+        self.count, self.share = 0, share
+        share.together.take_first_(*self.origin)
 
     def add(self, inputs: torch.Tensor, lack: torch.Tensor) -> None:
         """Take in a batch, (B, T, in) and (B, T, D)."""
@@ -67,12 +69,15 @@ class _Regression:
 
     def change(self, strength: float) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return ΔW (in, D) and Δb (D,), float32. Uses up the Gram matrix, which may weigh as much as the layer."""
+        together = self.share.together
+        together.sum_(self.gram, self.right, *self.sums)
         gram = self.gram.double()
         del self.gram
         release_freed()
         if not self.with_bias:
             return ridge_(gram, self.right, strength), None
-        inputs, lack = (total / self.count for total in self.sums)
+        (count,) = self.share.sum_numbers(self.count)
+        inputs, lack = (total / count for total in self.sums)
         gram.addr_(self.sums[0], inputs, alpha=-1)
         self.right.addr_(self.sums[0].float(), lack.float(), alpha=-1)
         change = ridge_(gram, self.right, strength)
@@ -107,10 +112,14 @@ def _refit_writer(runner: LayerRunner, student: nn.Module, streams: Streams, vie
             if after_mlp:
                 ours, inputs = runner.think(student, ours)
         lack = wanted[start:stop].to(runner.device) - ours
-        sums = sums or _Regression(inputs, lack, with_bias=getattr(linear, "bias", None) is not None)
+        sums = sums or _Regression(
+            inputs, lack, with_bias=getattr(linear, "bias", None) is not None, share=streams.share
+        )
         sums.add(inputs, lack)
     assert sums is not None
-    _add(linear, view, *sums.change(strength))
+    change, bias = sums.change(strength)
+    streams.share.together.take_first_(change, *(() if bias is None else (bias,)))
+    _add(linear, view, change, bias)
 
 
 def _refit_readers(runner: LayerRunner, student: nn.Module, streams: Streams, strength: float) -> None:
@@ -122,8 +131,9 @@ def _refit_readers(runner: LayerRunner, student: nn.Module, streams: Streams, st
         with fast_math(runner.device):
             ours, _ = runner.attend(student, streams.student[start:stop].to(runner.device))
         sums.add(norm(ours), norm(streams.teacher_mid[start:stop].to(runner.device)))
-    moments = sums.moments()
+    moments = sums.moments(streams.share.together)
     change = ridge(moments.student, moments.cross - moments.student, strength)  # (D, D): x̂ + x̂ change ≈ x̂_teacher
+    streams.share.together.take_first_(change)
     for view in roles.mlp_readers:
         linear = student.get_submodule(view.module)
         W = oriented(linear.get_parameter("weight"), view).double()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from qectomy.calibrate.share import Share, whole
 from qectomy.errors import OutputError
 from qectomy.surgery.checkpoint import BYTES_A_READ
 from qectomy.surgery.writer import write_all
@@ -94,10 +95,12 @@ class Streams:
 
     Windows [0, fitted) are fitted on, the rest only measured. All have the shape (n_windows, T, D), float32.
     What enters a layer is not overwritten before the next one: two files a model take turns, and outlive the process.
+    These are the windows of this process; `share` says which of the run's they are.
     """
 
-    def __init__(self, folder: Path, shape: Sequence[int], *, fitted: int, batch: int):
+    def __init__(self, folder: Path, shape: Sequence[int], *, fitted: int, batch: int, share: Share | None = None):
         self.scratch, self.fitted, self.batch = folder, fitted, batch  # batch: windows handled at a time
+        self.share = share or whole(fitted, shape[0] - fitted)
         with ExitStack() as stack:
 
             def file(name: str, n_windows: int) -> WindowFile:
@@ -121,9 +124,9 @@ class Streams:
             states.sync()
         return [self.teacher.checksum(), self.student.checksum()]
 
-    def hold(self, layer: int, checksums: object) -> bool:
-        """Whether the files hold the states that enter a layer, of which `sync` returned the checksums."""
-        return [states.checksum_on_disk() for states in self._pairs[layer % 2]] == checksums
+    def checksums_on_disk(self, layer: int) -> list[int]:
+        """Return those of the states that enter a layer, as the files hold them; `sync` told what they should be."""
+        return [states.checksum_on_disk() for states in self._pairs[layer % 2]]
 
     def close(self) -> None:
         """Close the files."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qectomy.calibrate.rope_pairs import Rope
+from qectomy.calibrate.together import Together
 
 DAMPING = 0.03  # of the mean eigenvalue: directions in which x̂ hardly moves are not stretched further
 
@@ -39,14 +40,16 @@ def adam(
     steps: int,
     warmup: int,
     betas: tuple[float, float],
+    together: Together | None = None,
 ) -> None:
     """Run Adam (Kingma & Ba, arXiv 1412.6980) with linear warm-up and cosine decay to 0, in place.
 
     `loss` takes the parameters' values and yields the loss in parts; each is differentiated before the next is made.
+    With `together` every process yields parts of its own, of one loss; what counts are the first process's parameters.
     """
     slots = [(torch.zeros_like(p.u), torch.zeros_like(p.u)) for p in parameters]
     for step in range(steps):
-        gradients = _gradients(parameters, loss)
+        gradients = _gradients(parameters, loss, together)
         decay = 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / warmup)
         with torch.no_grad():
             for parameter, gradient, (first, second) in zip(parameters, gradients, slots, strict=True):
@@ -58,15 +61,23 @@ def adam(
 
 
 def _gradients(
-    parameters: Sequence[Parameter], loss: Callable[[list[torch.Tensor]], Iterable[torch.Tensor]]
+    parameters: Sequence[Parameter],
+    loss: Callable[[list[torch.Tensor]], Iterable[torch.Tensor]],
+    together: Together | None,
 ) -> tuple[torch.Tensor, ...]:
     """Return the gradient of the sum of the loss's parts for each u."""
     values = [parameter.value() for parameter in parameters]
-    leaves = [value.detach().requires_grad_() for value in values]
+    leaves = [value.detach() for value in values]
+    if together:
+        # All differentiate at the same point, whatever their rounding: the bases of two devices may differ.
+        together.take_first_(*leaves)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
     totals = [torch.zeros_like(leaf) for leaf in leaves]
     for part in loss(leaves):
         for total, gradient in zip(totals, torch.autograd.grad(part, leaves), strict=True):
             total += gradient
+    if together:
+        together.sum_(*totals)
     return torch.autograd.grad(values, [parameter.u for parameter in parameters], totals)
 
 

@@ -33,6 +33,7 @@ def conversion_report(
     total_seconds: float,
     forward_pass_seconds: float,
     reload: Reload,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Return the record of one conversion: everything needed to believe it and to repeat it."""
     sizes = totals(source, recipe, settings.stored_dtype)
@@ -49,6 +50,7 @@ def conversion_report(
         "forward_pass_seconds": round(forward_pass_seconds, 3),
         "peak_memory_bytes": max(peak_memory_bytes(), reload.peak_memory_bytes),
         "device": settings.device,
+        "processes": processes,
         **reload.record(),
     }
 

@@ -1,0 +1,67 @@
+"""Which windows of a run lie in this process, and what is said of all of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qectomy.calibrate.together import Together
+from qectomy.errors import QectomyError
+
+
+@dataclass(frozen=True)
+class Share:
+    """The runs [start, stop) of a run's fitted and of its evaluation windows that this process holds.
+
+    They are numbered over all processes. Sizes differ by one at most; where there are fewer evaluation windows than
+    processes, the last ones hold none.
+    """
+
+    together: Together
+    n_fitted: int  # over all processes
+    n_held: int
+
+    @property
+    def fitted(self) -> range:
+        return self._own(self.n_fitted)
+
+    @property
+    def held(self) -> range:
+        return self._own(self.n_held)
+
+    def _own(self, total: int) -> range:
+        start, stop = (-(-total * rank // self.together.count) for rank in (self.together.rank, self.together.rank + 1))
+        return range(start, stop)
+
+    def fitted_here(self, windows: Sequence[int]) -> list[tuple[int, int]]:
+        """Return (place in the list, place in this process) of those fitted windows of a list that lie here."""
+        own = self.fitted
+        return [(place, window - own.start) for place, window in enumerate(windows) if window in own]
+
+    def number(self, place: int) -> int:
+        """Return which window of the run, fitted ones first, is the one at a place in this process."""
+        fitted, held = self.fitted, self.held
+        if place < len(fitted):
+            return fitted.start + place
+        return self.n_fitted + held.start + place - len(fitted)
+
+    def sum_numbers(self, *numbers: int | float) -> list[float]:
+        """Return the sum over all processes of each number, float64."""
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        self.together.sum_(sums)
+        return list(sums.tolist())
+
+
+def whole(n_fitted: int, n_held: int = 0) -> Share:
+    """Return the share of one process: all windows."""
+    return Share(Together("cpu"), n_fitted, n_held)
+
+
+def shared(together: Together, n_fitted: int, n_held: int) -> Share:
+    """Return the share of each process. Raises QectomyError where one would hold no window to fit on."""
+    if together.count > n_fitted:
+        raise QectomyError(
+            f"{together.count} processes, but only {n_fitted} window(s) to fit on, and each needs one: start no more "
+            "than that, or give more --tokens"
+        )
+    return Share(together, n_fitted, n_held)

@@ -1,0 +1,137 @@
+"""A run of several processes in one folder: the first one holds it and writes, each has its own hidden states there."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from qectomy.calibrate.states import Streams
+from qectomy.calibrate.together import Together
+from qectomy.errors import QectomyError
+from qectomy.surgery.locked_folder import differences
+from qectomy.surgery.step_writer import StepWriter
+from qectomy.surgery.work_folder import WorkFolder, work_folder
+from qectomy.surgery.writer import TensorSpec
+
+
+@contextmanager
+def shared_folder(
+    together: Together, out: Path, fingerprint: dict[str, Any], *, resume: bool, clean: bool
+) -> Iterator[WorkFolder]:
+    """Yield the folder of a run to all processes; only the first one holds it, and says what is left of it at the end.
+
+    Raises QectomyError where a process does not see the folder.
+    """
+    if together.is_first:
+        with work_folder(out, fingerprint, resume=resume, clean=clean) as work, together.one_end():
+            together.meet()
+            _check_seen(together, work)
+            yield work
+    else:
+        with together.one_end():
+            together.meet()
+            work = WorkFolder(out)
+            _check_seen(together, work)
+            yield work
+
+
+def _check_seen(together: Together, work: WorkFolder) -> None:
+    """Raise QectomyError, naming it, for a process that does not find the first one's folder in its place."""
+    seen = together.gather(work.record() if work.path.is_dir() else None)
+    for rank, record in enumerate(seen):
+        if record != seen[0]:
+            raise QectomyError(
+                f"process {rank} does not see {work.path}: all processes need one folder; put --out on a disk that all "
+                "hosts see"
+            )
+
+
+def check_alike(together: Together, fingerprint: dict[str, Any]) -> None:
+    """Raise QectomyError, naming it, for a process that was told something else than the first one."""
+    told = together.gather(fingerprint)
+    for rank, other in enumerate(told):
+        if differing := differences(told[0], other):
+            raise QectomyError(f"process {rank} works on something else than process 0: {'; '.join(differing)}")
+
+
+def own_scratch(work: WorkFolder, together: Together) -> Path:
+    """Return the folder, made if need be, of a process's hidden states."""
+    folder = work.scratch / f"process-{together.rank}" if together.rank else work.scratch
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+class SharedWriter:
+    """A StepWriter in the first process, and in the others what knows the same steps and writes nothing.
+
+    A step of an earlier run counts where every process still has the states that follow it.
+    """
+
+    def __init__(self, together: Together, work: WorkFolder, specs: dict[str, TensorSpec], streams: Streams):
+        self.together, self._streams = together, streams
+        self._writer: StepWriter | None = None
+        if together.is_first:
+            self._writer = StepWriter(work, specs, holds=self._holds)
+        while (layer := self._asked(None)) is not None:
+            together.gather(streams.checksums_on_disk(layer))
+        known = together.first_alone(self._known)
+        self.steps: list[dict[str, Any]] = known[0]
+        self.lost: int = known[1]
+
+    def _known(self) -> tuple[list[dict[str, Any]], int]:
+        assert self._writer is not None
+        return self._writer.steps, self._writer.lost
+
+    def _holds(self, count: int, entry: dict[str, Any]) -> bool:
+        """Whether all processes have the states after so many steps; the others answer in their `__init__`."""
+        layer = self._asked(count - 1)
+        assert layer is not None
+        return self.together.gather(self._streams.checksums_on_disk(layer)) == entry.get("states")
+
+    def _asked(self, layer: int | None) -> int | None:
+        """Return the layer before which the first process wants to know the states; None: it wants no more."""
+        return self.together.first_alone(lambda: layer)
+
+    @property
+    def writes(self) -> bool:
+        return self._writer is not None
+
+    @property
+    def loss(self) -> str:
+        return self._writer.loss if self._writer else ""
+
+    @property
+    def digests(self) -> dict[str, str]:
+        return self._writer.digests if self._writer else {}
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        if self._writer:
+            self._writer.write(name, tensor)
+
+    def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
+        if self._writer:
+            self._writer.write_rows(name, start, rows)
+
+    def keep(self, **more: Any) -> None:
+        """End a step in all processes: none writes over what the step before needs until this one is kept."""
+        if self._writer:
+            self._writer.keep(**more)
+        self.together.meet()
+
+    def finish(self) -> None:
+        """Finish the shards; when this returns every process may read them."""
+        if self._writer:
+            self._writer.finish()
+        self.together.meet()
+
+    def __enter__(self) -> "SharedWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer:
+            self._writer.__exit__(kind, error, trace)

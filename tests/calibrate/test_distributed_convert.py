@@ -1,0 +1,171 @@
+"""Several processes convert as one does.
+
+"Up to summation order" has a measure of its own here: one process that takes the windows in other batches adds up the
+same numbers in another order. What several processes write may be a few times as far from one's as that. Everything is
+in float32: products in bfloat16 round by which windows share a batch.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conversions import convert_tiny
+from launches import launched, several
+from safetensors.torch import load_file
+
+from qectomy.calibrate import layer_pass
+from qectomy.calibrate.refine import FitData, RefineSettings, _Batches
+from qectomy.calibrate.share import Share
+from qectomy.calibrate.together import Together
+from qectomy.calibrate.units import Parameter, adam
+
+RUNS = [  # key-shared with key moments, a turned stream with refitted readers, biases, indices, no RoPE
+    ("llama", "key-shared", 2),
+    ("tied", "identity", 2),
+    ("biases", "0=low-rank:3,1=dense", 3),  # uneven: 10 windows to fit on, and 5 more
+    ("llama", "select", 2),
+    ("gpt2", "0=key-shared,1=select", 2),
+]
+TIES = ("query.index", "query.gain", "k_proj")  # of `select`: two channels of a pair may change places, and then keys
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+
+
+def apart(one, other, ties):
+    """Mean distance of two folders' weights, tensor by tensor, and where it is largest."""
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    names = [name for name in ours if not any(part in name for part in ties)]
+    assert len(names) > 8
+    return {name: float((ours[name].float() - theirs[name].float()).abs().mean()) for name in names}
+
+
+@pytest.mark.parametrize("shape, query, count", RUNS)
+def test_several_processes_convert_as_one(shape, query, count, tiny_checkpoint, raven, tmp_path, monkeypatch):
+    source = tiny_checkpoint(shape)
+    one = convert_tiny(source, tmp_path / "one", query, raven)
+    found, *others = several(source, tmp_path / "several", query, raven, count)
+    assert others == [None] * (count - 1)
+    assert isinstance(found, dict), found
+    assert (one["processes"], found["processes"]) == (1, count)
+    monkeypatch.setattr(layer_pass, "TOKENS_A_BATCH", 96)  # three windows instead of all ten
+    regrouped = convert_tiny(source, tmp_path / "regrouped", query, raven)
+    assert json.loads((tmp_path / "several" / "qectomy.json").read_text()) == found
+    ties = TIES if "select" in query and shape != "gpt2" else ()
+    there, rounding = (apart(tmp_path / name, tmp_path / "one", ties) for name in ("several", "regrouped"))
+    scale = max(rounding.values())
+    assert 0 < scale < 3e-3
+    assert max(there.values()) <= 3 * scale, max(there, key=lambda name: there[name])
+    for numbers in (attention, perplexities):
+        ours, theirs, control = (torch.tensor(numbers(report)) for report in (found, one, regrouped))
+        slack = 3 * float((control / theirs - 1).abs().max()) + 2e-6
+        assert ours.tolist() == pytest.approx(theirs.tolist(), rel=slack), numbers.__name__
+        assert slack < 2e-3, numbers.__name__
+    for name in ("calibration", "parameters", "bytes", "protocol"):
+        assert found.get(name) == one.get(name), name
+    assert found["forward_pass_seconds"] > 0
+
+
+def attention(report):
+    return [layer["attention_kl"][kind] for layer in report["layers"] for kind in ("fitted", "heldout")]
+
+
+def perplexities(report):
+    return [report["perplexity"]["before"], report["perplexity"]["after"]]
+
+
+def test_a_process_without_evaluation_windows(tiny_checkpoint, raven, tmp_path):
+    source = tiny_checkpoint()
+    one = convert_tiny(source, tmp_path / "one", "low-rank:3", raven, eval_tokens=32)
+    found = several(source, tmp_path / "two", "low-rank:3", raven, eval_tokens=32)[0]
+    assert isinstance(found, dict), found
+    assert perplexities(found) == pytest.approx(perplexities(one), rel=1e-5)
+
+
+def test_shares_cover_all_windows_once():
+    for count, total in [(1, 5), (2, 5), (3, 7), (4, 4), (5, 2)]:
+        owners = [Share(fake(count, rank), total, total + 1) for rank in range(count)]
+        assert [window for share in owners for window in share.fitted] == list(range(total))
+        assert [window for share in owners for window in share.held] == list(range(total + 1))
+        sizes = [len(share.fitted) for share in owners]
+        assert max(sizes) - min(sizes) <= 1
+        assert sizes[0] == max(sizes)
+        for share in owners:
+            numbers = [share.number(place) for place in range(len(share.fitted) + len(share.held))]
+            assert numbers == [*share.fitted, *(total + window for window in share.held)]
+
+
+def fake(count, rank):
+    """A process of several that is not connected to any."""
+    together = Together("cpu")
+    together.count, together.rank = count, rank
+    return together
+
+
+# The sums
+
+
+def test_what_several_processes_draw_is_what_one_draws():
+    def draw(share, n):
+        data = FitData(torch.zeros(n, 8, 2), *[torch.zeros(n, 1, 8, 2)] * 2, torch.ones(8, 8), 1.0, turn, share)
+        draws = _Batches(data, RefineSettings(rows_a_step=16), torch.Generator().manual_seed(3))
+        start = share.fitted.start if share else 0
+        for _ in range(6):
+            yield [
+                (start + window, rows.tolist(), float(temperature[i]), round(float(weight[i]) / len(windows), 6))
+                for windows, rows, temperature, weight in draws.draw()
+                for i, window in enumerate(windows)
+            ]
+
+    def turn(heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return heads
+
+    ours = [draw(share, len(share.fitted)) for share in (Share(fake(3, rank), 11, 1) for rank in range(3))]
+    whole = list(draw(None, 11))
+    for step, parts in zip(whole, zip(*ours, strict=True), strict=True):
+        assert len(step) == 8
+        assert sorted(window for part in parts for window in part) == sorted(step)
+
+
+def test_adam_adds_gradients_and_moves_as_the_first_does():
+    targets = torch.arange(12, dtype=torch.float64).view(4, 3) / 7
+
+    def fit(together, own):
+        # The second process measures its parameter in other units: only its gradient may count.
+        unit = 1.0 + (together.rank if together else 0)
+        parameter = Parameter(torch.zeros(3, dtype=torch.float64), lambda u: unit * u, 0.1)
+        loss = lambda values: ((values[0] - target).pow(4).sum() for target in targets[own])  # noqa: E731
+        adam([parameter], loss, steps=20, warmup=3, betas=(0.9, 0.98), together=together)
+        return parameter.value().detach()
+
+    found = launched(2, lambda together: fit(together, slice(0, 1) if together.is_first else slice(1, 4)))
+    assert torch.allclose(found[0], fit(None, slice(0, 4)), rtol=1e-12, atol=0)
+
+
+def test_sums_and_the_first_ones_values_in_place():
+    def act(together):
+        mine = torch.arange(6, dtype=torch.float64).view(2, 3) + 10 * together.rank
+        turned, kept, flags = mine.T, mine.clone(), torch.tensor([together.rank + 4], dtype=torch.int32)
+        together.sum_(turned)
+        together.take_first_(kept, flags)
+        return mine.tolist(), kept.tolist(), flags.tolist(), together.gather(together.rank)
+
+    summed = [[10.0, 12.0, 14.0], [16.0, 18.0, 20.0]]
+    assert launched(2, act) == [(summed, [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], [4], [0, 1])] * 2
+
+
+def test_as_torchrun_starts_it(tiny_checkpoint, raven, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qectomy"]
+    command += ["convert", tiny_checkpoint(), "--out", out, "--query", "low-rank:3", "--text", raven, "--tokens", "320"]
+    command += ["--context", "32", "--eval-tokens", "160", "--json"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == json.loads((out / "qectomy.json").read_text())  # once
+    assert json.loads(done.stdout)["processes"] == 2
+    assert done.stderr.count("converting 2/2") == 1

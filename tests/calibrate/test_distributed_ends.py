@@ -1,0 +1,339 @@
+"""Several processes end as one does: with one output, one error, or what can be resumed."""
+
+import errno
+import json
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from conversions import convert_tiny, reload_here
+from interruptions import same_output
+from launches import KILLED, launched, several
+
+from qectomy.calibrate import layer_fit, refit
+from qectomy.calibrate.launched import Launched
+from qectomy.calibrate.layer_pass import LayerPass
+from qectomy.cli import main
+from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped
+from qectomy.surgery.step_writer import StepWriter
+from qectomy.surgery.work_folder import WorkFolder
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_checkpoint, raven, tmp_path_factory):
+    """A run of two processes that nothing stops: its source and its output."""
+    source, out = tiny_checkpoint("llama", num_hidden_layers=3), tmp_path_factory.mktemp("whole") / "out"
+    begun = time.perf_counter()
+    found = several(source, out, "key-shared", raven)
+    assert isinstance(found[0], dict), found
+    return source, out, time.perf_counter() - begun
+
+
+def killed_after(steps, rank):
+    """Let one process be killed when so many steps are kept, whatever the other one does by then."""
+
+    def before(together):
+        layer = LayerPass._run_student
+
+        def run(self, index, *rest):
+            if index == steps - 1 and self.share.together.rank == rank:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return layer(self, index, *rest)
+
+        LayerPass._run_student = run
+
+    return before
+
+
+@pytest.mark.parametrize("query", ["key-shared", "select"])
+def test_what_other_processes_solve_does_not_count(query, whole, raven, tmp_path):
+    """Their processors may round otherwise: they have their share of the sums, and the first one's solutions."""
+
+    def before(together):
+        if together.rank == 1:
+            make_start, refine, solve = layer_fit.make_start, layer_fit.refine, refit.ridge_
+
+            def other(start):
+                query = {name: tensor.roll(1, 0) for name, tensor in start.query.items()}
+                return replace(start, W_K=1.01 * start.W_K, query=query)
+
+            layer_fit.make_start = lambda *arguments: other(make_start(*arguments))
+            layer_fit.refine = lambda *arguments: other(refine(*arguments))
+            refit.ridge_ = lambda *arguments: 1.01 * solve(*arguments)
+
+    outs = tmp_path / "plain", tmp_path / "perturbed"
+    several(whole[0], outs[0], query, raven)
+    several(whole[0], outs[1], query, raven, before=before)
+    same_output(*outs)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_run_which_goes_on(rank, whole, raven, tmp_path, capfd):
+    source, expected, _ = whole
+    out = tmp_path / "out"
+    found = several(source, out, "key-shared", raven, before=killed_after(2, rank))
+    assert found[rank] == KILLED
+    assert type(found[1 - rank]) is Stopped
+    assert str(found[1 - rank]).startswith("another process of this run is gone (")
+    if rank == 1:
+        left = f"{out}.converting holds what was done: go on with --resume, or start anew with --clean."
+        assert str(found[0]).endswith(left)
+    assert len(WorkFolder(out).journal.entries) == 2
+    for count, options in ((1, {}), (3, {})):
+        refused = several(source, out, "key-shared", raven, count=count, resume=True, **options)
+        assert [type(error) for error in refused] == [QectomyError] * count
+        assert f"holds another run: processes was 2, is {count}." in str(refused[0])
+    resumed = several(source, out, "key-shared", raven, resume=True)
+    assert isinstance(resumed[0], dict), resumed
+    same_output(out, expected)
+    assert not WorkFolder(out).path.exists()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, (0,)), (signal.SIGTERM, (0, 1)), (signal.SIGINT, (0, 1))])
+def test_an_interruption_ends_all_and_the_run_goes_on(number, ranks, whole, raven, tmp_path):
+    """As by a launcher, which sends SIGTERM, or by Ctrl-C, which all processes get."""
+
+    def before(together):
+        layer = LayerPass._run_student
+
+        def run(self, index, *rest):
+            if index == 1 and together.rank in ranks:
+                os.kill(os.getpid(), number)
+            return layer(self, index, *rest)
+
+        LayerPass._run_student = run
+
+    source, expected, _ = whole
+    out = tmp_path / "out"
+    first, other = several(source, out, "key-shared", raven, before=before)
+    assert type(first) is Stopped
+    assert str(first).startswith(f"interrupted. {out}.converting holds what was done: go on with --resume")
+    if ranks == (0,):
+        assert type(other) is Stopped
+    else:
+        assert other == KILLED or isinstance(other, KeyboardInterrupt)
+    assert resumed(source, out, raven)[0] == (1, "done before: going on from there")
+    same_output(out, expected)
+
+
+def killed_at(rank, seconds):
+    """Let one process be killed after a while."""
+
+    def before(together):
+        if together.rank == rank:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    return before
+
+
+def test_killed_at_random_moments(whole, raven, tmp_path):
+    source, expected, seconds = whole
+    chance, out = random.Random(5), tmp_path / "out"
+    for _ in range(5):
+        rank, at = chance.randrange(2), chance.uniform(0.2, 0.8) * seconds
+        found = several(source, out, "key-shared", raven, before=killed_at(rank, at), resume=True)
+        if out.exists():  # also where the second one is killed after that
+            break
+        assert KILLED in found
+        assert {type(outcome) for outcome in found if outcome != KILLED} <= {Stopped}
+    else:
+        found = several(source, out, "key-shared", raven, resume=True)
+        assert isinstance(found[0], dict), found
+    same_output(out, expected)
+
+
+def killed_when_kept(steps, written):
+    """Let the first process be killed when so many steps are kept, before or after the last one's entry is written.
+
+    It comes late, so that the other one could go on.
+    """
+
+    def before(together):
+        keep = StepWriter.keep
+
+        def kept(self, **more):
+            last = len(self._work.journal.entries) == steps - 1
+            if not last or written:
+                keep(self, **more)
+            if last:
+                time.sleep(0.5)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        StepWriter.keep = kept
+
+    return before
+
+
+def resumed(source, out, text):
+    """Resume in two processes; return what the first one said of it at once. The other one says nothing."""
+
+    def act(together):
+        said = []
+        tell = lambda done, total, note: said.append((done, note))  # noqa: E731
+        convert_tiny(source, out, "key-shared", text, together=together, resume=True, progress=tell)
+        return said
+
+    said, nothing = launched(2, act)
+    assert nothing == []
+    return said[:-1]
+
+
+def test_a_step_is_whole_in_all_processes_before_any_goes_on(whole, raven, tmp_path):
+    """What a layer leaves lies where its predecessor's states lay: the journal has to know them first."""
+    source, expected, _ = whole
+    out = tmp_path / "out"
+    found = several(source, out, "key-shared", raven, before=killed_when_kept(3, written=False))
+    assert found[0] == KILLED
+    assert resumed(source, out, raven)[0] == (1, "done before: going on from there")
+    same_output(out, expected)
+
+
+def test_states_of_one_process_that_are_damaged_cost_a_layer(whole, raven, tmp_path):
+    source, expected, _ = whole
+    out = tmp_path / "out"
+    several(source, out, "key-shared", raven, before=killed_when_kept(3, written=True))
+    states = WorkFolder(out).scratch / "process-1" / "student-0"  # as they enter the third layer
+    data = bytearray(states.read_bytes())
+    data[100] ^= 1
+    states.write_bytes(data)
+    damaged = (0, "1 step(s) were damaged on the disk: they are made anew")
+    assert resumed(source, out, raven)[:2] == [damaged, (1, "done before: going on from there")]
+    same_output(out, expected)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "error, kind, message, left",
+    [
+        (NonFiniteError("layer 1 is no number"), NonFiniteError, "layer 1 is no number", False),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OutputError, "could not be written: the disk is full", True),
+        (ZeroDivisionError("by zero"), Stopped, "process {} has failed, ZeroDivisionError: by zero. ", True),
+    ],
+)
+def test_an_error_in_one_process_is_that_of_all(rank, error, kind, message, left, whole, raven, tmp_path):
+    def before(together):
+        layer = LayerPass._run_student
+
+        def run(self, index, *rest):
+            if index == 1 and together.rank == rank:
+                raise error
+            return layer(self, index, *rest)
+
+        LayerPass._run_student = run
+
+    found = several(whole[0], tmp_path / "out", "key-shared", raven, before=before)
+    assert type(found[0]) is kind
+    assert message.format(rank) in str(found[0])
+    assert type(found[1]) in (kind, type(error))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.converting"] * left
+    assert ("--resume" in str(found[0])) == left
+
+
+def test_an_error_before_and_after_the_pass_is_that_of_all(whole, raven, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    found = several(whole[0], tmp_path / "out", "key-shared", raven)
+    assert [type(error) for error in found] == [OutputError] * 2
+    assert str(found[0]) == str(found[1])
+    monkeypatch.setattr(StepWriter, "finish", lambda self: (_ for _ in ()).throw(OutputError("no more")))
+    found = several(whole[0], tmp_path / "other", "key-shared", raven)
+    assert [type(error) for error in found] == [OutputError] * 2
+    assert "no more" in str(found[1])
+
+
+def test_processes_that_were_told_different_things(whole, raven, tmp_path):
+    def act(together):
+        return convert_tiny(whole[0], tmp_path / "out", "key-shared", raven, together=together, seed=together.rank)
+
+    assert [str(error) for error in launched(2, act)] == [
+        "process 1 works on something else than process 0: seed was 0, is 1"
+    ] * 2
+
+    def elsewhere(together):
+        return convert_tiny(whole[0], tmp_path / f"out-{together.rank}", "key-shared", raven, together=together)
+
+    found = launched(2, elsewhere)
+    assert [type(error) for error in found] == [QectomyError] * 2
+    assert str(found[0]) == (
+        f"process 1 does not see {tmp_path}/out-0.converting: all processes need one folder; put --out on a disk that "
+        "all hosts see"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_processes_than_windows(whole, raven, tmp_path):
+    found = several(whole[0], tmp_path / "out", "key-shared", raven, tokens=32)
+    assert [str(error) for error in found] == [
+        "2 processes, but only 1 window(s) to fit on, and each needs one: start no more than that, or give more "
+        "--tokens"
+    ] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_connection_is_left_to_wait_for(tmp_path):
+    """Whoever waits for the first process, which has said what is wrong, waits until it is gone and no longer."""
+
+    def act(together):
+        begun = time.monotonic()
+        if together.is_first:
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        assert isinstance(together, Launched)
+        together.wait_for_first()
+        return time.monotonic() - begun
+
+    first, waited = launched(2, act)
+    assert first == KILLED
+    assert 0.4 < waited < 20
+
+
+# The command line
+
+
+def commanded(monkeypatch, *arguments):
+    """Run the command line in two processes; return how each ended."""
+    monkeypatch.setattr(sys, "argv", ["qectomy", *map(str, arguments)])
+    return [getattr(end, "code", end) for end in launched(2, lambda nobody: main(), joined=False)]
+
+
+def test_one_process_speaks_for_all(whole, raven, tmp_path, monkeypatch, capfd):
+    source, given = whole[0], ("--text", raven, "--context", "32", "--eval-tokens", "160", "--tokens", "320")
+    out = tmp_path / "out"
+    for command, code, message in [
+        (["convert", source, "--out", tmp_path, *given], 1, f"error: {tmp_path} exists; nothing is overwritten. "),
+        (["convert", source, "--out", out, *given, "--tokens", "32"], 1, "error: 2 processes, but only 1 window(s)"),
+        (["convert", source, "--out", out, *given, "--heal", "1k"], 1, "error: --heal in convert is for one process"),
+        (["convert", tmp_path / "none", "--out", out, *given], 1, "error: "),
+    ]:
+        assert commanded(monkeypatch, *command) == [code, code]
+        told = capfd.readouterr()
+        assert (told.out, told.err.count("error")) == ("", 1), told.err
+        assert message in told.err
+        assert list(tmp_path.iterdir()) == []
+    assert commanded(monkeypatch, "convert", source, "--out", out, *given, "--dry-run", "--json") == [0, 0]
+    assert json.loads(capfd.readouterr().out)["plan"] == ["key-shared"] * 3
+
+
+def test_the_first_process_writes_the_text_for_all(tiny_checkpoint, tmp_path, monkeypatch, capfd):
+    reload_here(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = ["convert", tiny_checkpoint(), "--out", tmp_path / "out", "--self-generated", "--query", "select"]
+    command += ["--context", "32", "--eval-tokens", "64", "--tokens", "128", "--json"]
+    assert commanded(monkeypatch, *command) == [0, 0]
+    found = json.loads(capfd.readouterr().out)
+    assert (found["processes"], found["calibration"]["texts"][0]["tokens"]) == (2, 128)
+
+
+def test_what_fits_nothing_is_done_by_the_first_process(tiny_checkpoint, raven, tmp_path, monkeypatch, capfd):
+    source, out = tiny_checkpoint("gpt2"), tmp_path / "out"
+    reload_here(monkeypatch)
+    command = ["convert", source, "--out", out, "--query", "exact", "--json", "--context", "32", "--eval-tokens", "64"]
+    assert commanded(monkeypatch, *command) == [0, 0]
+    assert json.loads(capfd.readouterr().out) == json.loads((out / "qectomy.json").read_text())
+    assert commanded(monkeypatch, "materialize", out, "--out", tmp_path / "stock") == [0, 0]
+    assert capfd.readouterr().out.count("wrote ") == 1
