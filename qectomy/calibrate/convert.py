@@ -61,7 +61,11 @@ def convert(
     """
     together = together or Together(settings.device)
     with together.one_end():
-        if resume and (done := together.first_alone(lambda: finished(out, lambda: read_json(out / "qectomy.json")))) is not None:
+        if (
+            resume
+            and (done := together.first_alone(lambda: finished(out, lambda: read_json(out / "qectomy.json"))))
+            is not None
+        ):
             return done if together.is_first else None
         return _convert(source, out, recipe, settings, progress if together.is_first else None, together, resume, clean)
 
