@@ -136,9 +136,16 @@ app.command(
 )(import_nanogpt)
 
 
+LONGEST = 4000  # characters of a message
+
+
 def complain(message: str) -> None:
-    """Print an error on stderr, in red where colours are wanted."""
-    typer.secho(f"error: {message}", err=True, fg=None if os.environ.get("NO_COLOR") else typer.colors.RED)
+    """Print an error on stderr, in red where colours are wanted; no file quoted in it gives orders to the terminal."""
+    from qectomy.eval.page.checked import clean
+
+    typer.secho(
+        f"error: {clean(message[:LONGEST])}", err=True, fg=None if os.environ.get("NO_COLOR") else typer.colors.RED
+    )
 
 
 def main() -> None:

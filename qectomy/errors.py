@@ -1,5 +1,17 @@
 """Errors a user can mend. The message says what is wrong, why it matters and what to do."""
 
+import reprlib
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlevel = 2
+
+
+def shown(value: Any) -> str:
+    """Return a value from a file as a message can hold it: on one line, without control characters, cut if long."""
+    return _SHORT.repr(value)
+
 
 class QectomyError(Exception):
     """Base of everything the command line prints without a traceback (exit code 1)."""

@@ -5,12 +5,13 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from qectomy.errors import TextError
+from qectomy.errors import TextError, shown
 
 FILE_ENDINGS = (".txt", ".jsonl", ".ndjson", ".json", ".md", ".parquet")  # of a name mistyped, not of a dataset's
 TEXT_FIELDS = ("text", "page", "content", "document")
+MAX_LINE = 1 << 28  # bytes; text8, all of it one line, has 10^8
 PIECE = 1 << 20  # characters of a plain text that are taken as one document, up to the next end of a line
 
 
@@ -81,7 +82,7 @@ def parquet_documents(path: Path) -> Iterator[str]:
             field = _text_field(str(path), file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=256, columns=[field]):
                 yield from (entry for entry in batch.column(0).to_pylist() if isinstance(entry, str))
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError, KeyError, IndexError, RecursionError) as error:
         raise TextError(f"{path} cannot be read: {_first_line(error)}") from error
 
 
@@ -108,11 +109,12 @@ def dataset_documents(name: str) -> Iterator[str]:
 def _text_field(what: str, columns: list[str]) -> str:
     field = next((f for f in TEXT_FIELDS if f in columns), None)
     if field is None:
-        raise TextError(f"{what} has no column {', '.join(TEXT_FIELDS)}; it has {columns}")
+        raise TextError(f"{what} has no column {', '.join(TEXT_FIELDS)}; it has {shown(columns)}")
     return field
 
 
 def _opened(path: Path) -> Any:
+    check_ends(path)
     if path.is_dir():
         raise TextError(f"{path} is a folder; give a text file, a .jsonl or .parquet file or a dataset's name")
     try:
@@ -121,10 +123,18 @@ def _opened(path: Path) -> Any:
         raise TextError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _decoded(path: Path, file: Iterable[bytes]) -> Iterator[str]:
+def check_ends(path: Path) -> None:
+    """Raise TextError for a device: a file ends, and so does a pipe."""
+    if path.is_char_device() or path.is_block_device():
+        raise TextError(f"{path} is a device, not a text")
+
+
+def _decoded(path: Path, file: BinaryIO) -> Iterator[str]:
     """Yield the lines of an opened UTF-8 file; no byte of a longer character is a line's end, so lines decode alone."""
     done = 0
-    for line in file:
+    while line := file.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise TextError(f"{path} has a line of more than {MAX_LINE:,} bytes; break it, or give another text")
         mark = len(codecs.BOM_UTF8) if done == 0 and line.startswith(codecs.BOM_UTF8) else 0
         try:
             yield line[mark:].decode()

@@ -27,7 +27,7 @@ class WindowFile:
         self.shape, self.dtype = (n_windows, *shape), dtype
         self._window_bytes = torch.Size(shape).numel() * dtype.itemsize
         self._crc, self._summed = 0, 0  # of the first windows, if they were written one after the other
-        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0)
         try:
             size = max(1, n_windows * self._window_bytes)
             if hasattr(os, "posix_fallocate"):

@@ -7,18 +7,26 @@ tokenizer itself starts a text with BOS, every window starts with BOS too (and h
 
 import codecs
 import hashlib
+import json
+import math
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qectomy.calibrate.documents import dataset_documents, jsonl_documents, parquet_documents
+from qectomy.calibrate.documents import check_ends, dataset_documents, jsonl_documents, parquet_documents
 from qectomy.errors import CheckpointError, TextError
 from qectomy.surgery.checkpoint import sha256
+from qectomy.surgery.config_files import MAX_CARRIED_BYTES, TOKENIZER_FILES, companions
 
 JOIN = "\n\n"
+MAX_GROWTH = 1e4  # of a text by a tokenizer's replacements; those of Llama's and Gemma's keep its length
+MAX_TEXT_BYTES = 4_000_000_000
 CHARACTERS_A_TOKEN = 6  # how much text is read at first for each token wanted; more is read when it falls short
 
 
@@ -64,8 +72,15 @@ def read_source(name: str) -> Source:
 
 def _read_file(path: Path) -> tuple[str, str]:
     """Return the text of a plain or a JSONL file, and the sha256 of its bytes."""
+    check_ends(path)
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(MAX_TEXT_BYTES + 1) if size <= MAX_TEXT_BYTES else None
+        if data is None or len(data) > MAX_TEXT_BYTES:
+            raise TextError(
+                f"{path} has more than {MAX_TEXT_BYTES:,} bytes, and all are held in memory; give a part of it"
+            )
         mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
         text = data[mark:].decode()
     except UnicodeDecodeError as error:
@@ -81,21 +96,68 @@ def load_tokenizer(folder: Path) -> Any:
     """Load the checkpoint's tokenizer; none of its code is run. Raises CheckpointError if there is none."""
     from transformers import AutoTokenizer
 
-    try:
+    for file in companions(folder, TOKENIZER_FILES, most=sys.maxsize):
+        if file.stat().st_size > MAX_CARRIED_BYTES:
+            raise CheckpointError(f"{file}: larger than {MAX_CARRIED_BYTES:,} bytes; not a file of a tokenizer")
+    with _refused(f"{folder} holds no tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds here; all mean the same to the user
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{folder} holds no tokenizer that can be loaded: {reason}") from error
+        empty = len(tokenizer) <= len(tokenizer.all_special_ids)
+        check_growth(tokenizer)
     # Where the files of GPT-2's tokenizer are missing, transformers makes one of special tokens alone.
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
+    if empty:
         raise CheckpointError(f"{folder} holds no tokenizer that can be loaded: files are missing, or have no tokens")
     return tokenizer
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Make one CheckpointError, `what` and the reason, of whatever a tokenizer raises; a panic of its Rust part too."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{what}: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of what an error says, cut; its kind where it says nothing."""
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def check_growth(tokenizer: Any) -> None:
+    """Raise ValueError for a tokenizer whose replacements, one after the other, make far more of a text than it is."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for part in (getattr(backend, "normalizer", None), getattr(backend, "decoder", None)):
+        if part is not None and (times := _growth(json.loads(part.__getstate__()))) > MAX_GROWTH:
+            raise ValueError(f"its replacements make a text up to {times:.0e} times as long")
+
+
+def _growth(rule: Any) -> float:
+    """How many times as long a rule of a tokenizer can make a text."""
+    if isinstance(rule, list):
+        return math.prod(map(_growth, rule), start=1.0)
+    if not isinstance(rule, dict):
+        return 1.0
+    parts = [value for name, value in rule.items() if name in ("normalizers", "decoders")]
+    inner = _growth(parts)
+    if rule.get("type") != "Replace":
+        return inner
+    pattern, content = rule.get("pattern"), rule.get("content")
+    text = pattern.get("String") if isinstance(pattern, dict) else pattern
+    return inner * max(1.0, len(content or "") / len(text) if text else 1.0 + len(content or ""))
+
+
+def token_ids(tokenizer: Any, text: str, **options: Any) -> Any:
+    """Return what a tokenizer makes of a text. Raises CheckpointError if it cannot read it."""
+    with _refused("the checkpoint's tokenizer cannot read the text"):
+        return tokenizer(text, **options)
 
 
 def adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer starts a text with its BOS token."""
     bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return bos is not None and token_ids(tokenizer, "a")["input_ids"][:1] == [bos]
 
 
 def first_tokens(tokenizer: Any, source: Source, count: int | None) -> list[int]:
@@ -115,7 +177,8 @@ def first_tokens_and_ends(
     length = len(text) if count is None else count * CHARACTERS_A_TOKEN + 1000
     ends = ends and getattr(tokenizer, "is_fast", False)
     while True:
-        found = tokenizer(text[:length], add_special_tokens=special, return_offsets_mapping=ends, verbose=False)
+        options = dict(add_special_tokens=special, return_offsets_mapping=ends, verbose=False)
+        found = token_ids(tokenizer, text[:length], **options)
         ids = found["input_ids"]
         # The last few tokens before a cut may differ from those of the whole text.
         if length >= len(text) or (count is not None and len(ids) >= count + 64):
@@ -156,9 +219,10 @@ def make_windows(
         if count == 0:
             raise TextError(_too_short(source.name, there, left_out, width))
         block = torch.tensor(ids[: count * width], dtype=torch.int64).view(count, width)
-        if int(block.max()) >= vocab_size:
+        largest = max(int(block.max()), tokenizer.bos_token_id if bos else 0)
+        if largest >= vocab_size:
             raise CheckpointError(
-                f"the tokenizer makes token id {int(block.max())}, but the model's embedding has {vocab_size} rows; "
+                f"the tokenizer makes token id {largest}, but the model's embedding has {vocab_size} rows; "
                 "tokenizer and weights do not belong together"
             )
         blocks.append(block)

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from qectomy.errors import CheckpointError, QectomyError
+from qectomy.errors import CheckpointError, QectomyError, shown
 from qectomy.surgery.architectures import FAMILIES
-from qectomy.surgery.checkpoint import locate
+from qectomy.surgery.checkpoint import MAX_LAYERS, locate
 from qectomy.surgery.headers import TORCH_NAMES, read_json
 
+COUNTS_OF_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 DTYPES = [TORCH_NAMES[kind] for kind in ("F32", "BF16", "F16", "F64")]
 
 
@@ -66,9 +67,14 @@ def _json_config(name: str) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: not a JSON object")
+    inner = [value for value in config.values() if isinstance(value, dict)]  # as in text_config
+    for fields in (config, *inner):
+        for field in COUNTS_OF_LAYERS:  # transformers makes lists, and modules, of so many
+            if isinstance(count := fields.get(field), int) and count > MAX_LAYERS:
+                raise CheckpointError(f"{path}: {field} {shown(count)} is beyond any model ({MAX_LAYERS})")
     return config
 
 
 def _not_loaded(folder: Path, config: dict[str, Any], error: Exception) -> CheckpointError:
     reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-    return CheckpointError(f"{folder} (model_type {config.get('model_type')!r}) cannot be loaded: {reason}")
+    return CheckpointError(f"{folder} (model_type {shown(config.get('model_type'))}) cannot be loaded: {reason}")

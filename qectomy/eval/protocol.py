@@ -80,7 +80,7 @@ def scoring_windows(tokenizer: Any, source: Source, protocol: Protocol, vocab_si
             f"{source.name} has {len(ids)} tokens, fewer than one window of {width}; give more text or a smaller "
             "--context"
         )
-    check_ids(ids, vocab_size)
+    check_ids(torch.tensor([*read, tokenizer.bos_token_id] if bos else read), vocab_size)
     windows = ids.unfold(0, width, step).clone()
     first = torch.full((windows.shape[0],), width - step)
     first[0] = 0

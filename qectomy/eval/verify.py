@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from qectomy.errors import CheckpointError
+from qectomy.errors import CheckpointError, shown
+from qectomy.eval.page.checked import clean
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_error, score_streamed
 from qectomy.eval.summary import cost
@@ -137,12 +138,16 @@ def _same_model(reduced: Checkpoint, original: Checkpoint) -> list[str]:
             f"{reduced.folder} is of the family {reduced.family.model_type}, {original.folder} of "
             f"{original.family.model_type}: one cannot come from the other"
         )
-    if shown := differing_sizes(reduced, original):
-        raise CheckpointError(f"{reduced.folder} cannot come from {original.folder}: they differ in {shown}")
+    if sizes := differing_sizes(reduced, original):
+        raise CheckpointError(f"{reduced.folder} cannot come from {original.folder}: they differ in {sizes}")
     # Both as the reduced class reads them, so that a field left out is its default.
     said, found = (load_config(c.family, c.config, reduced=True).to_dict() for c in (original, reduced))
     names = sorted(set(said) - ({*DROPPED, "dtype", "model_type", "tie_word_embeddings"} - set(VARIANT)))
-    return [f"config.json: {key} is {found.get(key)}, not {said[key]}" for key in names if found.get(key) != said[key]]
+    return [
+        f"config.json: {clean(key)} is {shown(found.get(key))}, not {shown(said[key])}"
+        for key in names
+        if found.get(key) != said[key]
+    ]
 
 
 def _plan_of(reduced: Checkpoint, original: Checkpoint) -> tuple[ExactPlan | None, list[str]]:

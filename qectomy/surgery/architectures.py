@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from qectomy.errors import CheckpointError, UnsupportedArchitecture
+from qectomy.errors import CheckpointError, UnsupportedArchitecture, shown
 from qectomy.surgery.family import Dimensions, Family, LayerRoles, LinearView, Orientation, Shapes, flag, size, variant
 
 if TYPE_CHECKING:
@@ -90,9 +90,13 @@ class LlamaFamily(Family):
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         check_activation("hidden_act", config.hidden_act)
+        check_epsilon("rms_norm_eps", config.rms_norm_eps)
+        check_share("attention_dropout", config.attention_dropout)
+        if (window := self.sliding_window(config)) is not None and not 0 < window < 2**31:
+            raise ValueError(f"sliding_window must be a positive whole number or null, got {shown(window)}")
         rope_type, known = config.rope_parameters["rope_type"], ("default", *ROPE_INIT_FUNCTIONS)
         if rope_type not in known:
-            raise ValueError(f"rope_type {rope_type!r} is unknown; known: {', '.join(known)}")
+            raise ValueError(f"rope_type {shown(rope_type)} is unknown; known: {', '.join(known)}")
         with torch.device("cpu"):  # whatever device the caller builds on
             frequencies = self.rotary(config).inv_freq
         if frequencies.shape != (config.head_dim // 2,) or not frequencies.isfinite().all():
@@ -200,9 +204,12 @@ class GPT2Family(Family):
 
     def check_config(self, config: Any) -> None:
         check_activation("activation_function", config.activation_function)
+        check_epsilon("layer_norm_epsilon", config.layer_norm_epsilon)
+        for field in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
+            check_share(field, getattr(config, field))
         scale = getattr(config, "softmax_scale", None)
         if scale is not None and not (isinstance(scale, int | float) and 0 < scale < float("inf")):
-            raise ValueError(f"softmax_scale must be a positive number, got {scale!r}")
+            raise ValueError(f"softmax_scale must be a positive number, got {shown(scale)}")
 
     def query_factor(self, config: Any) -> float:
         if config.softmax_scale is None:
@@ -237,7 +244,19 @@ def check_activation(field: str, name: Any) -> None:
     from transformers.activations import ACT2FN
 
     if name not in ACT2FN:
-        raise ValueError(f"{field} {name!r} is not an activation that transformers knows")
+        raise ValueError(f"{field} {shown(name)} is not an activation that transformers knows")
+
+
+def check_epsilon(field: str, value: Any) -> None:
+    """Raise ValueError unless this can be added to a variance."""
+    if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ValueError(f"{field} must be a number of 0 or more, got {shown(value)}")
+
+
+def check_share(field: str, value: Any) -> None:
+    """Raise ValueError unless this can be the share of what a dropout drops."""
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{field} must be a number from 0 to 1, got {shown(value)}")
 
 
 LLAMA_ROLES = LayerRoles(
@@ -307,15 +326,15 @@ def find_family(config: dict[str, Any]) -> Family:
         if all(isinstance(names, list) and names and all(name == "dense" for name in names) for names in maps):
             return find_reduced_family(config)  # whole, though its class is ours: without norms or skips, say
         raise UnsupportedArchitecture(
-            f"model_type {model_type!r}: this checkpoint is already reduced. Give the original one, or use "
+            f"model_type {shown(model_type)}: this checkpoint is already reduced. Give the original one, or use "
             "`qectomy materialize` to write W_Q back."
         )
     if model_type in QK_NORM_TYPES:
         raise UnsupportedArchitecture(
-            f"model_type {model_type!r} normalises queries after W_Q (QK-norm): no linear query map can stand in "
+            f"model_type {shown(model_type)} normalises queries after W_Q (QK-norm): no linear query map can stand in "
             f"for it. Supported types: {known}."
         )
-    raise UnsupportedArchitecture(f"model_type {model_type!r} is not supported; supported types: {known}")
+    raise UnsupportedArchitecture(f"model_type {shown(model_type)} is not supported; supported types: {known}")
 
 
 def find_reduced_family(config: dict[str, Any]) -> Family:
@@ -325,5 +344,5 @@ def find_reduced_family(config: dict[str, Any]) -> Family:
             return family
     known = ", ".join(family.reduced_model_type for family in FAMILIES.values())
     raise UnsupportedArchitecture(
-        f"model_type {config.get('model_type')!r} is not a checkpoint that qectomy reduced; those are: {known}"
+        f"model_type {shown(config.get('model_type'))} is not a checkpoint that qectomy reduced; those are: {known}"
     )

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from qectomy.errors import CheckpointError, NonFiniteError, UnreadableError, UnsupportedArchitecture
+from qectomy.errors import (
+    CheckpointError,
+    NonFiniteError,
+    QueryMapError,
+    UnreadableError,
+    UnsupportedArchitecture,
+    shown,
+)
 from qectomy.surgery.architectures import find_family, find_reduced_family
 from qectomy.surgery.family import Dimensions, Family, Shapes
 from qectomy.surgery.finite import all_finite
@@ -24,7 +31,6 @@ from qectomy.surgery.headers import (
     INDEX_BYTES,
     TORCH_NAMES,
     TensorInfo,
-    data_offsets,
     read_headers,
     read_json,
 )
@@ -122,7 +128,7 @@ class Checkpoint:
         data = bytearray((stop - start) * row_bytes)
         try:
             with (self.folder / info.file).open("rb") as file:
-                file.seek(self._offsets[info.file][info.stored_name] + start * row_bytes)
+                file.seek(info.start + start * row_bytes)
                 got = file.readinto(data)
         except OSError as error:
             raise UnreadableError(f"{info.file}: cannot read tensor {name}: {error}") from error
@@ -136,14 +142,9 @@ class Checkpoint:
         info = self.tensors[name]
         try:
             with (self.folder / info.file).open("rb", buffering=0) as file:
-                return digest_at(file.fileno(), self._offsets[info.file][info.stored_name], info.nbytes)
+                return digest_at(file.fileno(), info.start, info.nbytes)
         except OSError as error:
             raise UnreadableError(f"{info.file}: cannot read tensor {name}: {error}") from error
-
-    @cached_property
-    def _offsets(self) -> dict[str, dict[str, int]]:
-        """Where each tensor's bytes begin, by file; the headers were found sound when the checkpoint was opened."""
-        return {name: data_offsets(self.folder / name) for name in self.files}
 
     def read_layer(self, layer: int, dtype: "torch.dtype | None" = None) -> "dict[str, torch.Tensor]":
         """Return {name inside the layer: tensor} of one layer."""
@@ -275,7 +276,15 @@ def _read_recipe(config: dict[str, Any], dims: Dimensions) -> tuple[QueryMapSpec
             kind = field_name.removesuffix("s").replace("_", " ")
             raise CheckpointError(f"config.json: {field_name} must name one {kind} for each of {dims.n_layers} layers")
         columns.append(names)
-    return tuple(stored_maps(*names) for names in zip(*columns, strict=True))
+    recipe = []
+    for layer, names in enumerate(zip(*columns, strict=True)):
+        try:
+            recipe.append(stored_maps(*names))
+        except QueryMapError as error:
+            raise QueryMapError(f"config.json, layer {layer}: {error}") from error
+        if recipe[-1].name == "gauge" and dims.rope:
+            raise QueryMapError(f"config.json, layer {layer}: a model with RoPE has no query map 'gauge'")
+    return tuple(recipe)
 
 
 def _check_tensors(
@@ -288,7 +297,9 @@ def _check_tensors(
         )
     expected = expected_tensors(family, dims, recipe)
     if missing := [name for name in expected if name not in found]:
-        held = f"It holds {len(found)} tensors, such as {next(iter(found))!r}." if found else "It holds no tensors."
+        held = (
+            f"It holds {len(found)} tensors, such as {shown(next(iter(found)))}." if found else "It holds no tensors."
+        )
         raise CheckpointError(
             f"{len(missing)} tensor(s) that config.json calls for are missing, first {missing[0]}. {held}"
         )

@@ -1,11 +1,15 @@
-"""Everything of a checkpoint folder that is not weights: config.json, tokenizer, model code, licence."""
+"""Everything of a checkpoint folder that is not weights: config.json, tokenizer, model code, licence.
+
+What goes along as it is must be the folder's own: a link in it that leads elsewhere could carry a private file into an
+output that is published. The hub's cache, whose snapshots are links to the blobs beside them, is as good as the folder.
+"""
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from qectomy.errors import CheckpointError
+from qectomy.errors import CheckpointError, shown
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.family import Family
 from qectomy.surgery.headers import TORCH_NAMES
@@ -23,6 +27,7 @@ TOKENIZER_FILES = (
     "chat_template*",
 )
 CARRIED = (*TOKENIZER_FILES, "generation_config.json", "LICENSE*", "NOTICE*")
+CODE_OR_WEIGHTS = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".safetensors")
 MAX_CARRIED_BYTES = 200_000_000
 VARIANT = ("softmax_scale", "norms", "attention_skip", "mlp_skip", "shared_layers")  # which only our classes read
 DROPPED = (  # of an original's or a reduced model's config.json: written anew, or of no use to the other
@@ -75,6 +80,7 @@ def load_config(family: Family, raw: dict[str, Any], reduced: bool = False) -> A
     fields = {key: value for key, value in raw.items() if key not in dropped}
     try:
         config = family.config_class(reduced)(**fields)
+        _check_sizes(family, raw, config)
         if not -config.vocab_size <= (config.pad_token_id or 0) < config.vocab_size:
             raise ValueError(f"pad_token_id {config.pad_token_id} lies outside the vocabulary")
         family.check_config(config)
@@ -82,6 +88,16 @@ def load_config(family: Family, raw: dict[str, Any], reduced: bool = False) -> A
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"config.json is not a valid {family.model_type} config: {reason}") from error
     return config
+
+
+def _check_sizes(family: Family, raw: dict[str, Any], config: Any) -> None:
+    """Raise ValueError where transformers reads another size than we do: GPT-2's sizes go by two names each."""
+    dims = family.dimensions(raw)
+    fields = dict(num_hidden_layers="n_layers", hidden_size="d_model", num_attention_heads="n_heads")
+    fields |= dict(vocab_size="vocab_size") | (dict(max_position_embeddings="n_positions") if family.positions else {})
+    for field, name in fields.items():
+        if getattr(config, field) != getattr(dims, name):
+            raise ValueError(f"{field} is said to be {shown(getattr(config, field))} and {getattr(dims, name)}")
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
@@ -94,12 +110,29 @@ def copy_companions(source: Path, folder: Path, patterns: tuple[str, ...] = CARR
         shutil.copyfile(file, folder / file.name)
 
 
-def companions(source: Path, patterns: tuple[str, ...] = CARRIED) -> list[Path]:
-    """Return the files of a checkpoint that go along as they are."""
+def companions(source: Path, patterns: tuple[str, ...] = CARRIED, most: int = MAX_CARRIED_BYTES) -> list[Path]:
+    """Return the files of a checkpoint that go along as they are. Raises CheckpointError for a link to elsewhere."""
     found = {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}
-    code_or_weights = (".py", ".bin", ".pt", ".pth", ".safetensors")
-    carried = {file for file in found if file.suffix not in code_or_weights}
-    return sorted(file for file in carried if file.stat().st_size <= MAX_CARRIED_BYTES)
+    carried = {file for file in found if file.suffix not in CODE_OR_WEIGHTS}
+    own = _own_folders(source)
+    for file in sorted(carried):
+        if not any(file.resolve().is_relative_to(folder) for folder in own):
+            raise CheckpointError(
+                f"{file} is a link to {file.resolve()}, outside its folder; it would be copied into the output. "
+                "Put the file itself in its place, or remove the link"
+            )
+    return sorted(file for file in carried if file.stat().st_size <= most)
+
+
+def _own_folders(source: Path) -> list[Path]:
+    """Return where the files of a checkpoint may lie: its folder and, for a snapshot of the hub's cache, the blobs.
+
+    HUB/models--NAME/snapshots/REVISION/ has its blobs in HUB/models--NAME/blobs/ or, shared, in HUB/blobs/.
+    """
+    folder = source.resolve()
+    if folder.parent.name != "snapshots" or "--" not in folder.parents[1].name:
+        return [folder]
+    return [folder, folder.parents[1] / "blobs", folder.parents[2] / "blobs"]
 
 
 def copy_model_code(family: Family, folder: Path) -> None:

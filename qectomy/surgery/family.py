@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from qectomy.errors import CheckpointError
+from qectomy.errors import CheckpointError, shown
 
 if TYPE_CHECKING:
     from qectomy.surgery.query_maps import QueryMapSpec
@@ -252,7 +252,7 @@ def size(fields: dict[str, Any], name: str, default: int | None = None, where: s
     """Return a positive whole number of a parsed config. Raises CheckpointError naming it otherwise."""
     value = fields.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        raise CheckpointError(f"{where}: {name} must be a positive whole number, got {value!r}")
+        raise CheckpointError(f"{where}: {name} must be a positive whole number, got {shown(value)}")
     return value
 
 
@@ -260,5 +260,5 @@ def flag(fields: dict[str, Any], name: str, default: bool = False, where: str = 
     """Return true or false of a parsed config. Raises CheckpointError naming it otherwise."""
     value = fields.get(name, default)
     if not isinstance(value, bool):
-        raise CheckpointError(f"{where}: {name} must be true or false, got {value!r}")
+        raise CheckpointError(f"{where}: {name} must be true or false, got {shown(value)}")
     return value

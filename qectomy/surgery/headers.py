@@ -1,17 +1,21 @@
 """The outside of a checkpoint folder: its JSON files, and the headers of its safetensors files.
 
 Everything here comes from elsewhere and may be damaged or hostile: sizes are bounded, and names stay in the folder.
+A file that is parsed may be a link, as all are in the hub's cache: what it leads to must be a regular file.
 """
 
 import json
 import math
+import os
+import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from qectomy.errors import CheckpointError
+from qectomy.errors import CheckpointError, shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -26,7 +30,9 @@ TORCH_NAMES = {
     "I32": "int32",
     "I16": "int16",
 }
-MAX_JSON_BYTES = 100_000_000
+MAX_JSON_BYTES = 20_000_000  # the index of 10,000 layers has 10 MB
+MAX_INNER = 1_000_000  # lists and objects in a file; the header of 10,000 layers has a third of that
+MAX_DEPTH = 100  # of lists and objects inside each other; what reads or writes them again recurses
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str  # safetensors' name, as in BF16
     stored_name: str = ""  # in the file
+    start: int = 0  # of its bytes in the file
 
     @property
     def numel(self) -> int:
@@ -48,21 +55,71 @@ class TensorInfo:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file of bounded size. Raises CheckpointError naming the file."""
+    """Parse a JSON file of bounded size and depth. Raises CheckpointError naming the file."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        data = read_regular(path, MAX_JSON_BYTES)
+        if data is None:
             raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes; not a file of a checkpoint")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(data)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.parent} holds no {path.name}; it is not a checkpoint folder") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def read_regular(path: Path, most: int) -> bytes | None:
+    """Return the bytes of a file, None where there are more than `most`. Raises OSError as `open_regular` does."""
+    with open_regular(path) as file:
+        data = file.read(most + 1)
+    return data if len(data) <= most else None
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read. Raises OSError for a pipe or a device, which would be waited on, or never end."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(f"{path.name} is not a regular file")
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON. Raises ValueError, too, for a name that an object holds twice, for deep nesting and for its bulk."""
+    if (count := data.count(b"[") + data.count(b"{")) > MAX_INNER:
+        raise ValueError(f"it has {count:,} lists and objects, more than any model's")
+    try:
+        found = json.loads(data.decode(), object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    level, depth = [found], 0
+    while level := [inner for value in level for inner in _inside(value)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError("nested too deeply")
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{shown(twice)} stands twice in one object")
+    return found
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    """The lists and objects that are in a list or an object."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (item for item in inner if isinstance(item, dict | list))
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
     """Return every tensor that the safetensors files of a folder hold, by name."""
+    places: dict[str, str] = {}  # by the index
     if (folder / INDEX).is_file():
-        names = _read_index(folder / INDEX)
+        places = _read_index(folder / INDEX)
+        names = sorted(set(places.values()))
     elif (folder / SINGLE).is_file():
         names = [SINGLE]
     else:
@@ -75,37 +132,49 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     found: dict[str, TensorInfo] = {}
     for file_name in names:
         try:
-            with safe_open(folder / file_name, "np", backend="pread") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                    if name in found:
-                        raise CheckpointError(f"tensor {name} stands in both {found[name].file} and {file_name}")
-                    view = file.get_slice(name)
-                    found[name] = TensorInfo(file_name, tuple(view.get_shape()), view.get_dtype(), name)
+            infos = _read_header(folder / file_name)
         except FileNotFoundError as error:
             raise CheckpointError(f"{INDEX} names {file_name}, which is not in {folder}") from error
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, MemoryError) as error:
             raise CheckpointError(
                 f"{folder / file_name}: not a whole safetensors file ({error}); it may be truncated, or a pointer "
                 "that was never downloaded"
             ) from error
+        for name, info in infos.items():
+            if name in found:
+                raise CheckpointError(f"tensor {name} stands in both {found[name].file} and {file_name}")
+            if places.get(name, file_name) != file_name:
+                raise CheckpointError(f"{INDEX} says that {name} lies in {places[name]}; it lies in {file_name}")
+            found[name] = info
     return found
 
 
-def data_offsets(path: Path) -> dict[str, int]:
-    """Return {tensor name: offset of its first byte in the file}."""
-    with path.open("rb") as file:
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Return what the header of one file says. Raises SafetensorError, OSError or ValueError saying what is wrong.
+
+    The library holds offsets, shapes and sizes against each other and the file; of a name that stands twice it takes
+    the last entry without a word.
+    """
+    with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+        if not 0 < length <= MAX_JSON_BYTES:
+            raise ValueError(f"no model has a header of {length:,} bytes")
+        text = file.read(length)
+    with safe_open(path, "np", backend="pread") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (safe_open is not a mapping)
+        sizes = {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in slices.items()}
+    header = parse_json(text)
+    starts = {name: 8 + length + header[name]["data_offsets"][0] for name in sizes}
+    return {name: TensorInfo(path.name, *sizes[name], name, starts[name]) for name in sizes}
 
 
-def _read_index(path: Path) -> list[str]:
+def _read_index(path: Path) -> dict[str, str]:
+    """Return {tensor name: name of the file beside the index that it says holds the tensor}."""
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{path}: no weight_map from tensor names to file names")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{path}: {name!r} is not the plain name of a safetensors file beside it")
-    return names
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable():
+            raise CheckpointError(f"{path}: {shown(name)} is not the plain name of a safetensors file beside it")
+    return weight_map

@@ -1,7 +1,8 @@
 """A journal of steps that are done: one line a step, on the disk before the next step begins.
 
 Each line is the sha256 of the line before it and of its own JSON, then the JSON. A line that was torn by a kill or a
-power cut, or changed later, ends what is read; so does every line after it.
+power cut, or changed later, ends what is read; so does every line after it. The digests guard against accidents: who
+writes to the folder can compute them too, so what an entry says is checked by whoever goes on from it.
 """
 
 import hashlib
@@ -10,9 +11,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from qectomy.surgery.headers import parse_json, read_regular
 from qectomy.surgery.locked_folder import sync
 
 DIGEST = 64  # characters of a sha256
+MAX_BYTES = 100_000_000  # 10,000 layers of a conversion have 40 MB
 
 
 class Journal:
@@ -22,8 +25,7 @@ class Journal:
         self.path = path
         self.entries: list[dict[str, Any]] = []
         self._marks = [(0, "")]  # where each entry's line ends in the file, and its digest; first, before all of them
-        data = path.read_bytes() if path.exists() else b""
-        for line in data.splitlines(keepends=True):
+        for line in _content(path).splitlines(keepends=True):
             entry = _read(line, self._marks[-1][1])
             if entry is None:
                 break
@@ -53,6 +55,14 @@ class Journal:
         self._marks.append((self._marks[-1][0] + len(line), line[:DIGEST].decode()))
 
 
+def _content(path: Path) -> bytes:
+    """Return what a journal holds: nothing where it is none, or beyond any run's."""
+    try:
+        return (None if path.is_symlink() else read_regular(path, MAX_BYTES)) or b""
+    except OSError:
+        return b""
+
+
 def _digest(before: str, text: bytes) -> bytes:
     return hashlib.sha256(before.encode() + b" " + text).hexdigest().encode()
 
@@ -63,7 +73,7 @@ def _read(line: bytes, before: str) -> dict[str, Any] | None:
     if not line.endswith(b"\n") or digest != _digest(before, text[:-1]):
         return None
     try:
-        entry = json.loads(text)
-    except (ValueError, RecursionError):  # whoever wrote it can compute a digest too
+        entry = parse_json(text)
+    except ValueError:
         return None
     return entry if isinstance(entry, dict) else None

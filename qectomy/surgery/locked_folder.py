@@ -12,10 +12,13 @@ import json
 import os
 import shutil
 from contextlib import suppress
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
-from qectomy.errors import QectomyError
+from qectomy.errors import QectomyError, shown
+from qectomy.surgery.headers import MAX_JSON_BYTES, parse_json, read_regular
 
 LOCK = "lock"
 RECORD = "run.json"
@@ -96,6 +99,9 @@ class LockedFolder:
             lock.close()  # its owner removed the folder between the two calls
 
     def _check_ours(self) -> None:
+        """Raise QectomyError for a folder that no run made. What is written through a link would land elsewhere."""
+        if strange := next(_strange(self.path), None):
+            raise QectomyError(f"{strange} is a link, or no file: no run makes such a thing; remove it")
         if not self.path.exists() or (self.path / RECORD).exists():
             return
         found = {path.name for path in self.path.iterdir()}
@@ -138,6 +144,21 @@ class LockedFolder:
             self.path.rmdir()
 
 
+def _strange(folder: Path) -> Iterator[Path]:
+    """Yield what is neither a folder nor a regular file: the folder itself, or something in it."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        yield folder
+        return
+    for root, folders, files in os.walk(folder):
+        for path in (Path(root, name) for name in (*folders, *files)):
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # another process works here
+                continue
+            if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                yield path
+
+
 def _is_open(path: Path, file: TextIO) -> bool:
     """Whether a path still leads to an open file."""
     try:
@@ -150,15 +171,23 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Return in words where two fingerprints differ."""
     names = sorted({*found, *wanted})
     return [
-        f"{name} was {found.get(name)}, is {wanted.get(name)}" for name in names if found.get(name) != wanted.get(name)
+        f"{_plain(name)} was {_plain(found.get(name))}, is {_plain(wanted.get(name))}"
+        for name in names
+        if found.get(name) != wanted.get(name)
     ]
+
+
+def _plain(value: Any) -> str:
+    """A value without quotation marks, if it is a short text that can be printed."""
+    return value if isinstance(value, str) and len(value) < 300 and value.isprintable() else shown(value)
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """Read a JSON object of a run's folder. Raises QectomyError for one that was damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = read_regular(path, MAX_JSON_BYTES)
+        found = None if data is None else parse_json(data)
+    except (OSError, ValueError) as error:
         raise QectomyError(f"{path} cannot be read ({error}); remove the folder to start anew") from error
     if not isinstance(found, dict):
         raise QectomyError(f"{path} is not what a run writes; remove the folder to start anew")

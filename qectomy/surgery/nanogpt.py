@@ -14,6 +14,7 @@ Layouts: nanoGPT (out, in), GPT-2 (in, out). D d_model, K d_head.
 """
 
 import math
+import os
 import pickle
 import re
 import zipfile
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from qectomy.errors import CheckpointError, NonFiniteError, UnsupportedArchitecture
+from qectomy.errors import CheckpointError, NonFiniteError, UnsupportedArchitecture, shown
 from qectomy.surgery.architectures import FAMILIES
 from qectomy.surgery.checkpoint import MAX_LAYERS, expected_tensors, open_checkpoint
 from qectomy.surgery.config_files import (
@@ -38,7 +39,7 @@ from qectomy.surgery.config_files import (
 )
 from qectomy.surgery.family import Dimensions, flag, size
 from qectomy.surgery.finite import all_finite
-from qectomy.surgery.headers import TORCH_NAMES
+from qectomy.surgery.headers import TORCH_NAMES, open_regular
 from qectomy.surgery.linear_views import add_through, read_view, with_query
 from qectomy.surgery.output import check_room
 from qectomy.surgery.query_maps import QueryMapSpec
@@ -141,7 +142,7 @@ def _write_step(tensors: Callable[[], dict[str, torch.Tensor]], path: Path, dtyp
 def read_nanogpt(path: Path) -> tuple[ModelArgs, dict[str, torch.Tensor]]:
     """Return the sizes and the state dict, its names without torch.compile's prefix and without the causal mask."""
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
     except pickle.UnpicklingError as error:
         named = re.search(r"Unsupported (?:global: GLOBAL (\S+)|.*)", str(error))
         if named and named[1]:
@@ -155,7 +156,7 @@ def read_nanogpt(path: Path) -> tuple[ModelArgs, dict[str, torch.Tensor]]:
         ) from error
     except FileNotFoundError as error:
         raise CheckpointError(f"no file {path}") from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except Exception as error:  # PyTorch's unpickler raises whatever its opcodes meet
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint: {reason[:200]}") from error
     for key in ("model_args", "model"):
@@ -163,9 +164,20 @@ def read_nanogpt(path: Path) -> tuple[ModelArgs, dict[str, torch.Tensor]]:
             raise CheckpointError(f"{path} is not a nanoGPT checkpoint: it holds no dictionary {key!r}")
     state = {str(name).removeprefix(COMPILED): tensor for name, tensor in held["model"].items()}
     if strange := [name for name, tensor in state.items() if not _is_plain(tensor)]:
-        raise CheckpointError(f"{path}: model[{strange[0]!r}] is not a plain tensor")
+        raise CheckpointError(f"{path}: model[{shown(strange[0])}] is not a plain tensor")
     state = {name: tensor for name, tensor in state.items() if not name.endswith(MASK)}
     return model_args(held["model_args"], f"{GPT2.final_norm}.bias" in state), state
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether this is PyTorch's zip and no older pickle. Raises ValueError for one whose parts unfold to more."""
+    with open_regular(path) as file:
+        if not zipfile.is_zipfile(file):
+            return False
+        with zipfile.ZipFile(file) as archive:
+            if sum(part.file_size for part in archive.infolist()) > os.fstat(file.fileno()).st_size:
+                raise ValueError("its parts are compressed, which PyTorch never does")
+    return True
 
 
 def model_args(found: dict[str, Any], has_bias: bool) -> ModelArgs:
@@ -183,7 +195,7 @@ def model_args(found: dict[str, Any], has_bias: bool) -> ModelArgs:
             f"map and no W_Q stands for it; known: {', '.join(QUERY_MODES)}"
         )
     if mode not in QUERY_MODES:
-        raise UnsupportedArchitecture(f"model_args: unknown query_mode {mode!r}; known: {', '.join(QUERY_MODES)}")
+        raise UnsupportedArchitecture(f"model_args: unknown query_mode {shown(mode)}; known: {', '.join(QUERY_MODES)}")
     n_layer = read("n_layer")
     if n_layer > MAX_LAYERS:
         raise CheckpointError(f"model_args: n_layer {n_layer} is beyond any model ({MAX_LAYERS})")
@@ -303,6 +315,7 @@ def _is_plain(tensor: Any) -> bool:
 def _number(fields: dict[str, Any], name: str, default: float, least: float, below: float) -> float:
     value = fields.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < below:
-        got = repr(value)[:80]
-        raise CheckpointError(f"model_args: {name} must be a number from {least:g} to below {below:g}, got {got}")
+        raise CheckpointError(
+            f"model_args: {name} must be a number from {least:g} to below {below:g}, got {shown(value)}"
+        )
     return float(value)

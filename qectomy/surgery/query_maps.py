@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
-from qectomy.errors import QueryMapError
+from qectomy.errors import QueryMapError, shown
 from qectomy.surgery.family import Dimensions
 
 NAMES = ("identity", "select", "key-shared", "low-rank", "dense")
@@ -81,15 +81,15 @@ def parse_query_map(text: str) -> QueryMapSpec:
             "exact is no map of a single layer, and nothing is fitted for it; --query exact stands alone"
         )
     if name not in NAMES:
-        close = get_close_matches(name, NAMES, n=1)
+        close = get_close_matches(name[:40], NAMES, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise QueryMapError(f"unknown query map {text.strip()!r}; known: {KNOWN}.{hint}")
+        raise QueryMapError(f"unknown query map {shown(text.strip())}; known: {KNOWN}.{hint}")
     if name != "low-rank":
         if colon:
-            raise QueryMapError(f"query map {name!r} takes no rank; write it without {':' + rank!r}")
+            raise QueryMapError(f"query map {name!r} takes no rank; write it without {shown(':' + rank)}")
         return QueryMapSpec(name)
     if not re.fullmatch(r"[1-9][0-9]{0,6}", rank):
-        raise QueryMapError(f"{text.strip()!r}: low-rank needs a positive whole rank, as in low-rank:32")
+        raise QueryMapError(f"{shown(text.strip())}: low-rank needs a positive whole rank, as in low-rank:32")
     return QueryMapSpec(name, int(rank))
 
 
@@ -97,7 +97,7 @@ def stored_maps(query: str, value: str = "dense", output: str = "dense") -> Quer
     """Read one layer's maps as a reduced model's config names them. Raises QueryMapError for an unknown one."""
     for field, name, known in (("value", value, ("dense", "gauge")), ("output", output, ("dense", "merged"))):
         if name not in known:
-            raise QueryMapError(f"unknown {field} map {name!r}; known: {', '.join(known)}")
+            raise QueryMapError(f"unknown {field} map {shown(name)}; known: {', '.join(known)}")
     spec = QueryMapSpec("gauge") if query == "gauge" else parse_query_map(query)
     return replace(spec, value=value, output=output)
 
@@ -126,9 +126,13 @@ def parse_exact(text: str, dims: Dimensions) -> frozenset[int] | None:
         return None
     names = _name_layers(text, dims.n_layers)
     if others := set(names) - {"exact", "dense"}:
-        raise QueryMapError(f"--query {text!r}: beside exact a layer can only stay dense, not {sorted(others)[0]!r}")
+        raise QueryMapError(
+            f"--query {shown(text)}: beside exact a layer can only stay dense, not {shown(sorted(others)[0])}"
+        )
     if dims.shared_layers and len(set(names)) > 1:
-        raise QueryMapError(f"--query {text!r}: the layers share their weights, so they are all exact or all dense")
+        raise QueryMapError(
+            f"--query {shown(text)}: the layers share their weights, so they are all exact or all dense"
+        )
     return frozenset(layer for layer, name in enumerate(names) if name == "dense")
 
 
@@ -140,16 +144,18 @@ def _name_layers(text: str, n_layers: int) -> list[str]:
     for part in text.split(","):
         layers, equals, name = part.partition("=")
         if not equals:
-            raise QueryMapError(f"{part.strip()!r} in --query names no layers; write as in 0-2=dense,3-=key-shared")
+            raise QueryMapError(
+                f"{shown(part.strip())} in --query names no layers; write as in 0-2=dense,3-=key-shared"
+            )
         for layer in _parse_layers(layers.strip(), n_layers):
             if layer in chosen:
-                raise QueryMapError(f"layer {layer} is named twice in --query {text!r}")
+                raise QueryMapError(f"layer {layer} is named twice in --query {shown(text)}")
             chosen[layer] = name.strip()
         if name.strip() != "exact":
             parse_query_map(name)
     missing = [layer for layer in range(n_layers) if layer not in chosen]
     if missing:
-        raise QueryMapError(f"--query {text!r} says nothing of layer(s) {ranges(missing)} of {n_layers}")
+        raise QueryMapError(f"--query {shown(text)} says nothing of layer(s) {ranges(missing)} of {n_layers}")
     return [chosen[layer] for layer in range(n_layers)]
 
 
@@ -171,14 +177,14 @@ def refusal(spec: QueryMapSpec, dims: Dimensions) -> str | None:
 def _parse_layers(text: str, n_layers: int) -> range:
     match = re.fullmatch(r"(?P<start>[0-9]{0,6})(?P<dash>-?)(?P<stop>[0-9]{0,6})", text)
     if match is None or not (match["start"] or match["stop"]):
-        raise QueryMapError(f"cannot read the layers {text!r}; write 4, 0-2, 3- or -5")
+        raise QueryMapError(f"cannot read the layers {shown(text)}; write 4, 0-2, 3- or -5")
     start = int(match["start"] or 0)
     if not match["dash"]:
         stop = start
     else:
         stop = int(match["stop"]) if match["stop"] else n_layers - 1
     if start > stop or stop >= n_layers:
-        raise QueryMapError(f"layers {text!r} are outside this model, whose layers are 0-{n_layers - 1}")
+        raise QueryMapError(f"layers {shown(text)} are outside this model, whose layers are 0-{n_layers - 1}")
     return range(start, stop + 1)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qectomy.errors import Stopped
 from qectomy.surgery.locked_folder import sync
 from qectomy.surgery.source_watch import FileWatch
@@ -18,7 +20,8 @@ class StepWriter(ShardWriter):
     """A ShardWriter into a work folder's result. `keep` ends a step; `steps` are those of an earlier process.
 
     A step of the journal counts as long as its tensors, and those of all steps before, lie on the disk as they were
-    written, and as `holds(how many steps, the last one's entry)` says so of what else the run needs to go on from.
+    written, as `whole(its number, its entry)` says that it has all that its run noted, and as `holds(how many steps,
+    the last one's entry)` says so of what else the run needs to go on from.
     What cannot be trusted is made anew; `lost` is the number of such steps.
     """
 
@@ -28,9 +31,12 @@ class StepWriter(ShardWriter):
         tensors: dict[str, TensorSpec],
         max_shard_bytes: int = MAX_SHARD_BYTES,
         holds: Holds = lambda count, entry: True,
+        whole: Holds = lambda number, entry: True,
     ):
         self._work = folder
-        known = list(itertools.takewhile(lambda entry: _is_step(entry, tensors), folder.journal.entries))
+        entries = folder.journal.entries
+        sound = itertools.takewhile(lambda step: _is_step(step[1], tensors) and whole(*step), enumerate(entries))
+        known = [entry for _, entry in sound]
         self.steps = _trusted(folder.result, known, tensors, max_shard_bytes, holds)
         self.lost = len(known) - len(self.steps)
         written = {name: digest for step in self.steps for name, digest in step["tensors"].items()}
@@ -39,12 +45,24 @@ class StepWriter(ShardWriter):
         else:
             folder.begin()
         super().__init__(folder.result, tensors, max_shard_bytes, written if self.steps else None)
-        self._kept = len(written)
+        self._before, self._kept = frozenset(written), len(written)
 
     @property
     def loss(self) -> str:
         """What to tell of steps that are lost."""
         return f"{self.lost} step(s) were damaged on the disk: they are made anew"
+
+    def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
+        """Write a tensor's rows as ShardWriter does. Raises Stopped for one that an earlier process' steps hold."""
+        if name in self._before:
+            raise Stopped(f"the journal holds {name} in a step that does not make it, so no step of it can be trusted")
+        super().write_rows(name, start, rows)
+
+    def finish(self) -> None:
+        """End as ShardWriter does. Raises Stopped for a tensor that should be in a step that the journal holds."""
+        if missing := [name for name in self._tensors if self.steps and name not in self.digests]:
+            raise Stopped(f"the journal lacks {missing[0]} in a step that makes it, so no step of it can be trusted")
+        super().finish()
 
     def keep(self, **more: Any) -> None:
         """Bring the step's tensors to the disk, then its entry: their digests, and what `more` says."""
@@ -90,7 +108,9 @@ def check_shards(
 
 def _is_step(entry: dict[str, Any], tensors: dict[str, TensorSpec]) -> bool:
     digests = entry.get("tensors")
-    return isinstance(digests, dict) and digests.keys() <= tensors.keys()
+    if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
+        return False
+    return digests.keys() <= tensors.keys()
 
 
 def _trusted(

@@ -91,7 +91,8 @@ class WorkFolder(LockedFolder):
     def report(self) -> dict[str, Any] | None:
         """What the run was about to return when it let the output appear; None before that."""
         last = self.journal.entries[-1] if self.journal.entries else {}
-        return dict(last["report"]) if "report" in last else None
+        report = last.get("report")
+        return report if isinstance(report, dict) else None
 
     @property
     def is_rest(self) -> bool:

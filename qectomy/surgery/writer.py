@@ -59,7 +59,7 @@ class ShardWriter:
         self._layout = ShardLayout(tensors, max_shard_bytes)
         self._files: list[Any] = []
         for shard, name in enumerate(self._layout.names):
-            flags = os.O_RDWR | os.O_CREAT | (os.O_EXCL if written is None else 0)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | (os.O_EXCL if written is None else 0)
             file = os.fdopen(os.open(folder / name, flags, 0o666), "r+b", buffering=0)
             self._files.append(file)
             write_all(file.fileno(), memoryview(self._layout.headers[shard]), 0)

@@ -87,6 +87,8 @@ def fitted_span(student: Checkpoint, name: str, own: str) -> tuple[int, int]:
     texts = calibration.get("texts") if isinstance(calibration, dict) else None
     known_by = "sha256" if Path(name).is_file() else "file"
     for text in texts if isinstance(texts, list) else []:
+        if not isinstance(text, dict):
+            continue
         first, tokens = text.get("first_token"), text.get("tokens")
         if text.get(known_by) == own and isinstance(first, int) and isinstance(tokens, int):
             return first, first + tokens

@@ -1,6 +1,5 @@
 """What is left of a healing run: the healed checkpoint, what it cost, its curve and its report."""
 
-import json
 import platform
 import shutil
 import time
@@ -18,7 +17,9 @@ from qectomy.calibrate.healing.plan import Plan
 from qectomy.calibrate.healing.run_folder import RunFolder
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.layer_pass import Progress
-from qectomy.errors import NonFiniteError
+from qectomy.errors import NonFiniteError, QectomyError
+from qectomy.eval.page.reading import read_json as read_report
+from qectomy.eval.page.shapes import REDUCED
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.reload import RELOAD_TOKENS, Reload, check_reload
 from qectomy.eval.report import made, provenance, write_report
@@ -29,7 +30,7 @@ from qectomy.eval.summary import cost
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.config_files import copy_companions, copy_model_code, write_config
 from qectomy.surgery.finite import all_finite
-from qectomy.surgery.headers import TORCH_NAMES
+from qectomy.surgery.headers import TORCH_NAMES, read_json
 from qectomy.surgery.output import new_folder
 from qectomy.surgery.plan import totals
 from qectomy.surgery.writer import ShardWriter, TensorSpec
@@ -215,12 +216,13 @@ def _report(
 
 def fitted_report(student: Checkpoint) -> dict[str, Any]:
     """Return the qectomy.json of the checkpoint that is healed; nothing, if there is none that can be read."""
+    path = student.folder / "qectomy.json"
     try:
-        found = json.loads((student.folder / "qectomy.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        read_report(path, REDUCED)  # every field that is known is what it should be
+        found = {name: value for name, value in read_json(path).items() if value is not None}
+    except QectomyError:
         return {}
-    layers = found.get("layers") if isinstance(found, dict) else None
-    return found if isinstance(layers, list) and len(layers) == student.dims.n_layers else {}
+    return found if len(found.get("layers", [])) == student.dims.n_layers else {}
 
 
 def _device_name(device: str) -> str:

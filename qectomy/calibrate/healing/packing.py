@@ -23,8 +23,8 @@ from torch.utils.data import Dataset
 
 from qectomy.calibrate.documents import documents, grouped, is_plain
 from qectomy.calibrate.layer_pass import Progress
-from qectomy.calibrate.text import JOIN, adds_bos
-from qectomy.errors import CheckpointError, TextError
+from qectomy.calibrate.text import JOIN, adds_bos, token_ids
+from qectomy.errors import CheckpointError, QectomyError, TextError
 from qectomy.surgery.checkpoint import sha256
 from qectomy.surgery.locked_folder import read_record, write_json
 
@@ -90,7 +90,10 @@ class Packed:
         """Return what `pack` wrote to a folder before, if it got to its end."""
         if not (folder / RECORD).is_file():
             return None
-        return Packed(folder / "train.bin", folder / "validation.bin", read_record(folder / RECORD)["texts"])
+        texts = read_record(folder / RECORD).get("texts")
+        if not isinstance(texts, list):
+            raise QectomyError(f"{folder / RECORD} is not what a run writes; remove the folder to start anew")
+        return Packed(folder / "train.bin", folder / "validation.bin", texts)
 
 
 def pack(
@@ -168,7 +171,8 @@ def text_from(tokenizer: Any, name: str, start: int, tokens: int) -> str:
 
 
 def _offsets(tokenizer: Any, text: str) -> list[tuple[int, int]]:
-    return tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)["offset_mapping"]
+    options = dict(add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    return token_ids(tokenizer, text, **options)["offset_mapping"]
 
 
 def _pieces(name: str) -> Iterator[str]:
@@ -228,7 +232,9 @@ class _WindowStream:
     def _tokens(self, count: int) -> np.ndarray:
         got, n = [self._left], len(self._left)
         while n < count and (piece := next(self._pieces, None)) is not None:
-            ids = np.array(self._tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"], ITEM)
+            ids = np.array(
+                token_ids(self._tokenizer, piece, add_special_tokens=False, verbose=False)["input_ids"], ITEM
+            )
             if len(ids) and int(ids.max()) >= self._vocab_size:
                 raise CheckpointError(
                     f"the tokenizer makes token id {int(ids.max())}, but the model's embedding has "

@@ -7,7 +7,7 @@ and a field that nobody knows is dropped: files of older and newer versions are 
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from qectomy.errors import QectomyError
+from qectomy.errors import QectomyError, shown
 
 Kind = Callable[[Any, str], Any]
 CONTROLS = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)}  # as pictures: ␀, ␇, ␍
@@ -30,9 +30,9 @@ def clean(text: str) -> str:
 
 
 def wrong(value: Any, where: str, wanted: str) -> WrongField:
-    shown = clean(repr(value))
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return WrongField(f"{clean(where)[:200] or 'the file'} is {shown}, not {wanted}")
+    found = clean(shown(value))
+    found = found if len(found) <= 60 else found[:57] + "..."
+    return WrongField(f"{clean(where)[:200] or 'the file'} is {found}, not {wanted}")
 
 
 def string(value: Any, where: str) -> str:

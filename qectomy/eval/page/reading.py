@@ -1,7 +1,7 @@
 """Read what lies in the folder of a reduced checkpoint, checked: `read_folder` and `read_points`."""
 
 import csv
-import json
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +12,9 @@ from qectomy.eval.page.checked import Kind, ReportError, WrongField, clean
 from qectomy.eval.page.shapes import BENCH, CURVE_ROW, EVALUATION, POINTS, REDUCED
 from qectomy.eval.page.stored import LayerSizes, stored_layers
 from qectomy.surgery.checkpoint import sha256
+from qectomy.surgery.headers import parse_json, read_regular
 
-LARGEST = 64_000_000  # bytes of a JSON file
+LARGEST = 20_000_000  # bytes of a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +105,14 @@ def read_points(path: Path) -> list[Point]:
 def read_json(path: Path, kind: Kind) -> Any:
     """Return the content of a JSON file, checked. Raises ReportError."""
     try:
-        if path.stat().st_size > LARGEST:
-            raise ReportError(f"{path} has {path.stat().st_size:,} bytes, more than any report has ({LARGEST:,})")
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        data = read_regular(path, LARGEST)
+        if data is None:
+            raise ReportError(f"{path} has more bytes than any report has ({LARGEST:,})")
+        raw = parse_json(data)
     except OSError as error:
         raise ReportError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ReportError(
-            f"{path} is not JSON ({reason}); it was damaged, or is another file: make it again"
-        ) from error
+    except ValueError as error:
+        raise ReportError(f"{path} is not JSON ({error}); it was damaged, or is another file: make it again") from error
     try:
         return kind(raw, "")
     except WrongField as error:
@@ -126,10 +125,12 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a healing.csv, checked like the curve in qectomy.json."""
     rows: list[dict[str, Any]] = []
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                found = {name: _number(text) for name, text in row.items() if name and isinstance(text, str) and text}
-                rows.append(CURVE_ROW(found, f"row {len(rows) + 1}"))
+        data = read_regular(path, LARGEST)
+        if data is None:
+            raise ReportError(f"{path} has more bytes than any report has ({LARGEST:,})")
+        for row in csv.DictReader(io.StringIO(data.decode(), newline="")):
+            found = {name: _number(text) for name, text in row.items() if name and isinstance(text, str) and text}
+            rows.append(CURVE_ROW(found, f"row {len(rows) + 1}"))
     except OSError as error:
         raise ReportError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, csv.Error) as error:
