@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qectomy.calibrate.pass_steps import is_whole
 from qectomy.calibrate.states import Streams
 from qectomy.calibrate.together import Together
 from qectomy.errors import QectomyError
@@ -74,7 +75,7 @@ class SharedWriter:
         self.together, self._streams = together, streams
         self._writer: StepWriter | None = None
         if together.is_first:
-            self._writer = StepWriter(work, specs, holds=self._holds)
+            self._writer = StepWriter(work, specs, holds=self._holds, whole=is_whole)
         while (layer := self._asked(None)) is not None:
             together.gather(streams.checksums_on_disk(layer))
         known = together.first_alone(self._known)
