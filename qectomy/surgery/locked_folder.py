@@ -11,9 +11,9 @@ import fcntl
 import json
 import os
 import shutil
-from contextlib import suppress
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 

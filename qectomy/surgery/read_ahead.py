@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from qectomy.surgery.checkpoint import Checkpoint
-from qectomy.surgery.headers import data_offsets
 
 BYTES_A_HINT = 128 * 1024  # Linux reads no more a call than a disk's read-ahead, which is this unless it was set
 Tensors = dict[str, torch.Tensor]
@@ -157,13 +156,11 @@ def page_cache(checkpoint: Checkpoint) -> Callable[[int], None]:
     """
     if not hasattr(os, "posix_fadvise"):  # macOS
         return lambda layer: None
-    offsets = {file: data_offsets(checkpoint.folder / file) for file in checkpoint.files}
 
     def soon(layer: int) -> None:
         for _, info in checkpoint.layer_tensors(layer):
-            start = offsets[info.file][info.stored_name]
             with suppress(OSError), (checkpoint.folder / info.file).open("rb", buffering=0) as file:
-                for offset in range(start, start + info.nbytes, BYTES_A_HINT):
+                for offset in range(info.start, info.start + info.nbytes, BYTES_A_HINT):
                     os.posix_fadvise(file.fileno(), offset, BYTES_A_HINT, os.POSIX_FADV_WILLNEED)
 
     return soon
