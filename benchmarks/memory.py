@@ -69,6 +69,14 @@ def arguments_of(name: str, model: Path, work: Path, options: argparse.Namespace
     }[name]
 
 
+def bound(text: str) -> tuple[str, float]:
+    """Return a command and the most that its peak may be, in bytes, of COMMAND=GB."""
+    name, _, most = text.partition("=")
+    if name not in COMMANDS:
+        raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(COMMANDS)}")
+    return name, float(most) * 1e9
+
+
 def main() -> None:
     from synthetic_llama import SHAPES, Shape, write_synthetic_llama
 
@@ -82,9 +90,10 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--query", default="key-shared")
     parser.add_argument("--only", nargs="+", choices=COMMANDS, default=COMMANDS)
+    parser.add_argument("--most", nargs="+", type=bound, default=[], metavar="COMMAND=GB", help="fail beyond that")
     parser.add_argument("--folder", type=Path, help="where to work; default: the system's place for such files")
     options = parser.parse_args()
-    rows = []
+    rows, most, beyond = [], dict(options.most), []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         work = Path(folder)
         model = options.checkpoint or work / "model"
@@ -96,10 +105,14 @@ def main() -> None:
         for name in options.only:
             found = run(*arguments_of(name, model, work, options))
             rows.append([name, *(f"{found[key] / 1e9:.2f}" for key in ("start", "peak")), f"{found['seconds']:.0f}"])
-            print(rows[-1], file=sys.stderr, flush=True)
+            print(*rows[-1], file=sys.stderr, flush=True)
+            if found["peak"] > most.get(name, float("inf")):
+                beyond.append(name)
             if name == "materialize":
                 shutil.rmtree(work / "stock")
     print_table(["command", "at start, GB", "peak over it, GB", "seconds"], rows)
+    if beyond:
+        sys.exit(f"over the bound: {', '.join(beyond)}")
 
 
 if __name__ == "__main__":
