@@ -1,7 +1,8 @@
-"""Peak memory and time of every command that passes over a checkpoint, each in a fresh process.
+"""Peak memory and time of the commands that take a checkpoint of any size, each in a fresh process. Linux alone.
 
 The peak is the largest resident set over that at the start, when the libraries are loaded and nothing is read. The
-checkpoint is a synthetic Llama of the size asked for, made and deleted here, or one that is given.
+checkpoint is a synthetic Llama of the size asked for, made and deleted here, or one that is given. What `materialize`,
+`verify` and `eval` run on is what `convert` wrote, and `verify-exact` on what `exact` wrote: ask for those before them.
 """
 
 import argparse

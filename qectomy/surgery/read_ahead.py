@@ -1,13 +1,14 @@
 """Take a checkpoint's layers one after the other, the next one on its way while one is in use.
 
-On a CUDA device a thread reads the next layer and copies it from page-locked memory on a stream of its own: up to two
-layers are held. On the processor one layer is the bound of a pass: there the system is only told which bytes come next,
-and reads them into its page cache, no memory of the process.
+On a CUDA device a thread reads the next layer and copies it from page-locked memory on a stream of its own: two layers
+are held there, on the host one in page-locked memory and a tensor beside it. On the processor one layer is the bound
+of a pass: there the system is only told which bytes come next, and reads them into its page cache, no memory of the
+process.
 """
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
@@ -19,6 +20,7 @@ from qectomy.surgery.checkpoint import Checkpoint
 
 BYTES_A_HINT = 128 * 1024  # Linux reads no more a call than a disk's read-ahead, which is this unless it was set
 Tensors = dict[str, torch.Tensor]
+Each = Iterator[tuple[str, torch.Tensor]]  # a layer's tensors, each made when it is asked for
 
 
 def read_layers(
@@ -37,11 +39,11 @@ def read_layers(
     if device.type == "cuda":
         copies = CudaCopies(device)
         if on_host:
-            return LayersAhead(layers, lambda layer: copies.locked(checkpoint.read_layer(layer, dtype)))
+            return LayersAhead(layers, lambda layer: copies.locked(_read_each(checkpoint, layer, dtype)))
         # As stored: fewer bytes are copied than in a wider type, and the device casts them to the same numbers.
         return LayersAhead(
             layers,
-            lambda layer: copies.send(checkpoint.read_layer(layer)),
+            lambda layer: copies.send(_read_each(checkpoint, layer)),
             lambda sent: _in_type(copies.receive(*sent), dtype) if dtype else copies.receive(*sent),
         )
 
@@ -62,7 +64,8 @@ class Layers:
 
     def take(self, layer: int) -> Tensors:
         """Return the tensors of this layer, by name inside it; it must be the one whose turn it is."""
-        assert self._left.popleft() == layer, "layers are taken in the order in which they were announced"
+        turn = self._left.popleft()
+        assert turn == layer, "layers are taken in the order in which they were announced"
         tensors: Tensors = self._read(layer)
         if self._left:
             self._soon(self._left[0])
@@ -96,7 +99,8 @@ class LayersAhead(Layers):
 
     def take(self, layer: int) -> Tensors:
         """Return the tensors of this layer, by name inside it; it must be the one whose turn it is."""
-        assert self._left.popleft() == layer, "layers are taken in the order in which they were announced"
+        turn = self._left.popleft()
+        assert turn == layer, "layers are taken in the order in which they were announced"
         assert self._coming is not None, "layers are taken inside the block"
         tensors = self._receive(self._coming.result())
         self._begin()
@@ -123,14 +127,14 @@ class CudaCopies:
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)
 
-    def send(self, tensors: Tensors) -> tuple[Tensors, torch.cuda.Event]:
+    def send(self, tensors: Each) -> tuple[Tensors, torch.cuda.Event]:
         """Begin to copy tensors from the host; return where they will be, and the event that ends the copy.
 
         Only from page-locked memory does a copy not wait. PyTorch keeps such memory from being used again before the
         copies from it are done, so nobody has to hold it.
         """
         with torch.cuda.stream(self._stream):  # the thread's own current stream and device: they are per thread
-            sent = {name: tensor.pin_memory().to(self._device, non_blocking=True) for name, tensor in tensors.items()}
+            sent = {name: tensor.pin_memory().to(self._device, non_blocking=True) for name, tensor in tensors}
             return sent, self._stream.record_event()
 
     def receive(self, sent: Tensors, copied: torch.cuda.Event) -> Tensors:
@@ -143,10 +147,10 @@ class CudaCopies:
             tensor.record_stream(current)
         return sent
 
-    def locked(self, tensors: Tensors) -> Tensors:
+    def locked(self, tensors: Each) -> Tensors:
         """Return the tensors in page-locked memory of the host, from where a copy to the device needs no other one."""
         with torch.cuda.stream(self._stream):  # and so on this device, or the memory would open the first one
-            return {name: tensor.pin_memory() for name, tensor in tensors.items()}
+            return {name: tensor.pin_memory() for name, tensor in tensors}
 
 
 def page_cache(checkpoint: Checkpoint) -> Callable[[int], None]:
@@ -164,6 +168,13 @@ def page_cache(checkpoint: Checkpoint) -> Callable[[int], None]:
                     os.posix_fadvise(file.fileno(), offset, BYTES_A_HINT, os.POSIX_FADV_WILLNEED)
 
     return soon
+
+
+def _read_each(checkpoint: Checkpoint, layer: int, dtype: torch.dtype | None = None) -> Each:
+    """Yield a layer's tensors by name inside it, one read at a time."""
+    prefix = checkpoint.prefix(layer)
+    for name, _ in checkpoint.layer_tensors(layer):
+        yield name, checkpoint.read(prefix + name, dtype)
 
 
 def _in_type(tensors: Tensors, dtype: torch.dtype) -> Tensors:
