@@ -38,6 +38,7 @@ def joint_start(
     W_K: torch.Tensor,
     rope: Rope,
     generator: torch.Generator,
+    steps: int = STEPS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (W_K' (D, G*K), A (H, K, K)) that lower the error above; C (D, D), C_k (G, D, D), which is used up.
 
@@ -76,7 +77,7 @@ def joint_start(
         offsets = (torch.exp(draws * math.log(len(rope.cos))) - 1).long().to(C.device)
         yield (query_blocks * mean_turn(key_blocks, offsets, rope)[:, None]).sum() / scale
 
-    adam([key, mix], loss, steps=STEPS, warmup=15, betas=(0.9, 0.95))
+    adam([key, mix], loss, steps=steps, warmup=15, betas=(0.9, 0.95))
     return V @ key.value().detach(), mix.value().detach()
 
 

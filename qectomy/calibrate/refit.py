@@ -37,7 +37,7 @@ class RefitSettings:
 TURNED = RefitSettings(mlp_readers=0.01)  # in a turned stream, whose embedding is scaled under a tied head
 
 
-class _Regression:
+class Regression:
     """Gram matrix of what a projection reads, and its product with what the student lacks.
 
     With a bias both are taken about the first batch's means: products of low precision would lose a small spread about
@@ -104,7 +104,7 @@ def _refit_writer(runner: LayerRunner, student: nn.Module, streams: Streams, vie
     after_mlp = view is runner.family.roles.mlp_out
     wanted = streams.teacher_after if after_mlp else streams.teacher_mid
     linear = student.get_submodule(view.module)
-    sums: _Regression | None = None
+    sums: Regression | None = None
     for start, stop in batches(0, streams.fitted, streams.batch):
         ours = streams.student[start:stop].to(runner.device)
         with fast_math(runner.device):
@@ -112,7 +112,7 @@ def _refit_writer(runner: LayerRunner, student: nn.Module, streams: Streams, vie
             if after_mlp:
                 ours, inputs = runner.think(student, ours)
         lack = wanted[start:stop].to(runner.device) - ours
-        sums = sums or _Regression(
+        sums = sums or Regression(
             inputs, lack, with_bias=getattr(linear, "bias", None) is not None, share=streams.share
         )
         sums.add(inputs, lack)

@@ -57,6 +57,10 @@ class LlamaFamily(Family):
             **variant(fields),
         )
 
+    def resized(self, config: dict[str, Any], dims: Dimensions) -> dict[str, Any]:
+        heads = {"num_attention_heads": dims.n_heads, "num_key_value_heads": dims.n_kv_heads, "head_dim": dims.d_head}
+        return config | {"hidden_size": dims.d_model, "intermediate_size": dims.d_mlp} | heads
+
     def layer_shapes(self, dims: Dimensions, spec: "QueryMapSpec") -> Shapes:
         n_query, n_key = dims.n_heads * dims.d_head, dims.n_kv_heads * dims.d_head
         projections = {
@@ -175,6 +179,9 @@ class GPT2Family(Family):
             absorbs_query_bias=without["norms"] or not without["shared_layers"],
             **without,
         )
+
+    def resized(self, config: dict[str, Any], dims: Dimensions) -> dict[str, Any]:
+        return config | {"n_embd": dims.d_model, "n_inner": dims.d_mlp, "n_head": dims.n_heads}
 
     def layer_shapes(self, dims: Dimensions, spec: "QueryMapSpec") -> Shapes:
         d_model, gauged = dims.d_model, len(spec.gauged)

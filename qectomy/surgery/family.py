@@ -145,6 +145,10 @@ class Family:
         """Read the sizes from a parsed config.json. Raises CheckpointError naming the field at fault."""
         raise NotImplementedError
 
+    def resized(self, config: dict[str, Any], dims: Dimensions) -> dict[str, Any]:
+        """Return a parsed config.json with these widths and heads in the place of its own."""
+        raise NotImplementedError
+
     def layer_shapes(self, dims: Dimensions, spec: "QueryMapSpec") -> Shapes:
         """Return {name inside the layer: shape} of one layer of these maps, without what its query map stores."""
         raise NotImplementedError
