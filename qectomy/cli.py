@@ -8,7 +8,7 @@ import typer
 
 from qectomy import __version__
 from qectomy.cli_bench import bench
-from qectomy.cli_convert import CONTEXT_HELP, convert
+from qectomy.cli_convert import CONTEXT_HELP, NoProbe, convert
 from qectomy.cli_eval import evaluate
 from qectomy.cli_heal import heal
 from qectomy.cli_report import report
@@ -48,9 +48,11 @@ def inspect(
         list[str] | None,
         typer.Option(help="With --audit: text to take the ranks on, as for convert. Default: white states."),
     ] = None,
+    no_probe: NoProbe = False,
     as_json: Json = False,
 ) -> None:
     """Say what each query map would remove, from the config and the file headers alone unless audited."""
+    from qectomy.calibrate.forecast.forecast import forecast
     from qectomy.calibrate.settings import default_context
     from qectomy.surgery.checkpoint import open_checkpoint
     from qectomy.surgery.plan import inspect as inspect_checkpoint
@@ -59,7 +61,7 @@ def inspect(
         raise typer.BadParameter("only an audit reads a text; add --audit", param_hint="--text")
     source = open_checkpoint(checkpoint)
     context = context or default_context(source)
-    result = inspect_checkpoint(source, tokens=tokens, eval_tokens=eval_tokens, context=context)
+    result = inspect_checkpoint(source)
     if audit:
         from qectomy.calibrate.audit_pass import audit_layers
         from qectomy.surgery.fold_choice import choose_folds
@@ -70,6 +72,10 @@ def inspect(
         for layer, record in zip(result["layers"], records, strict=True):
             verdict = verdicts[source.dims.stored_layer(layer["index"])]
             layer |= {"how": verdict.how, "reason": verdict.reason, "audit": record}
+    fitted = any(row["possible"] for row in result["query_maps"] if row["map"] != "exact")
+    result["needs"] = {"tokens": tokens, "eval_tokens": eval_tokens, "context": context} | forecast(
+        source, tokens=tokens, eval_tokens=eval_tokens, context=context, probe=fitted and not no_probe
+    )
     if as_json:
         print_json(result)
     else:

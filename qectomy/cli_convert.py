@@ -13,6 +13,9 @@ from qectomy.errors import QectomyError
 from qectomy.terminal import Clean, Json, Resume, check_out, command_line, print_json, progress_bar
 
 CONTEXT_HELP = "Tokens a window. Default: 512, or what the model was made for if that is less."
+NoProbe = Annotated[
+    bool, typer.Option("--no-probe", help="Foretell memory and disk alone, and do not time this machine.")
+]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 
 
@@ -59,6 +62,7 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and what it needs; write nothing.")
     ] = False,
+    no_probe: NoProbe = False,
     resume: Resume = False,
     clean: Clean = False,
     as_json: Json = False,
@@ -97,7 +101,7 @@ def convert(
         recipe = tuple(parse_recipe(query, source.dims))
         if dry_run:
             if together.is_first:
-                _show_plan(source, recipe, settings, as_json)
+                _show_plan(source, recipe, settings, not no_probe, as_json)
             return
         if self_generated:
             wanted = settings
@@ -192,12 +196,22 @@ def _convert_and_heal(
     show(report, out, as_json)
 
 
-def _show_plan(source: Any, recipe: Any, settings: Any, as_json: bool) -> None:
+def _show_plan(source: Any, recipe: Any, settings: Any, probe: bool, as_json: bool) -> None:
     """Print what a conversion would write and need."""
-    from qectomy.surgery.plan import estimate, totals
+    from qectomy.calibrate.forecast.forecast import forecast
+    from qectomy.surgery.plan import totals
 
     settings.check_context(source)
-    needs = estimate(source, tokens=settings.tokens, eval_tokens=settings.eval_tokens, context=settings.context)
+    needs = forecast(
+        source,
+        recipe,
+        tokens=settings.tokens,
+        eval_tokens=settings.eval_tokens,
+        context=settings.context,
+        dtype=settings.stored_dtype,
+        device=settings.device,
+        probe=probe,
+    )
     plan = {"plan": [str(spec) for spec in recipe], **totals(source, recipe, settings.stored_dtype), "needs": needs}
     if as_json:
         print_json(plan)
@@ -216,7 +230,10 @@ def _convert_exact(
 
     with progress_bar("planning" if dry_run else "folding") as progress:
         if dry_run:
+            from qectomy.calibrate.forecast.forecast import forecast_exact
+
             report = dry_run_exact(source, settings, kept, progress)
+            report["needs"] = forecast_exact(source, report["bytes"]["after"], settings.stored_dtype)
         else:
             report = convert_exact(source, out, settings, kept, progress, resume=resume, clean=clean)
     if as_json:

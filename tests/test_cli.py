@@ -99,6 +99,17 @@ def test_version_and_bare_command(cli):
     assert all(name in bare.out + bare.err for name in COMMANDS)
 
 
+NEEDS = {
+    "peak_memory_bytes",
+    "peak_memory_stage",
+    "memory_stages",
+    "disk_bytes",
+    "seconds",
+    "stages",
+    "probe_seconds",
+}
+
+
 def test_nothing_heavy_is_imported_where_it_is_not_needed(tiny_checkpoint):
     script = """
 import sys
@@ -112,8 +123,8 @@ from qectomy.cli import main
 for arguments in (
     ["--help"],
     ["convert", "--help"],
-    ["inspect", CHECKPOINT],
-    ["convert", CHECKPOINT, "--out", "no-such-folder", "--dry-run"],
+    ["inspect", CHECKPOINT, "--no-probe"],
+    ["convert", CHECKPOINT, "--out", "no-such-folder", "--dry-run", "--no-probe"],
 ):
     sys.argv[1:] = arguments
     try:
@@ -242,18 +253,42 @@ def test_json_is_the_report_and_the_command_repeats_it(cli, tiny_checkpoint, rav
 def test_a_dry_run_writes_nothing_and_foretells_the_sizes(cli, tiny_checkpoint, raven, tmp_path):
     command = ["convert", tiny_checkpoint("bf16"), "--query", "0=dense,1=select", "--text", raven, *QUICK]
     command += ["--out", tmp_path / "out", "--dtype", "float32"]
-    plan = cli(*command, "--dry-run", "--json").json()
-    assert "dry run: nothing was written" in cli(*command, "--dry-run").out
+    done = cli(*command, "--dry-run", "--json")
+    plan = done.json()
+    assert "timing this machine, up to ten seconds; --no-probe leaves it out" in done.err
+    assert "dry run: nothing was written" in cli(*command, "--dry-run", "--no-probe").out
     assert list(tmp_path.iterdir()) == []
     assert plan["plan"] == ["dense", "select"]
-    assert plan["needs"].keys() == {"peak_memory_bytes", "disk_bytes", "seconds"}
+    assert plan["needs"].keys() == NEEDS
+    assert plan["needs"]["seconds"] == pytest.approx(sum(plan["needs"]["stages"].values()), abs=0.2)
     report = cli(*command, "--json").json()
     assert plan["parameters"] == report["parameters"]
     assert plan["bytes"] == report["bytes"]
+    assert plan["needs"]["stages"].keys() - report["seconds"].keys() == {"start", "page"}
+
+
+def test_without_a_probe_there_is_no_time(cli, tiny_checkpoint, tmp_path):
+    model = tiny_checkpoint()
+    done = cli("inspect", model, "--no-probe", "--json")
+    assert "timing" not in done.err
+    needs = done.json()["needs"]
+    assert needs.keys() == NEEDS | {"tokens", "eval_tokens", "context"}
+    assert needs["seconds"] is needs["stages"] is needs["probe_seconds"] is None
+    assert needs["peak_memory_bytes"] == max(needs["memory_stages"].values())
+    plan = cli("convert", model, "--out", tmp_path / "out", "--dry-run", "--no-probe", "--json").json()["needs"]
+    assert plan == {name: value for name, value in needs.items() if name in NEEDS}
+
+
+def test_a_dry_run_of_exact_folding_foretells_memory_and_disk(cli, tiny_checkpoint, tmp_path):
+    command = ["convert", tiny_checkpoint("gpt2"), "--out", tmp_path / "out", "--query", "exact"]
+    plan = cli(*command, "--dry-run", "--json").json()
+    assert plan["needs"]["peak_memory_bytes"] > 400_000_000
+    assert plan["needs"]["disk_bytes"] > plan["bytes"]["after"]
+    assert "an exact conversion here needs about" in cli(*command, "--dry-run").out
 
 
 def test_inspect_says_what_each_map_removes(cli, tiny_checkpoint):
-    result = cli("inspect", tiny_checkpoint("sharded"), "--json").json()
+    result = cli("inspect", tiny_checkpoint("sharded"), "--no-probe", "--json").json()
     assert result["family"] == "llama"
     assert len(result["files"]) > 1
     rows = {row["map"]: row for row in result["query_maps"]}
@@ -266,7 +301,7 @@ def test_inspect_says_what_each_map_removes(cli, tiny_checkpoint):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_an_audit_adds_numbers_of_each_layer(cli, name, tiny_checkpoint, raven):
-    plain = ["inspect", tiny_checkpoint(name), "--tokens", 320, "--context", 32]
+    plain = ["inspect", tiny_checkpoint(name), "--no-probe", "--tokens", 320, "--context", 32]
     without, white = cli(*plain, "--json").json(), cli(*plain, "--audit", "--json").json()
     done = cli(*plain, "--audit", "--text", raven, "--json")
     assert re.findall(r"^auditing (\d)/2", done.err, re.MULTILINE) == ["1", "2"]
@@ -282,7 +317,7 @@ def test_an_audit_adds_numbers_of_each_layer(cli, name, tiny_checkpoint, raven):
 
 
 def test_the_shown_audit_says_what_it_measured_on(cli, tiny_checkpoint, raven):
-    plain = ["inspect", tiny_checkpoint(), "--tokens", 320, "--context", 32]
+    plain = ["inspect", tiny_checkpoint(), "--no-probe", "--tokens", 320, "--context", 32]
     words = lambda *options: " ".join(cli(*plain, *options).out.split())  # noqa: E731
     assert "cond(W_Q)" not in words()
     assert "under white states" in words("--audit")
@@ -338,7 +373,7 @@ def test_windows_are_no_longer_than_the_model_was_made_for(cli, name, tiny_check
     assert report["calibration"]["context"] == 128
     found = cli("eval", model, tmp_path / "out", "--text", raven, "--tokens", 128, "--json").json()["results"]
     assert [row["protocol"]["context"] for row in found] == [128, 128]
-    assert cli("inspect", model, "--json").json()["needs"]["context"] == 128
+    assert cli("inspect", model, "--no-probe", "--json").json()["needs"]["context"] == 128
     if name == "llama":  # RoPE goes on beyond
         found = cli("eval", model, "--text", raven, "--tokens", 160, "--context", 160, "--json").json()["results"]
         assert found[0]["protocol"]["context"] == 160

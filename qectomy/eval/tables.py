@@ -128,6 +128,8 @@ def show_exact(report: dict[str, Any]) -> None:
         what = "stay tied" if report["tie"] == "kept" else "are no longer tied; what the head adds is counted"
         console.print(f"embedding and head {what}")
     if report.get("dry_run"):
+        if "needs" in report:
+            _show_needs(report["needs"], "an exact")
         console.print("dry run: nothing was written")
         return
     on = report["logit_error_on"]
@@ -257,9 +259,28 @@ def _show_sizes(report: dict[str, Any]) -> None:
     )
 
 
-def _show_needs(needs: dict[str, Any]) -> None:
-    minutes = needs["seconds"] / 60
+def _show_needs(needs: dict[str, Any], which: str = "a fitted") -> None:
+    """Print what a conversion is foretold to need; without a probe there is no time."""
+    device = f"{size(needs['device_memory_bytes'])} on the device, " if "device_memory_bytes" in needs else ""
     console.print(
-        f"a fitted conversion here needs about {size(needs['peak_memory_bytes'])} of memory, "
-        f"{size(needs['disk_bytes'])} of disk and {f'{minutes:.0f} minutes' if minutes >= 1.5 else 'a minute or two'}"
+        f"{which} conversion here needs about {size(needs['peak_memory_bytes'])} of memory (most in its stage "
+        f"{needs['peak_memory_stage']}), {device}{size(needs['disk_bytes'])} of disk{_time(needs)}"
     )
+
+
+def _time(needs: dict[str, Any]) -> str:
+    """Write the seconds for people, and which three stages take most of them; nothing where they were not foretold."""
+    seconds, stages = needs["seconds"], needs["stages"]
+    if seconds is None:
+        return ""
+    longest = sorted(stages, key=lambda stage: -stages[stage])[:3]
+    shares = ", ".join(f"{stage} {stages[stage] / seconds:.0%}" for stage in longest)
+    return f" and {duration(seconds)} ({shares})"
+
+
+def duration(seconds: float) -> str:
+    """Write a time for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    minutes = seconds / 60
+    return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"

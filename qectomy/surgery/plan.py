@@ -1,10 +1,7 @@
-"""What a conversion would remove, layer by layer, and what it needs: from headers alone, torch not loaded."""
+"""What a conversion would remove, layer by layer: from headers alone, torch not loaded."""
 
-import time
 from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from qectomy.surgery.checkpoint import Checkpoint, expected_tensors
 from qectomy.surgery.headers import TensorInfo
@@ -13,8 +10,6 @@ from qectomy.surgery.streams import derive_streams, structural_recipe, structura
 
 SHOWN_MAPS = ("identity", "select", "key-shared", "low-rank:16", "low-rank:64")
 FITS_STOCK = "query maps are fitted to stock models; what goes from this one goes exactly"
-LIBRARY_BYTES = 430_000_000  # torch, transformers and a tokenizer, loaded (measured, docs/LOG.md)
-CONVERT_PASSES = 5.0  # a conversion's time over one float32 forward pass of the same tokens (measured, docs/LOG.md)
 
 
 def planned_tensors(
@@ -56,25 +51,8 @@ def scratch_bytes(checkpoint: Checkpoint, tokens: int, eval_tokens: int) -> int:
     return 4 * (streams * dims.d_model + max(rows * dims.d_model, tokens * fit))
 
 
-def estimate(checkpoint: Checkpoint, *, tokens: int, eval_tokens: int, context: int) -> dict[str, int]:
-    """Return rough peak memory, disk and time of a conversion on this machine's processor."""
-    dims = checkpoint.dims
-    layer = sum(info.numel for _, info in checkpoint.layer_tensors(0)) * 4
-    heads = (dims.n_heads + dims.n_kv_heads) * dims.d_head
-    batch = max(512, context) * (6 * dims.d_model + 3 * dims.d_mlp) * 4  # of tokens in a layer
-    step = max(2048, context) * (2 * dims.d_model + 3 * heads) * 4  # of the fit
-    moments = dims.n_kv_heads * dims.d_model**2 * 4 + dims.d_model**2 * 8 * 6
-    refit = 12 * max(dims.d_mlp, dims.n_heads * dims.d_head) ** 2 + 4 * dims.d_mlp * dims.d_model * 3
-    flops = 2 * (tokens + eval_tokens) * (checkpoint.parameters + dims.n_layers * 2 * context * dims.d_model)
-    return {
-        "peak_memory_bytes": LIBRARY_BYTES + 2 * layer + max(batch + refit, step + moments),
-        "disk_bytes": scratch_bytes(checkpoint, tokens, eval_tokens) + checkpoint.nbytes,
-        "seconds": round(CONVERT_PASSES * flops / _flops_per_second()),
-    }
-
-
-def inspect(checkpoint: Checkpoint, *, tokens: int, eval_tokens: int, context: int) -> dict[str, Any]:
-    """Return what `qectomy inspect` shows: sizes, what each map would remove, needs, and each layer's verdict."""
+def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what `qectomy inspect` shows: sizes, what each map would remove, and each layer's verdict."""
     dims = checkpoint.dims
     dense = QueryMapSpec("dense").parameters(dims)
     maps = []
@@ -108,12 +86,6 @@ def inspect(checkpoint: Checkpoint, *, tokens: int, eval_tokens: int, context: i
         "parameters": checkpoint.parameters,
         "bytes": checkpoint.nbytes,
         "query_maps": maps,
-        "needs": {
-            "tokens": tokens,
-            "eval_tokens": eval_tokens,
-            "context": context,
-            **estimate(checkpoint, tokens=tokens, eval_tokens=eval_tokens, context=context),
-        },
         "layers": layers,
     }
 
@@ -135,17 +107,3 @@ def _exact_row(checkpoint: Checkpoint) -> dict[str, Any]:
         "share_of_model": removed / checkpoint.parameters,
         "share_of_W_Q": 1 - sum(spec.parameters(dims) for spec in stored) / before,
     }
-
-
-def _flops_per_second() -> float:
-    """Time a float32 matrix product: a lower bound of what a forward pass reaches here."""
-    a = np.ones((768, 768), dtype=np.float32)
-    a @ a
-    best = min(_time_product(a) for _ in range(5))
-    return 2 * 768**3 / best
-
-
-def _time_product(a: np.ndarray) -> float:
-    start = time.perf_counter()
-    a @ a
-    return time.perf_counter() - start

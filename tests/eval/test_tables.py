@@ -7,10 +7,16 @@ from tiny_models import save_variant
 from qectomy.eval import tables
 from qectomy.eval.evaluation_table import show_evaluations
 from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.plan import estimate, inspect, totals
+from qectomy.surgery.plan import inspect, totals
 from qectomy.surgery.query_maps import parse_recipe
 
-NEEDS = dict(tokens=320, eval_tokens=160, context=32)
+NEEDS = dict(
+    peak_memory_bytes=512_000_000,
+    peak_memory_stage="refitting",
+    disk_bytes=3_400_000,
+    seconds=150.0,
+    stages={"start": 3.0, "fitting": 90.0, "forward": 45.0, "reload": 12.0},
+)
 PROTOCOL = dict(
     text="[red]text[/]",
     text_sha256="0" * 64,
@@ -35,7 +41,7 @@ def printed(request, monkeypatch, capsys):
 @pytest.mark.parametrize("shape", ["llama", "biases", "bf16", "mistral"])
 def test_an_inspection(shape, tiny_checkpoint, printed):
     checkpoint = open_checkpoint(tiny_checkpoint(shape))
-    tables.show_inspection(inspect(checkpoint, **NEEDS))
+    tables.show_inspection(inspect(checkpoint) | {"needs": NEEDS})
     text = printed()
     assert f"{checkpoint.parameters:,} parameters" in text
     assert "4 query heads on 2 KV heads of 8" in text
@@ -46,7 +52,7 @@ def test_an_inspection(shape, tiny_checkpoint, printed):
 
 def test_an_inspection_of_what_no_map_is_fitted_to(tmp_path, printed):
     checkpoint = open_checkpoint(save_variant(tmp_path / "source", "llama", norms=False, mlp_skip=False))
-    tables.show_inspection(inspect(checkpoint, **NEEDS))
+    tables.show_inspection(inspect(checkpoint) | {"needs": NEEDS})
     text = printed()
     assert text.count("query maps are fitted to stock models; what goes from this one goes exactly") == 1
     assert "│ exact │ 100.0% │ 2,272 │" in text  # two W_Q of 1,024, and 112 numbers of each W_V
@@ -55,7 +61,7 @@ def test_an_inspection_of_what_no_map_is_fitted_to(tmp_path, printed):
 
 
 def test_an_audit(tiny_checkpoint, printed):
-    result = inspect(open_checkpoint(tiny_checkpoint()), **NEEDS)
+    result = inspect(open_checkpoint(tiny_checkpoint())) | {"needs": NEEDS}
     shared = dict(rank_99=17, rank_99_data="[red]text[/], 320 tokens", d_model=32)
     why = "the block of head 1 is singular"
     records = [
@@ -77,10 +83,14 @@ def test_an_audit(tiny_checkpoint, printed):
 def test_a_plan(tiny_checkpoint, printed):
     checkpoint = open_checkpoint(tiny_checkpoint())
     recipe = tuple(parse_recipe("0=dense,1=select", checkpoint.dims))
-    plan = {"plan": [str(s) for s in recipe], **totals(checkpoint, recipe), "needs": estimate(checkpoint, **NEEDS)}
+    plan = {"plan": [str(s) for s in recipe], **totals(checkpoint, recipe), "needs": NEEDS}
     tables.show_plan(plan)
     text = printed()
     assert "0=dense, 1=select" in text
+    told = "512.0 MB of memory (most in its stage refitting), 3.4 MB of disk and 2 minutes"
+    assert f"a fitted conversion here needs about {told} (fitting 60%, forward 30%, reload 8%)" in text
+    tables.show_plan(plan | {"needs": NEEDS | {"seconds": None, "stages": None}})
+    assert "(most in its stage refitting), 3.4 MB of disk dry run" in printed()
     assert "dry run: nothing was written" in text
 
 

@@ -1,0 +1,164 @@
+"""How often a conversion does what, against one that is counted; and its files, against those that lie there."""
+
+import inspect
+from dataclasses import replace
+
+import conversions
+import pytest
+import torch
+from conversions import QUICK, convert_tiny
+
+from qectomy.calibrate import (
+    attention_kl,
+    final_scores,
+    key_shared_start,
+    layer_fit,
+    layer_pass,
+    moments,
+    refine,
+    refit,
+    units,
+)
+from qectomy.calibrate.forecast import commands, work
+from qectomy.calibrate.forecast.disk import disk_bytes, scratch_files
+from qectomy.calibrate.forecast.work import fast_itemsize, plan_work
+from qectomy.calibrate.precision import fast_dtype
+from qectomy.eval import reload, samples, scores, streamed, verify
+from qectomy.surgery import exact
+from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.surgery.query_maps import parse_recipe
+
+
+def planned(source, query="key-shared", **told):
+    """Return the work of a QUICK conversion."""
+    return plan_work(source, tuple(parse_recipe(query, source.dims)), **{**QUICK, **told})
+
+
+def test_the_constants_are_those_of_the_modules_that_do_the_work():
+    settings = refine.RefineSettings()
+    assert work.TOKENS_A_BATCH == layer_pass.TOKENS_A_BATCH
+    assert work.TOKENS_ON_DEVICE == layer_pass.TOKENS_ON_DEVICE
+    assert work.KL_WINDOWS == layer_pass.KL_WINDOWS
+    assert work.TOKENS_A_PART == refine.TOKENS_A_PART
+    assert settings.rows_a_step == work.ROWS_A_STEP
+    assert 1 / settings.row_share == work.ROWS_STRIDE
+    assert work.JOINT_STEPS == key_shared_start.STEPS
+    attended = inspect.signature(layer_fit.attended_moments).parameters
+    assert attended["windows"].default == work.ATTENDED_WINDOWS
+    assert attended["stride"].default == work.ATTENDED_STRIDE
+    assert work.EIGEN_CHANNELS == layer_fit.EIGEN_CHANNELS
+    assert work.BLOCK_LOGITS == attention_kl.BLOCK_LOGITS
+    assert work.COLUMNS == moments.COLUMNS
+    assert work.SCORED_TOKENS == final_scores.SCORED_TOKENS
+    assert work.SLICE == scores.SLICE
+    assert work.RELOAD_TOKENS == reload.RELOAD_TOKENS
+    assert len(samples.PROMPTS) * samples.NEW_TOKENS == work.GENERATED
+    assert work.MOST_GENERATING == samples.MOST_BYTES
+    assert commands.STREAMED_TOKENS == streamed.TOKENS_A_BATCH
+    assert commands.STATES_BYTES == streamed.STATES_BYTES
+    assert commands.ROWS_A_HEAD == streamed.ROWS_A_HEAD
+    assert commands.SAMPLED == verify.SAMPLED
+    assert commands.FOLD_ROWS == exact.ROWS_AT_ONCE
+
+
+def test_the_fast_type_is_the_one_that_torch_finds(monkeypatch):
+    real = fast_dtype(torch.device("cpu")).itemsize
+    fast_itemsize.cache_clear()
+    assert fast_itemsize() == real
+    monkeypatch.setattr(work.sys, "modules", {})
+    fast_itemsize.cache_clear()
+    if work.Path("/proc/cpuinfo").exists():
+        assert fast_itemsize() == real
+    fast_itemsize.cache_clear()
+
+
+@pytest.mark.parametrize("tokens", [64, 4096, 32_768, 131_072, 2_000_000])
+def test_the_steps_grow_as_those_of_the_fit(tokens, tiny_checkpoint):
+    source = open_checkpoint(tiny_checkpoint())
+    assert planned(source, tokens=tokens).refine_steps == refine.RefineSettings().steps_for(tokens)
+
+
+@pytest.mark.parametrize("windows, attended", [(5, 5), (12, 12), (23, 23), (24, 12), (30, 15), (64, 13)])
+def test_about_twelve_windows_are_attended(windows, attended, tiny_checkpoint):
+    assert planned(open_checkpoint(tiny_checkpoint()), tokens=32 * windows).attended == attended
+
+
+@pytest.mark.parametrize("shape, query", [("llama", "key-shared"), ("llama", "0=dense,1=select"), ("gpt2", "identity")])
+def test_counts_are_those_of_a_conversion(shape, query, tiny_checkpoint, raven, tmp_path, monkeypatch):
+    seen = {}
+
+    def counted(name, function):
+        def count(*arguments, **options):
+            seen[name] = seen.get(name, 0) + 1
+            return function(*arguments, **options)
+
+        return count
+
+    def adam_of(name):
+        def adam(*arguments, **options):
+            seen[name] = options["steps"]
+            units.adam(*arguments, **{**options, "steps": 2})
+
+        return adam
+
+    monkeypatch.setattr(conversions, "few_steps", lambda patch: None)
+    monkeypatch.setattr(refine, "adam", adam_of("refine steps"))
+    monkeypatch.setattr(key_shared_start, "adam", adam_of("joint steps"))
+    monkeypatch.setattr(refine, "_loss", counted("parts", refine._loss))
+    monkeypatch.setattr(refit.Regression, "add", counted("sums", refit.Regression.add))
+    monkeypatch.setattr(moments.MomentSums, "add", counted("collected", moments.MomentSums.add))
+    monkeypatch.setattr(layer_fit, "attention_logits", counted("attended", layer_fit.attention_logits))
+    monkeypatch.setattr(layer_pass, "attention_kl", counted("KL", layer_pass.attention_kl))
+    monkeypatch.setattr(final_scores, "score_tokens", counted("scores", final_scores.score_tokens))
+    monkeypatch.setattr(layer_pass.LayerRunner, "forward", counted("student", layer_pass.LayerRunner.forward))
+    monkeypatch.setattr(layer_pass, "TOKENS_A_BATCH", 64)
+    monkeypatch.setattr(work, "TOKENS_A_BATCH", 64)
+    monkeypatch.setattr(refine, "TOKENS_A_PART", 96)
+    monkeypatch.setattr(work, "TOKENS_A_PART", 96)
+    source = open_checkpoint(tiny_checkpoint(shape))
+    convert_tiny(source.folder, tmp_path / "out", query, raven)
+    told = planned(source, query)
+    fits = sum(spec.name != "dense" for spec in told.recipe)
+    joint = "key-shared" in query
+    assert told.fitted_batches == 5
+    assert told.held_batches == 3
+    assert seen == {
+        "refine steps": told.refine_steps,
+        **({"joint steps": work.JOINT_STEPS} if joint else {}),
+        "parts": fits * 2 * -(-told.step_windows // told.part_windows),
+        "sums": 2 * sum(told.drifting) * told.fitted_batches,
+        "collected": fits * told.fitted_batches,
+        **({"attended": fits * told.attended} if joint or shape == "gpt2" else {}),
+        "KL": len(told.recipe) * told.kl_windows,
+        "scores": told.score_batches,
+        "student": len(told.recipe) * (told.fitted_batches + told.held_batches),
+    }
+
+
+@pytest.mark.parametrize("shape", ["llama", "gpt2", "wide-heads"])
+def test_scratch_files_are_foretold_to_the_byte(shape, tiny_checkpoint, raven, tmp_path, monkeypatch):
+    source, seen, refined = open_checkpoint(tiny_checkpoint(shape)), {}, layer_fit.refine
+
+    def look(*arguments):
+        seen.update({path.name: path.stat().st_size for path in (tmp_path / "out.converting/scratch").iterdir()})
+        return refined(*arguments)
+
+    monkeypatch.setattr(layer_fit, "refine", look)
+    convert_tiny(source.folder, tmp_path / "out", "key-shared", raven)
+    states, middle, fit, _ = scratch_files(planned(source)).values()
+    assert sum(seen.pop(f"{model}-{i}") for model in ("teacher", "student") for i in range(2)) == states
+    assert seen.pop("teacher-mid") == middle
+    assert sum(seen.pop(name) for name in ("hidden", "teacher_query", "teacher_key")) == fit
+    assert not seen
+
+
+def test_the_disk_holds_scratch_and_result(tiny_checkpoint, raven, tmp_path):
+    source = open_checkpoint(tiny_checkpoint())
+    told = planned(source)
+    convert_tiny(source.folder, tmp_path / "out", "key-shared", raven)
+    result = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    *always, fit, rows = scratch_files(told).values()
+    assert 0 < disk_bytes(source, told) - sum(always) - max(fit, rows) - result < 1_000_000
+    more = replace(told, fitted=told.fitted + 1)
+    a_token = 4 * 32 * 4 + 4 * 32 + (told.fast_itemsize * 80 if fit > rows else 0)  # embedding: all 320 rows already
+    assert disk_bytes(source, more) - disk_bytes(source, told) == 32 * a_token
