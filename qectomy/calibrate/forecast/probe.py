@@ -59,6 +59,9 @@ def probe(
         _regressions(timer)
         _scores(timer)
         _decompositions(timer)
+        for spec in dict.fromkeys(work.recipe):  # last, for it is slow beside what it tells
+            if spec.name == "key-shared" or (spec.name != "dense" and not work.dims.rope):
+                _attended(timer, spec)
     timer.speeds.seconds = clock() - timer.begun
     return timer.speeds
 
@@ -169,14 +172,8 @@ def _fit(timer: Timer, spec: QueryMapSpec) -> None:
     layer = RandomLayer(timer.source, small, work.context, timer.device, timer.generator)
     data, moments = layer.fit_data(work.step_windows), layer.moments()
     projections, rope = layer.projections(), layer.runner.rope()
+    _refine(timer, spec, layer)
     one = layer.fit_data(1)
-    if spec.name == "key-shared" or not dims.rope:
-        works = [costs.attended(size, work.context) for size in (dims, small)]
-        W_K = None if spec.name == "key-shared" else projections.W_K
-        some = {count: layer.fit_data(count) for count in ATTENDED}
-        timer.difference(
-            "attended window", works, lambda count: attended_moments(some[count], small.n_kv_heads, W_K), ATTENDED
-        )
     windows = [layer.runner.queries_keys(layer.teacher, one.hidden[:].float()) for _ in range(2)]
 
     def kl() -> None:
@@ -195,7 +192,19 @@ def _fit(timer: Timer, spec: QueryMapSpec) -> None:
         timer.difference("joint step", [costs.joint_step(size) for size in (dims, small)], join, JOINT)
     else:
         _start(timer, spec)
-    _refine(timer, spec, layer)
+
+
+def _attended(timer: Timer, spec: QueryMapSpec) -> None:
+    """A window's share of the moments under the teacher's attention; the eigenvectors that follow are made twice."""
+    work, dims = timer.work, timer.work.dims
+    small = at_most(dims, FIT_WIDTH)
+    layer = RandomLayer(timer.source, small, work.context, timer.device, timer.generator)
+    W_K = None if spec.name == "key-shared" else layer.projections().W_K
+    some = {count: layer.fit_data(count) for count in ATTENDED}
+    works = [costs.attended(size, work.context) for size in (dims, small)]
+    timer.difference(
+        "attended window", works, lambda count: attended_moments(some[count], small.n_kv_heads, W_K), ATTENDED
+    )
 
 
 def _start(timer: Timer, spec: QueryMapSpec) -> None:
