@@ -11,6 +11,7 @@ from typing import Any
 
 MOST = 2.0  # perplexity after / before
 LEAST = 0.9
+FORETOLD = (0.2, 5.0)  # time over the real one: a machine that is shared is another one minutes later
 MATERIALIZED_ERROR = 1e-3  # relative, float32
 
 
@@ -40,6 +41,10 @@ def main(work: Path) -> None:
         check(f"{source}: perplexity after / before", perplexity["ratio"], LEAST, MOST)
         before, after = found["parameters"]["before"], found["parameters"]["after"]
         check(f"{source}: parameters after / before", after / before, 0.5, 0.999)
+
+    foretold = json.loads((work / "inspect.json").read_text(encoding="utf-8"))["needs"]
+    check("inspect: memory / convert's", foretold["peak_memory_bytes"] / report["peak_memory_bytes"], 0.7, 1.3)
+    check("inspect: time / convert's", foretold["seconds"] / report["seconds"]["total"], *FORETOLD)
 
     healing = json.loads((work / "heal.json").read_text(encoding="utf-8"))["healing"]
     check("heal: steps", healing["steps"], 4, 4)
