@@ -1,7 +1,6 @@
 """Progress on stderr, results on stdout."""
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from qectomy.launch import launch
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped, in OUT.converting.")]
 Clean = Annotated[bool, typer.Option("--clean", help="First remove what a run before left in OUT.converting.")]
@@ -28,7 +29,11 @@ def check_out(out: Path, resume: bool, clean: bool) -> None:
 
 def one_process() -> None:
     """End all but the first of several processes that a launcher started: there is nothing to share."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
+    found = launch()
+    if found.rank:
+        typer.echo(
+            f"note: process {found.rank} of {found.count} has nothing to do: process 0 does this alone", err=True
+        )
         raise typer.Exit
 
 

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from qectomy.errors import QectomyError
+from qectomy.launch import launch
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # of the processes that wait while the first one packs or writes text
@@ -26,10 +27,10 @@ class Processes:
         on_cpu = torch.device(device).type == "cpu"
         if on_cpu:  # without it, processes on CPU take no notice of each other: each would heal alone
             os.environ["ACCELERATE_USE_CPU"] = "true"
-        waits = {"timeout": PATIENCE} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
+        expected = launch().count
+        waits = {"timeout": PATIENCE} if expected > 1 else {}
         self._state = PartialState(cpu=on_cpu, **waits)
         self.count, self.is_first = self._state.num_processes, self._state.is_main_process
-        expected = int(os.environ.get("WORLD_SIZE", "1"))
         if expected != self.count:
             raise QectomyError(f"{expected} processes were started, but {self.count} found each other; use torchrun")
         self.device = str(self._state.device) if self.count > 1 else device
@@ -47,7 +48,7 @@ def _only_visible(device: str) -> str:
     asked = torch.device(device)
     if asked.type != "cuda" or not asked.index:
         return device
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launch().count > 1:
         raise QectomyError(f"--device {device}: several processes take a GPU each; give --device cuda")
     if torch.cuda.is_initialized():
         raise QectomyError(f"--device {device}: start again with CUDA_VISIBLE_DEVICES={asked.index} and --device cuda")

@@ -6,10 +6,11 @@ the first of those that failed has to say. A process that is killed or interrupt
 and the others raise `Stopped`.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from qectomy.launch import launch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,15 +55,15 @@ class Together:
         yield
 
     def wait_for_first(self) -> None:
-        """Return when the first process is gone: a launcher ends all others as soon as one has failed."""
+        """After an end of all, return when the first process is gone: a launcher ends all as soon as one has failed."""
 
     def leave(self) -> None:
         """Part from the others."""
 
 
 def join(device: str) -> Together:
-    """Return this process among those that torchrun started, or alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """Return this process among those that torchrun started, or alone. Raises QectomyError as `launch` does."""
+    if launch().count == 1:
         return Together(device)
     from qectomy.calibrate.launched import Launched
 

@@ -28,7 +28,8 @@ def test_one_process(monkeypatch):
 
 def test_processes_that_did_not_find_each_other(monkeypatch):
     """As under a launcher that sets the size alone: each would heal, and write, by itself."""
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(QectomyError, match=r"4 processes were started, but 1 found each other; use torchrun$"):
         Processes("cuda:0")
