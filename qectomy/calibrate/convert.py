@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from qectomy.calibrate.final_scores import FinalScores
 from qectomy.calibrate.layer_pass import LayerPass, Progress
 from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.settings import ConvertSettings
@@ -61,12 +62,10 @@ def convert(
     """
     together = together or Together(settings.device)
     with together.one_end():
-        if (
-            resume
-            and (done := together.first_alone(lambda: finished(out, lambda: read_json(out / "qectomy.json"))))
-            is not None
-        ):
-            return done if together.is_first else None
+        if resume:
+            done = together.first_alone(lambda: finished(out, lambda: read_json(out / "qectomy.json")))
+            if done is not None:
+                return done if together.is_first else None
         return _convert(source, out, recipe, settings, progress if together.is_first else None, together, resume, clean)
 
 
@@ -81,11 +80,7 @@ def _convert(
     clean: bool,
 ) -> dict[str, Any] | None:
     watch = Stopwatch()
-    if source.reduced:
-        raise UnsupportedArchitecture(
-            f"{source.folder} is of a class of this package ({source.config['model_type']}), and query maps are fitted "
-            "to stock models: use --query exact"
-        )
+    _check_stock(source)
     settings.check_context(source)
     device = check_device(together.device)
     needed = totals(source, recipe, settings.stored_dtype)["bytes"]["after"]
@@ -94,7 +89,7 @@ def _convert(
     fitted, held = together.first_alone(lambda: _windows(source, settings))
     since = watch.add("text", watch.begun)
     runner = LayerRunner(source, recipe, settings.context, device)
-    unchanged = SourceWatch(source)
+    unchanged = SourceWatch(source, together.first_alone)
     since = watch.add("hashing", since)
     told = fingerprint(recipe, settings, fitted, held) | {"processes": together.count} | unchanged.fingerprint
     check_alike(together, told)
@@ -104,33 +99,49 @@ def _convert(
         together.meet()  # all have closed their files
         if scores.expected is None:
             return None
-        since = time.perf_counter()
-        copy_companions(source.folder, work.result)
-        copy_model_code(source.family, work.result)
-        check_shards(work.result, run.specs, digests)
-        reload = check_reload(work.result, *scores.expected, source.folder)
-        watch.add("reload", since)
-        report = conversion_report(
-            source=source,
-            recipe=recipe,
-            settings=settings,
-            hashes=unchanged.weights,
-            calibration=fitted.sources,
-            layers=run.layers,
-            measured={
-                **cost(scores.before, scores.after, held),
-                "token_sample": token_sample(source.folder, held, scores.before, scores.after),
-            },
-            seconds=watch.seconds,
-            total_seconds=watch.total,
-            forward_pass_seconds=run.forward_pass_seconds(scores.head_seconds),
-            reload=reload,
-            processes=together.count,
-        )
-        report["tensors_sha256"] = digests
-        write_report(work.result, report, source)
+        report = _finish(run, scores, digests, fitted)
         unchanged.check()
         work.publish(report)
+    return report
+
+
+def _check_stock(source: Checkpoint) -> None:
+    """Raise UnsupportedArchitecture for a checkpoint that has lost its W_Q, or may have."""
+    if source.reduced:
+        raise UnsupportedArchitecture(
+            f"{source.folder} is of a class of this package ({source.config['model_type']}), and query maps are fitted "
+            "to stock models: use --query exact"
+        )
+
+
+def _finish(run: LayerPass, scores: FinalScores, digests: dict[str, str], fitted: Windows) -> dict[str, Any]:
+    """Write what lies beside the weights, check that the result reloads, and return its report."""
+    since, source, result = time.perf_counter(), run.source, run.work.result
+    assert scores.expected is not None, "the first process"
+    copy_companions(source.folder, result)
+    copy_model_code(source.family, result)
+    check_shards(result, run.specs, digests)
+    reload = check_reload(result, *scores.expected, source.folder)
+    run.watch.add("reload", since)
+    report = conversion_report(
+        source=source,
+        recipe=run.recipe,
+        settings=run.settings,
+        hashes=run.unchanged.weights,
+        calibration=fitted.sources,
+        layers=run.layers,
+        measured={
+            **cost(scores.before, scores.after, run.held),
+            "token_sample": token_sample(source.folder, run.held, scores.before, scores.after),
+        },
+        seconds=run.watch.seconds,
+        total_seconds=run.watch.total,
+        forward_pass_seconds=run.forward_pass_seconds(scores.head_seconds),
+        reload=reload,
+        processes=run.share.together.count,
+    )
+    report["tensors_sha256"] = digests
+    write_report(result, report, source)
     return report
 
 

@@ -1,7 +1,7 @@
 """A run of several processes in one folder: the first one holds it and writes, each has its own hidden states there."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -76,9 +76,13 @@ class SharedWriter:
         self._writer: StepWriter | None = None
         if together.is_first:
             self._writer = StepWriter(work, specs, holds=self._holds, whole=is_whole)
-        while (layer := self._asked(None)) is not None:
-            together.gather(streams.checksums_on_disk(layer))
-        known = together.first_alone(self._known)
+        with ExitStack() as opened:
+            if self._writer:
+                opened.enter_context(self._writer)
+            while (layer := self._asked(None)) is not None:
+                together.gather(streams.checksums_on_disk(layer))
+            known = together.first_alone(self._known)
+            opened.pop_all()  # whoever has this closes it
         self.steps: list[dict[str, Any]] = known[0]
         self.lost: int = known[1]
 

@@ -1,22 +1,39 @@
 """Notice files that change while they are read."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from qectomy.errors import Stopped
 from qectomy.surgery.checkpoint import Checkpoint, sha256
 from qectomy.surgery.config_files import companions
 from qectomy.surgery.headers import INDEX
 
+FirstAlone = Callable[[Callable[[], Any]], Any]
+
 
 class FileWatch:
-    """Files as they were when this was made, by the names that they have for the run."""
+    """Files as they were when this was made, by the names that they have for the run.
 
-    def __init__(self, files: dict[str, Path]):
+    Of several processes, which `first_alone` lets hear what the first one finds, that one reads the files; another one
+    does so where what it sees there are other files.
+    """
+
+    def __init__(self, files: dict[str, Path], first_alone: FirstAlone = lambda act: act()):
         self._files = files
         self._seen = {name: _status(path) for name, path in files.items()}
-        self.hashes = {name: sha256(path) for name, path in files.items()}
+        seen, self.hashes = first_alone(lambda: (self._shared_status(), self._read()))
+        if seen != self._shared_status():
+            self.hashes = self._read()
         self.check()  # nothing may have changed while it was hashed
+
+    def _read(self) -> dict[str, str]:
+        return {name: sha256(path) for name, path in self._files.items()}
+
+    def _shared_status(self) -> dict[str, tuple[int, ...]]:
+        """What hosts that see the same files see alike: each numbers its disks for itself."""
+        return {name: status[1:] for name, status in self._seen.items()}
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -48,12 +65,12 @@ class FileWatch:
 class SourceWatch(FileWatch):
     """The files of a checkpoint as they were when this was made: weights, config and what is copied along."""
 
-    def __init__(self, source: Checkpoint):
+    def __init__(self, source: Checkpoint, first_alone: FirstAlone = lambda act: act()):
         names = {"config.json", *source.files, *(path.name for path in companions(source.folder))}
         if (source.folder / INDEX).is_file():
             names.add(INDEX)
         self._weights = ["config.json", *source.files]
-        super().__init__({name: source.folder / name for name in sorted(names)})
+        super().__init__({name: source.folder / name for name in sorted(names)}, first_alone)
 
     @property
     def weights(self) -> dict[str, str]:

@@ -1,0 +1,68 @@
+"""The files that several processes of a run share: the source, and the shards that the first one writes."""
+
+import hashlib
+import shutil
+
+import pytest
+from launches import launched
+
+from qectomy.calibrate import shared_run
+from qectomy.calibrate.states import Streams
+from qectomy.calibrate.together import Together
+from qectomy.errors import Stopped
+from qectomy.surgery import source_watch
+from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.surgery.source_watch import SourceWatch
+from qectomy.surgery.step_writer import StepWriter
+from qectomy.surgery.work_folder import work_folder
+from qectomy.surgery.writer import TensorSpec
+
+
+def sha256_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_no_shard_stays_open_where_another_process_fails_first(tmp_path, monkeypatch):
+    """The first one has its shards open when it hears of the failure."""
+
+    class Failing(Together):
+        def first_alone(self, act):
+            raise Stopped("another one has failed")
+
+    made = []
+
+    class Recorded(StepWriter):
+        def __init__(self, *given, **more):
+            super().__init__(*given, **more)
+            made.append(self)
+
+    monkeypatch.setattr(shared_run, "StepWriter", Recorded)
+    with work_folder(tmp_path / "out", {}) as work:
+        streams = Streams(work.scratch, (2, 4, 2), fitted=1, batch=1)
+        with pytest.raises(Stopped):
+            shared_run.SharedWriter(Failing("cpu"), work, {"a": TensorSpec((2, 2), "F32")}, streams)
+        streams.close()
+    assert [file.closed for file in made[0]._files] == [True]
+
+
+def test_the_source_is_read_by_one_process_for_all_that_see_it(tiny_checkpoint, tmp_path, monkeypatch):
+    """A copy that another process has in its place is read there, and may be another model."""
+    source, read = tiny_checkpoint(), []
+    copied = shutil.copytree(source, tmp_path / "copy")
+    (copied / "config.json").write_text((source / "config.json").read_text() + " ")
+    monkeypatch.setattr(source_watch, "sha256", lambda path: read.append(path.name) or sha256_of(path))
+    hashed = lambda folder: {path.name: sha256_of(path) for path in folder.iterdir()}  # noqa: E731
+
+    def act(together):
+        found = []
+        for folder in (source, source if together.is_first else copied):
+            read.clear()
+            found.append((SourceWatch(open_checkpoint(folder), together.first_alone).hashes, len(read)))
+        return found
+
+    first, other = launched(2, act)
+    n_files, told = len(first[0][0]), hashed(source)
+    assert first == [({name: told[name] for name in first[0][0]}, n_files)] * 2
+    assert other[0] == (first[0][0], 0)
+    assert other[1] == ({name: hashed(copied)[name] for name in first[0][0]}, n_files)
+    assert other[1][0]["config.json"] != first[1][0]["config.json"]
