@@ -1,8 +1,8 @@
 """The command that takes W_Q out of a checkpoint; `cli.py` registers it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,25 +91,55 @@ def convert(
         )
         if text and self_generated:
             raise QectomyError("--self-generated takes the place of a text; give one or the other")
-        kept = parse_exact(query, source.dims)
-        if kept is not None:
-            if heal is not None:
-                raise QectomyError("--query exact loses nothing: there is nothing to heal; leave --heal out")
-            if together.is_first:  # it fits nothing: there is nothing to share
-                _convert_exact(source, out, settings, kept, dry_run, resume, clean, as_json)
-            return
-        recipe = tuple(parse_recipe(query, source.dims))
-        if dry_run:
-            if together.is_first:
-                _show_plan(source, recipe, settings, not no_probe, as_json)
-            return
-        if self_generated:
-            wanted = settings
-            settings = together.first_alone(lambda: _self_generated(source, wanted, heal))
-        if heal is not None:
-            _convert_and_heal(source, out, recipe, settings, heal, self_generated, resume, clean, as_json)
-            return
-        _convert(source, out, recipe, settings, together, resume, clean, as_json)
+        asked = _Asked(
+            out=out,
+            self_generated=self_generated,
+            heal=heal,
+            dry_run=dry_run,
+            probe=not no_probe,
+            resume=resume,
+            clean=clean,
+            as_json=as_json,
+        )
+        if (kept := parse_exact(query, source.dims)) is None:
+            _fit(source, tuple(parse_recipe(query, source.dims)), settings, asked, together)
+        elif heal is not None:
+            raise QectomyError("--query exact loses nothing: there is nothing to heal; leave --heal out")
+        elif together.is_first:  # it fits nothing: there is nothing to share
+            _convert_exact(source, settings, kept, asked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What the command line asks for besides the settings of a fit."""
+
+    out: Path
+    self_generated: bool
+    heal: int | None  # tokens
+    dry_run: bool
+    probe: bool
+    resume: bool
+    clean: bool
+    as_json: bool
+
+
+def _fit(source: Any, recipe: Any, settings: Any, asked: _Asked, together: Any) -> None:
+    """Run `convert` with a recipe: its plan, its fit, or that and healing."""
+    if asked.dry_run:
+        if together.is_first:
+            _show_plan(source, recipe, settings, asked.probe, asked.as_json)
+        return
+    if asked.self_generated:
+        wanted = settings
+        settings = together.first_alone(lambda: _self_generated(source, wanted, asked.heal))
+    if asked.heal is None:
+        _convert(source, recipe, settings, asked, together)
+    else:
+        _convert_and_heal(source, recipe, settings, asked.heal, asked)
+
+
+class _UsageError(QectomyError):
+    """A message and a hint that the first process turns into typer's error again: that one bears no transport."""
 
 
 @contextmanager
@@ -120,32 +150,40 @@ def _together(device: str) -> Iterator[Any]:
     together = join(device)
     try:
         with together.one_end():
-            yield together
+            try:
+                yield together
+            except typer.BadParameter as error:
+                raise _UsageError(error.message, error.param_hint) from error
+    except _UsageError as error:
+        if together.is_first:
+            raise typer.BadParameter(error.args[0], param_hint=error.args[1]) from error
+        together.wait_for_first()
+        raise typer.Exit(2) from error
     except (QectomyError, OSError, KeyboardInterrupt) as error:
         if together.is_first:
             raise
-        together.wait_for_first()
+        together.wait_for_first()  # at once, where no end of all has been found
         raise typer.Exit(1) from error
     together.leave()
 
 
-def _convert(
-    source: Any, out: Path, recipe: Any, settings: Any, together: Any, resume: bool, clean: bool, as_json: bool
-) -> None:
-    """Run `convert` with a fit."""
+def _convert(source: Any, recipe: Any, settings: Any, asked: _Asked, together: Any) -> None:
+    """Run `convert` with a fit alone; the first process shows what came of it."""
     from qectomy.calibrate.convert import convert as run
 
-    with progress_bar("converting") as progress:
-        report = run(source, out, recipe, settings, progress, resume=resume, clean=clean, together=together)
+    with progress_bar("converting") if together.is_first else nullcontext() as progress:
+        report = run(
+            source, asked.out, recipe, settings, progress, resume=asked.resume, clean=asked.clean, together=together
+        )
     if report is None:
         return
-    if as_json:
+    if asked.as_json:
         print_json(report)
     else:
         from qectomy.eval.tables import show_conversion
 
         show_conversion(report)
-        typer.echo(f"wrote {out}")
+        typer.echo(f"wrote {asked.out}")
 
 
 def _self_generated(source: Any, settings: Any, heal: int | None) -> Any:
@@ -165,24 +203,14 @@ def _self_generated(source: Any, settings: Any, heal: int | None) -> Any:
     return replace(settings, texts=(str(path),))
 
 
-def _convert_and_heal(
-    source: Any,
-    out: Path,
-    recipe: Any,
-    settings: Any,
-    tokens: int,
-    self_generated: bool,
-    resume: bool,
-    clean: bool,
-    as_json: bool,
-) -> None:
+def _convert_and_heal(source: Any, recipe: Any, settings: Any, tokens: int, asked: _Asked) -> None:
     """Run `convert --heal`: the fitted checkpoint lies in OUT.fitted until the healed one is there."""
     from qectomy.calibrate.healing.convert_and_heal import convert_and_heal
     from qectomy.calibrate.healing.settings import HealSettings
 
     heal_settings = HealSettings(
-        texts=() if self_generated else settings.texts,
-        self_generated=self_generated,
+        texts=() if asked.self_generated else settings.texts,
+        self_generated=asked.self_generated,
         tokens=tokens,
         context=settings.context,
         eval_text=settings.eval_text,
@@ -192,8 +220,10 @@ def _convert_and_heal(
         command=settings.command,
     )
     with progress_bar("converting and healing") as progress:
-        report = convert_and_heal(source, out, recipe, settings, heal_settings, progress, resume=resume, clean=clean)
-    show(report, out, as_json)
+        report = convert_and_heal(
+            source, asked.out, recipe, settings, heal_settings, progress, resume=asked.resume, clean=asked.clean
+        )
+    show(report, asked.out, asked.as_json)
 
 
 def _show_plan(source: Any, recipe: Any, settings: Any, probe: bool, as_json: bool) -> None:
@@ -221,24 +251,22 @@ def _show_plan(source: Any, recipe: Any, settings: Any, probe: bool, as_json: bo
         show_plan(plan)
 
 
-def _convert_exact(
-    source: Any, out: Path, settings: Any, kept: Any, dry_run: bool, resume: bool, clean: bool, as_json: bool
-) -> None:
-    """Run `convert --query exact`, or with `dry_run` only its plan, which reads the weights."""
+def _convert_exact(source: Any, settings: Any, kept: Any, asked: _Asked) -> None:
+    """Run `convert --query exact`, or only its plan, which reads the weights."""
     from qectomy.calibrate.convert_exact import convert_exact, dry_run_exact
     from qectomy.eval.tables import show_exact
 
-    with progress_bar("planning" if dry_run else "folding") as progress:
-        if dry_run:
+    with progress_bar("planning" if asked.dry_run else "folding") as progress:
+        if asked.dry_run:
             from qectomy.calibrate.forecast.forecast import forecast_exact
 
             report = dry_run_exact(source, settings, kept, progress)
             report["needs"] = forecast_exact(source, report["bytes"]["after"], settings.stored_dtype)
         else:
-            report = convert_exact(source, out, settings, kept, progress, resume=resume, clean=clean)
-    if as_json:
+            report = convert_exact(source, asked.out, settings, kept, progress, resume=asked.resume, clean=asked.clean)
+    if asked.as_json:
         print_json(report)
     else:
         show_exact(report)
-        if not dry_run:
-            typer.echo(f"wrote {out}")
+        if not asked.dry_run:
+            typer.echo(f"wrote {asked.out}")

@@ -14,6 +14,7 @@ from qectomy.calibrate.together import Together
 from qectomy.errors import QectomyError, Stopped
 
 T = TypeVar("T")
+_MENDABLE = (QectomyError, OSError)  # by the user, who is told as it was raised
 
 
 class _ElsewhereError(Exception):
@@ -32,6 +33,7 @@ class Launched(Together):
         self.count, self.rank = distributed.get_world_size(), distributed.get_rank()
         self._talk = distributed.new_group(backend="gloo", timeout=PATIENCE)
         self._ended = False
+        self._agreed = False  # whether all have ended together, and know with which error
 
     def sum_(self, *tensors: torch.Tensor) -> None:
         self._in_place(tensors, lambda whole, group: distributed.all_reduce(whole, group=group))
@@ -62,7 +64,10 @@ class Launched(Together):
         except Exception as error:
             if self._ended:
                 raise
-            raise self._common(error) from error
+            common = self._common(error)
+            if common is error:
+                raise
+            raise common from error
         except BaseException:  # an interruption: it may have come in the middle of a call that the others have left
             self._ended = True
             raise
@@ -72,6 +77,8 @@ class Launched(Together):
             distributed.destroy_process_group()
 
     def wait_for_first(self) -> None:
+        if not self._agreed:  # the first one may be waiting in a call for this one
+            return
         try:
             distributed.recv(torch.zeros(1), 0, group=self._talk)
         except RuntimeError:
@@ -83,7 +90,7 @@ class Launched(Together):
         if isinstance(error, _LostError):
             return error.told
         own = None if isinstance(error, _ElsewhereError) else error
-        if own is not None and not isinstance(own, QectomyError | OSError):
+        if own is not None and not isinstance(own, _MENDABLE):
             traceback.print_exception(own, file=sys.stderr)  # here, where it can be found
         try:
             if own is not None:
@@ -91,7 +98,9 @@ class Launched(Together):
             errors = self._gathered(own if own is None else _portable(own, self.rank))
         except _LostError as lost:
             return own or lost.told
-        return next(found for found in errors if found is not None)
+        self._agreed = True
+        rank, chosen = next((rank, found) for rank, found in enumerate(errors) if found is not None)
+        return own if rank == self.rank and isinstance(own, _MENDABLE) else chosen
 
     def _any(self, failed: bool) -> bool:
         """Whether any process has failed."""
@@ -139,6 +148,8 @@ def _portable(error: Exception, rank: int) -> Exception:
     if isinstance(error, QectomyError):
         return type(error)(*error.args)
     if isinstance(error, OSError):
-        return OSError(error.errno, error.strerror or str(error))
+        if error.errno is None:
+            return OSError(str(error))
+        return OSError(error.errno, error.strerror, *([] if error.filename is None else [str(error.filename)]))
     said = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
     return Stopped(f"process {rank} has failed, {type(error).__name__}: {said}")

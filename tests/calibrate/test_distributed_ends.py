@@ -1,23 +1,20 @@
 """Several processes end as one does: with one output, one error, or what can be resumed."""
 
 import errno
-import json
 import os
 import random
 import signal
-import sys
 import time
 from dataclasses import replace
 
 import pytest
-from conversions import convert_tiny, reload_here
+from conversions import convert_tiny
 from interruptions import same_output
 from launches import KILLED, launched, several
 
 from qectomy.calibrate import layer_fit, refit
 from qectomy.calibrate.launched import Launched
 from qectomy.calibrate.layer_pass import LayerPass
-from qectomy.cli import main
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped
 from qectomy.surgery.step_writer import StepWriter
 from qectomy.surgery.work_folder import WorkFolder
@@ -280,6 +277,8 @@ def test_no_connection_is_left_to_wait_for(tmp_path):
 
     def act(together):
         begun = time.monotonic()
+        with pytest.raises(QectomyError), together.one_end():
+            raise QectomyError("no")
         if together.is_first:
             time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -292,48 +291,18 @@ def test_no_connection_is_left_to_wait_for(tmp_path):
     assert 0.4 < waited < 20
 
 
-# The command line
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_the_system_keeps_its_file(rank):
+    """In the process that met it, it is the one that was raised."""
 
+    def act(together):
+        met = FileNotFoundError(errno.ENOENT, "No such file or directory", "calibration.txt")
+        try:
+            with together.one_end():
+                if together.rank == rank:
+                    raise met
+        except OSError as error:
+            return str(error), error is met
 
-def commanded(monkeypatch, *arguments):
-    """Run the command line in two processes; return how each ended."""
-    monkeypatch.setattr(sys, "argv", ["qectomy", *map(str, arguments)])
-    return [getattr(end, "code", end) for end in launched(2, lambda nobody: main(), joined=False)]
-
-
-def test_one_process_speaks_for_all(whole, raven, tmp_path, monkeypatch, capfd):
-    source, given = whole[0], ("--text", raven, "--context", "32", "--eval-tokens", "160", "--tokens", "320")
-    out = tmp_path / "out"
-    for command, code, message in [
-        (["convert", source, "--out", tmp_path, *given], 1, f"error: {tmp_path} exists; nothing is overwritten. "),
-        (["convert", source, "--out", out, *given, "--tokens", "32"], 1, "error: 2 processes, but only 1 window(s)"),
-        (["convert", source, "--out", out, *given, "--heal", "1k"], 1, "error: --heal in convert is for one process"),
-        (["convert", tmp_path / "none", "--out", out, *given], 1, "error: "),
-    ]:
-        assert commanded(monkeypatch, *command) == [code, code]
-        told = capfd.readouterr()
-        assert (told.out, told.err.count("error")) == ("", 1), told.err
-        assert message in told.err
-        assert list(tmp_path.iterdir()) == []
-    assert commanded(monkeypatch, "convert", source, "--out", out, *given, "--dry-run", "--json") == [0, 0]
-    assert json.loads(capfd.readouterr().out)["plan"] == ["key-shared"] * 3
-
-
-def test_the_first_process_writes_the_text_for_all(tiny_checkpoint, tmp_path, monkeypatch, capfd):
-    reload_here(monkeypatch)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    command = ["convert", tiny_checkpoint(), "--out", tmp_path / "out", "--self-generated", "--query", "select"]
-    command += ["--context", "32", "--eval-tokens", "64", "--tokens", "128", "--json"]
-    assert commanded(monkeypatch, *command) == [0, 0]
-    found = json.loads(capfd.readouterr().out)
-    assert (found["processes"], found["calibration"]["texts"][0]["tokens"]) == (2, 128)
-
-
-def test_what_fits_nothing_is_done_by_the_first_process(tiny_checkpoint, raven, tmp_path, monkeypatch, capfd):
-    source, out = tiny_checkpoint("gpt2"), tmp_path / "out"
-    reload_here(monkeypatch)
-    command = ["convert", source, "--out", out, "--query", "exact", "--json", "--context", "32", "--eval-tokens", "64"]
-    assert commanded(monkeypatch, *command) == [0, 0]
-    assert json.loads(capfd.readouterr().out) == json.loads((out / "qectomy.json").read_text())
-    assert commanded(monkeypatch, "materialize", out, "--out", tmp_path / "stock") == [0, 0]
-    assert capfd.readouterr().out.count("wrote ") == 1
+    said = "[Errno 2] No such file or directory: 'calibration.txt'"
+    assert launched(2, act) == [(said, rank == 0), (said, rank == 1)]
