@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,7 +95,7 @@ def load_tokenizer(folder: Path) -> Any:
     """Load the checkpoint's tokenizer; none of its code is run. Raises CheckpointError if there is none."""
     from transformers import AutoTokenizer
 
-    for file in companions(folder, TOKENIZER_FILES, most=sys.maxsize):
+    for file in companions(folder, TOKENIZER_FILES):
         if file.stat().st_size > MAX_CARRIED_BYTES:
             raise CheckpointError(f"{file}: larger than {MAX_CARRIED_BYTES:,} bytes; not a file of a tokenizer")
     with _refused(f"{folder} holds no tokenizer that can be loaded"):

@@ -1,10 +1,12 @@
 """Everything of a checkpoint folder that is not weights: config.json, tokenizer, model code, licence.
 
 What goes along as it is must be the folder's own: a link in it that leads elsewhere could carry a private file into an
-output that is published. The hub's cache, whose snapshots are links to the blobs beside them, is as good as the folder.
+output that is published. The blobs of the hub's cache, to which its snapshots and its older local folders are links,
+are as good as the folder. What is only read may lie anywhere.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ TOKENIZER_FILES = (
 CARRIED = (*TOKENIZER_FILES, "generation_config.json", "LICENSE*", "NOTICE*")
 CODE_OR_WEIGHTS = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".safetensors")
 MAX_CARRIED_BYTES = 200_000_000
+BLOB_NAME = "[0-9a-f]{40}|[0-9a-f]{64}"  # git's sha1, or a sha256
 VARIANT = ("softmax_scale", "norms", "attention_skip", "mlp_skip", "shared_layers")  # which only our classes read
 DROPPED = (  # of an original's or a reduced model's config.json: written anew, or of no use to the other
     "architectures",
@@ -106,33 +109,45 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 def copy_companions(source: Path, folder: Path, patterns: tuple[str, ...] = CARRIED) -> None:
     """Copy tokenizer, generation config and licence files; never code, never weights."""
-    for file in companions(source, patterns):
+    for file in copied_companions(source, patterns):
         shutil.copyfile(file, folder / file.name)
 
 
-def companions(source: Path, patterns: tuple[str, ...] = CARRIED, most: int = MAX_CARRIED_BYTES) -> list[Path]:
-    """Return the files of a checkpoint that go along as they are. Raises CheckpointError for a link to elsewhere."""
-    found = {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}
-    carried = {file for file in found if file.suffix not in CODE_OR_WEIGHTS}
-    own = _own_folders(source)
-    for file in sorted(carried):
-        if not any(file.resolve().is_relative_to(folder) for folder in own):
+def copied_companions(source: Path, patterns: tuple[str, ...] = CARRIED) -> list[Path]:
+    """Return the files that `copy_companions` copies. Raises CheckpointError for a link to elsewhere."""
+    files = companions(source, patterns)
+    for file in files:
+        if not _is_own(source, file.resolve()):
             raise CheckpointError(
                 f"{file} is a link to {file.resolve()}, outside its folder; it would be copied into the output. "
                 "Put the file itself in its place, or remove the link"
             )
-    return sorted(file for file in carried if file.stat().st_size <= most)
+    return [file for file in files if file.stat().st_size <= MAX_CARRIED_BYTES]
 
 
-def _own_folders(source: Path) -> list[Path]:
-    """Return where the files of a checkpoint may lie: its folder and, for a snapshot of the hub's cache, the blobs.
+def companions(source: Path, patterns: tuple[str, ...] = CARRIED) -> list[Path]:
+    """Return the files of a checkpoint that are neither code nor weights, wherever their links lead."""
+    found = {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}
+    return sorted(file for file in found if file.suffix not in CODE_OR_WEIGHTS)
 
-    HUB/models--NAME/snapshots/REVISION/ has its blobs in HUB/models--NAME/blobs/ or, shared, in HUB/blobs/.
+
+def _is_own(source: Path, target: Path) -> bool:
+    """Whether a file lies in the folder, or is a blob of the hub's cache, which is named by its hash.
+
+    HUB/models--NAME/snapshots/REVISION/ has its blobs in HUB/models--NAME/blobs/ or, shared, in HUB/blobs/; either can
+    be a link to another disk. Older local folders link to HUB/models--NAME/blobs/ from wherever they are.
     """
     folder = source.resolve()
-    if folder.parent.name != "snapshots" or "--" not in folder.parents[1].name:
-        return [folder]
-    return [folder, folder.parents[1] / "blobs", folder.parents[2] / "blobs"]
+    if target.is_relative_to(folder):
+        return True
+    beside = []
+    if folder.parent.name == "snapshots" and "--" in folder.parents[1].name:
+        beside = [folder.parents[1] / "blobs", folder.parents[2] / "blobs"]
+        if any(target.is_relative_to(blobs) for blobs in beside):
+            return True
+    in_cache = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
+    in_cache = in_cache or any(target.is_relative_to(blobs.resolve()) for blobs in beside)
+    return in_cache and re.fullmatch(BLOB_NAME, target.name) is not None
 
 
 def copy_model_code(family: Family, folder: Path) -> None:

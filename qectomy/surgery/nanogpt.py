@@ -31,7 +31,7 @@ from qectomy.surgery.architectures import FAMILIES
 from qectomy.surgery.checkpoint import MAX_LAYERS, expected_tensors, open_checkpoint
 from qectomy.surgery.config_files import (
     TOKENIZER_FILES,
-    companions,
+    copied_companions,
     copy_companions,
     copy_model_code,
     reduced_fields,
@@ -114,7 +114,7 @@ def import_nanogpt(
     if resume and (done := finished(out, lambda: report)) is not None:
         return done
     check_room(out, report["bytes"] - WorkFolder(out).nbytes())
-    beside = [] if tokenizer is None else companions(tokenizer, TOKENIZER_FILES)
+    beside = [] if tokenizer is None else copied_companions(tokenizer, TOKENIZER_FILES)
     unchanged = FileWatch({"weights": path} | {file.name: file for file in beside})
     told = {"command": "import-nanogpt"} | unchanged.fingerprint
     steps = [partial(_write_step, step, path, dtype) for step in gpt2_steps(args, dims, state)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from qectomy.errors import Stopped
 from qectomy.surgery.checkpoint import Checkpoint, sha256
-from qectomy.surgery.config_files import companions
+from qectomy.surgery.config_files import copied_companions
 from qectomy.surgery.headers import INDEX
 
 FirstAlone = Callable[[Callable[[], Any]], Any]
@@ -66,7 +66,7 @@ class SourceWatch(FileWatch):
     """The files of a checkpoint as they were when this was made: weights, config and what is copied along."""
 
     def __init__(self, source: Checkpoint, first_alone: FirstAlone = lambda act: act()):
-        names = {"config.json", *source.files, *(path.name for path in companions(source.folder))}
+        names = {"config.json", *source.files, *(path.name for path in copied_companions(source.folder))}
         if (source.folder / INDEX).is_file():
             names.add(INDEX)
         self._weights = ["config.json", *source.files]

@@ -1,12 +1,14 @@
 """config.json of the reduced and of the materialised model, and the files that come along."""
 
 import json
+import shutil
 
 import pytest
 from safetensors.torch import load_file
 from tiny_models import EVERY_MAP, ROPES, SHAPES
 from transformers import AutoConfig, AutoTokenizer
 
+from qectomy.calibrate.text import load_tokenizer
 from qectomy.errors import CheckpointError
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.config_files import (
@@ -18,6 +20,7 @@ from qectomy.surgery.config_files import (
 )
 from qectomy.surgery.plan import totals
 from qectomy.surgery.query_maps import parse_query_map
+from qectomy.surgery.source_watch import SourceWatch
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith(("rope-", "mistral"))])
@@ -157,6 +160,40 @@ def test_companions(tiny_copy, tmp_path):
     for name in carried:
         assert (out / name).read_bytes() == (folder / name).read_bytes()
     assert AutoTokenizer.from_pretrained(out)("door")["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["an older local folder", "blobs on another disk"])
+def test_a_link_to_a_blob_of_the_hubs_cache_is_copied(kind, tiny_copy, tmp_path):
+    made, out, repository = tiny_copy(), tmp_path / "out", tmp_path / "hub/models--a--b"
+    out.mkdir()
+    if kind == "an older local folder":
+        folder, blobs = made, repository / "blobs"
+        blobs.mkdir(parents=True)
+    else:
+        folder, blobs = repository / "snapshots/0", tmp_path / "disk"
+        blobs.mkdir()
+        shutil.copytree(made, folder)
+        (repository / "blobs").symlink_to(blobs)
+    content, blob = (folder / "tokenizer.json").read_bytes(), blobs / ("0a" * 20)
+    (folder / "tokenizer.json").rename(blob)
+    (folder / "tokenizer.json").symlink_to(blob)
+    copy_companions(folder, out)
+    assert (out / "tokenizer.json").read_bytes() == content
+    assert not (out / "tokenizer.json").is_symlink()
+    blob.rename(blobs / "id_rsa")  # no blob's name: someone lets links named so lead where secrets are
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to(blobs / "id_rsa")
+    with pytest.raises(CheckpointError, match="tokenizer.json is a link to .*, outside its folder"):
+        copy_companions(folder, out)
+
+
+def test_a_link_to_elsewhere_can_be_read(tiny_copy, tmp_path):
+    folder = tiny_copy()
+    (folder / "tokenizer.json").rename(tmp_path / "mine.json")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "mine.json")
+    assert load_tokenizer(folder)("door")["input_ids"]
+    with pytest.raises(CheckpointError, match="tokenizer.json is a link to .*mine.json, outside its folder"):
+        SourceWatch(open_checkpoint(folder))  # what copies says so before it begins
 
 
 @pytest.mark.parametrize("name", ["llama", "biases", "bf16", "mistral"])
