@@ -1,7 +1,7 @@
 """The commands that write a folder anew in another form and measure nothing; `cli.py` registers them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,9 +24,7 @@ def materialize(
     source = open_checkpoint(reduced, reduced=True)
     with progress_bar("materializing") as progress:
         result = run(source, out, lambda done, total: progress(done, total, ""), resume=resume, clean=clean)
-    if as_json:
-        print_json(result)
-    else:
+    if not _told(result, as_json):
         typer.echo(f"wrote {result['out']}: {result['parameters']['after']:,} parameters; {result['note']}")
 
 
@@ -53,9 +51,7 @@ def import_nanogpt(
     if folder is not None:
         load_tokenizer(folder)  # one that does not load is refused before anything is written
     result = run(checkpoint, out, folder, resume=resume, clean=clean)
-    if as_json:
-        print_json(result)
-    else:
+    if not _told(result, as_json):
         typer.echo(
             f"wrote {result['out']}: {result['model_type']}, {result['parameters']:,} parameters, from queries of mode "
             f"{result['query_mode']!r}, softmax scale {result['softmax_scale']:.6g}"
@@ -84,8 +80,15 @@ def fold_norms(
     source = open_checkpoint(checkpoint)
     with progress_bar("folding norms") as progress:
         result = run(source, out, only, lambda done, total: progress(done, total, ""), resume=resume, clean=clean)
-    if as_json:
-        print_json(result)
-    else:
+    if not _told(result, as_json):
         left = f"; left as they are: {', '.join(result['left'])}" if result["left"] else ""
         typer.echo(f"wrote {result['out']}: folded {', '.join(result['folded']) or 'nothing'}{left}")
+
+
+def _told(result: dict[str, Any], as_json: bool) -> bool:
+    """Print a report as JSON, or that it is lost; return whether that was all there is to say."""
+    if as_json:
+        print_json(result)
+    elif "lost" in result:
+        typer.echo(f"{result['out']}: {result['lost']}")
+    return as_json or "lost" in result

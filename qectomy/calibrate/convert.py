@@ -63,10 +63,22 @@ def convert(
     together = together or Together(settings.device)
     with together.one_end():
         if resume:
-            done = together.first_alone(lambda: finished(out, lambda: read_json(out / "qectomy.json")))
+            done = together.first_alone(lambda: _finished(source, out, recipe, settings, together))
             if done is not None:
                 return done if together.is_first else None
         return _convert(source, out, recipe, settings, progress if together.is_first else None, together, resume, clean)
+
+
+def _finished(
+    source: Checkpoint, out: Path, recipe: tuple[QueryMapSpec, ...], settings: ConvertSettings, together: Together
+) -> dict[str, Any] | None:
+    """Return the report of this conversion if it is done. Raises QectomyError if another one is."""
+
+    def told() -> dict[str, Any]:
+        given = fingerprint(recipe, settings, *_windows(source, settings)) | {"processes": together.count}
+        return given | SourceWatch(source).fingerprint
+
+    return finished(out, lambda: read_json(out / "qectomy.json"), told)
 
 
 def _convert(

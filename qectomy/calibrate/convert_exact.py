@@ -48,7 +48,7 @@ def convert_exact(
     it. Layers in `kept` stay whole; `resume` and `clean` are those of `convert`. Raises a QectomyError, and leaves
     nothing behind, where nothing goes exactly or a layer is too ill-conditioned, and for what `convert` refuses.
     """
-    if resume and (done := finished(out, lambda: read_json(out / "qectomy.json"))) is not None:
+    if resume and (done := _finished(source, out, settings, kept)) is not None:
         return done
     watch = Stopwatch()
     if settings.device != "cpu":
@@ -89,6 +89,15 @@ def convert_exact(
         unchanged.check()
         folder.publish(report)
     return report
+
+
+def _finished(source: Checkpoint, out: Path, settings: ConvertSettings, kept: frozenset[int]) -> dict[str, Any] | None:
+    """Return the report of this folding if it is done. Raises QectomyError if another run is."""
+
+    def told() -> dict[str, Any]:
+        return _fingerprint(settings, kept, _windows(source, settings)) | SourceWatch(source).fingerprint
+
+    return finished(out, lambda: read_json(out / "qectomy.json"), told)
 
 
 def _fingerprint(settings: ConvertSettings, kept: frozenset[int], held: ScoringWindows | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from qectomy.surgery.output import check_room
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.source_watch import SourceWatch
 from qectomy.surgery.step_writer import write_steps
-from qectomy.surgery.work_folder import WorkFolder, finished, work_folder
+from qectomy.surgery.work_folder import WorkFolder, finished, without_report, work_folder
 from qectomy.surgery.writer import DTYPES, MAX_SHARD_BYTES, ShardWriter, TensorSpec
 
 Progress = Callable[[int, int], None]
@@ -106,12 +106,18 @@ def materialize(
         "bytes": {"before": checkpoint.nbytes, "after": sum(spec.nbytes for spec in specs.values())},
         "note": "materialising saves nothing: W_Q is back, for engines that know nothing of Qectomy",
     }
-    if resume and (done := finished(out, lambda: report)) is not None:
+
+    def told(watch: SourceWatch) -> dict[str, Any]:
+        return {"command": "materialize", "largest shard": max_shard_bytes} | watch.fingerprint
+
+    if (
+        resume
+        and (done := finished(out, lambda: without_report(out), lambda: told(SourceWatch(checkpoint)))) is not None
+    ):
         return done
     check_room(out, sum(spec.nbytes for spec in specs.values()) - WorkFolder(out).nbytes())
     config, unchanged = load_config(family, checkpoint.config, reduced=True), SourceWatch(checkpoint)
-    told = {"command": "materialize", "largest shard": max_shard_bytes} | unchanged.fingerprint
-    with work_folder(out, told, resume=resume, clean=clean) as work:
+    with work_folder(out, told(unchanged), resume=resume, clean=clean) as work:
         layers = [partial(_write_layer, checkpoint, config, layer, specs) for layer in range(dims.n_layers)]
         write_steps(work, specs, [partial(_write_outer, checkpoint), *layers], unchanged, progress, max_shard_bytes)
         write_config(work.result, stock_config(checkpoint, dtype))

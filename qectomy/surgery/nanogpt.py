@@ -45,7 +45,7 @@ from qectomy.surgery.output import check_room
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.source_watch import FileWatch
 from qectomy.surgery.step_writer import write_steps
-from qectomy.surgery.work_folder import WorkFolder, finished, work_folder
+from qectomy.surgery.work_folder import WorkFolder, finished, without_report, work_folder
 from qectomy.surgery.writer import DTYPES, ShardWriter, TensorSpec
 
 GPT2 = FAMILIES["gpt2"]
@@ -111,12 +111,12 @@ def import_nanogpt(
         "bytes": sum(spec.nbytes for spec in specs.values()),
         "tokenizer": tokenizer is not None,
     }
-    if resume and (done := finished(out, lambda: report)) is not None:
-        return done
-    check_room(out, report["bytes"] - WorkFolder(out).nbytes())
     beside = [] if tokenizer is None else copied_companions(tokenizer, TOKENIZER_FILES)
     unchanged = FileWatch({"weights": path} | {file.name: file for file in beside})
     told = {"command": "import-nanogpt"} | unchanged.fingerprint
+    if resume and (done := finished(out, lambda: without_report(out), lambda: told)) is not None:
+        return done
+    check_room(out, report["bytes"] - WorkFolder(out).nbytes())
     steps = [partial(_write_step, step, path, dtype) for step in gpt2_steps(args, dims, state)]
     with work_folder(out, told, resume=resume, clean=clean) as work:
         write_steps(work, specs, steps, unchanged)

@@ -23,7 +23,7 @@ from qectomy.surgery.linear_views import Projection, read_view, store_views
 from qectomy.surgery.output import check_room
 from qectomy.surgery.source_watch import SourceWatch
 from qectomy.surgery.step_writer import write_steps
-from qectomy.surgery.work_folder import WorkFolder, finished, work_folder
+from qectomy.surgery.work_folder import WorkFolder, finished, without_report, work_folder
 from qectomy.surgery.writer import ShardWriter, TensorSpec
 
 PARTS = ("gain", "shift", "mean")
@@ -111,13 +111,16 @@ def fold_norms(
     kept = {"gain": "the final norm's gain", "shift": "the final norm's shift", "mean": "the embedding's means"}
     left = [what for part, what in kept.items() if part in parts and (dims.tied or part == "shift")]
     report = {"out": str(out), "folded": list(parts), "left": left}
-    if resume and (done := finished(out, lambda: report)) is not None:
+
+    def told(watch: SourceWatch) -> dict[str, Any]:
+        return {"command": "fold-norms", "parts": ", ".join(sorted(parts))} | watch.fingerprint
+
+    if resume and (done := finished(out, lambda: without_report(out), lambda: told(SourceWatch(source)))) is not None:
         return done
     specs = {name: TensorSpec(info.shape, info.dtype) for name, info in source.tensors.items()}
     check_room(out, source.nbytes - WorkFolder(out).nbytes())
     unchanged = SourceWatch(source)
-    told = {"command": "fold-norms", "parts": ", ".join(sorted(parts))} | unchanged.fingerprint
-    with work_folder(out, told, resume=resume, clean=clean) as work:
+    with work_folder(out, told(unchanged), resume=resume, clean=clean) as work:
         layers = [partial(_write_layer, source, parts, layer) for layer in range(dims.n_stored)]
         write_steps(work, specs, [partial(_write_outer, source, parts), *layers], unchanged, progress)
         write_config(work.result, source.config)

@@ -11,6 +11,7 @@ the weights that it was given, would be again: it leaves nothing behind.
 """
 
 import importlib.metadata
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -21,12 +22,13 @@ from typing import Any
 from qectomy import __version__
 from qectomy.errors import OutputError, QectomyError, Stopped
 from qectomy.surgery.journal import Journal
-from qectomy.surgery.locked_folder import LOCK, RECORD, LockedFolder
+from qectomy.surgery.locked_folder import LOCK, RECORD, LockedFolder, differences
 from qectomy.surgery.output import cause, check_absent, interruptible, make_parents, move, remove_empty
 
 JOURNAL = "journal"
 RESULT, SCRATCH = "result", "scratch"
-MARK = "qectomy"  # in the fingerprint of every run
+MARK = "qectomy"  # in the fingerprint of every run, and the versions of these
+PACKAGES = ("torch", "transformers")
 
 
 class WorkFolder(LockedFolder):
@@ -48,13 +50,24 @@ class WorkFolder(LockedFolder):
         """Hold the folder, new or, with `resume`, as it was left; return whether a run is resumed."""
         told = {
             MARK: __version__,
-            **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
             **fingerprint,
         }
         resumed = super().start(told, resume)
         self.scratch.mkdir(exist_ok=True)
         self.journal = Journal(self.path / JOURNAL)  # as whoever held the folder before has left it
         return resumed
+
+    def check_same(self, fingerprint: dict[str, Any]) -> None:
+        """Raise QectomyError unless the finished run was told the same; packages may have been of other versions."""
+        told = self.record().get("fingerprint")
+        before = told if isinstance(told, dict) else {}
+        before = {name: value for name, value in before.items() if name not in (MARK, *PACKAGES)}
+        if differing := differences(before, json.loads(json.dumps(fingerprint))):
+            raise QectomyError(
+                f"{self.out} is whole, and another run made it: {'; '.join(differing)}. Give what that run was given, "
+                "or another --out"
+            )
 
     def prepare(self) -> None:
         """Let nothing of an earlier run be there."""
@@ -108,18 +121,30 @@ class WorkFolder(LockedFolder):
         return self.out.stat().st_ctime_ns <= self.path.stat().st_mtime_ns
 
 
-def finished(out: Path, told_by_output: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+def finished(
+    out: Path,
+    told_by_output: Callable[[], dict[str, Any]],
+    fingerprint: Callable[[], dict[str, Any]] | None = None,
+) -> dict[str, Any] | None:
     """Return the report of a run that was stopped when its output was in its place already, and tidy up; else None.
 
-    `told_by_output` makes the report from the output where the folder has lost it.
+    `told_by_output` makes the report from the output where the folder has lost it. Raises QectomyError where
+    `fingerprint`, which is asked for only then, differs from what the run was told and the folder still knows.
     """
     folder = WorkFolder(out)
     if not folder.is_rest:
         return None
+    if fingerprint is not None and (folder.path / RECORD).exists():
+        folder.check_same(fingerprint())
     report = told_by_output() if folder.report is None else folder.report
     folder.clean()
     folder.release()
     return report
+
+
+def without_report(out: Path) -> dict[str, Any]:
+    """Return what can be said of an output whose run's report is lost, and which does not tell it itself."""
+    return {"out": str(out), "lost": "it was whole already; what its own run was told and reported is lost"}
 
 
 def check_free(out: Path) -> None:

@@ -237,7 +237,7 @@ def test_a_report_of_the_journal_that_is_none(tmp_path, report):
     out.mkdir()
     (tmp_path / "out.converting").mkdir()
     Journal(tmp_path / "out.converting" / "journal").append(report=report, inode=out.stat().st_ino)
-    assert finished(out) is None
+    assert finished(out, dict) is None
 
 
 @pytest.mark.parametrize("count", [1, 9])

@@ -183,7 +183,7 @@ def test_a_link_to_a_blob_of_the_hubs_cache_is_copied(kind, tiny_copy, tmp_path)
     blob.rename(blobs / "id_rsa")  # no blob's name: someone lets links named so lead where secrets are
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.json").symlink_to(blobs / "id_rsa")
-    with pytest.raises(CheckpointError, match="tokenizer.json is a link to .*, outside its folder"):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json is a link to .*, outside its folder"):
         copy_companions(folder, out)
 
 
@@ -192,7 +192,7 @@ def test_a_link_to_elsewhere_can_be_read(tiny_copy, tmp_path):
     (folder / "tokenizer.json").rename(tmp_path / "mine.json")
     (folder / "tokenizer.json").symlink_to(tmp_path / "mine.json")
     assert load_tokenizer(folder)("door")["input_ids"]
-    with pytest.raises(CheckpointError, match="tokenizer.json is a link to .*mine.json, outside its folder"):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json is a link to .*mine.json, outside its folder"):
         SourceWatch(open_checkpoint(folder))  # what copies says so before it begins
 
 

@@ -1,5 +1,7 @@
 """Norms folded on whole checkpoints: a stock model with the same logits, and the part of the norm gone."""
 
+import shutil
+
 import pytest
 import torch
 from damage import edit_weights
@@ -10,6 +12,7 @@ from tiny_models import load_reduced, save_variant, tokens
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, UnsupportedArchitecture
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.norm_folding import fold_norms
+from qectomy.surgery.work_folder import WorkFolder
 
 PARTS = [("gain",), ("shift",), ("mean",), ("gain", "mean"), None]
 
@@ -92,3 +95,27 @@ def test_what_overflows_is_named(tiny_copy, tmp_path):
     with pytest.raises(NonFiniteError, match=r"layer 0: self_attn.q_proj.weight does not fit in its type"):
         fold_norms(open_checkpoint(source), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_output_of_another_run(tiny_checkpoint, tmp_path, monkeypatch):
+    """A kill between the output's appearance and the end leaves OUT.converting beside it."""
+    out, left = tmp_path / "out", tmp_path / "out.converting"
+    source = open_checkpoint(tiny_checkpoint("gpt2"))
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "remove", lambda self: None)
+        made = fold_norms(source, out)
+    with pytest.raises(
+        QectomyError, match="out is whole, and another run made it: parts was gain, mean, shift, is gain"
+    ):
+        fold_norms(source, out, ["gain"], resume=True)
+    with pytest.raises(QectomyError, match=r"another run made it: source's config.json was .*, is "):
+        fold_norms(open_checkpoint(tiny_checkpoint("gpt2-untied")), out, resume=True)
+    shutil.copytree(left, tmp_path / "kept")
+    assert fold_norms(source, out, resume=True) == made
+    assert not left.exists()
+    shutil.copytree(tmp_path / "kept", left)
+    for name in ("run.json", "journal"):
+        (left / name).unlink()
+    found = fold_norms(source, out, ["gain"], resume=True)
+    assert found == {"out": str(out), "lost": "it was whole already; what its own run was told and reported is lost"}
+    assert not left.exists()
