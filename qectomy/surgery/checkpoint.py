@@ -28,6 +28,7 @@ from qectomy.surgery.family import Dimensions, Family, Shapes
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.headers import (
     FLOAT_BYTES,
+    INDEX,
     INDEX_BYTES,
     TORCH_NAMES,
     TensorInfo,
@@ -305,6 +306,8 @@ def _check_tensors(
         )
     for name, shape in expected.items():
         info = found[name]
+        if info.indexed not in ("", info.file):
+            raise CheckpointError(f"{INDEX} says that {name} lies in {info.indexed}; it lies in {info.file}")
         if info.shape != shape:
             raise CheckpointError(f"{info.file}: tensor {name} has shape {info.shape}, config.json calls for {shape}")
         is_index = family.is_index(name)

@@ -9,7 +9,8 @@ import math
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +45,7 @@ class TensorInfo:
     dtype: str  # safetensors' name, as in BF16
     stored_name: str = ""  # in the file
     start: int = 0  # of its bytes in the file
+    indexed: str = ""  # the file in which the index says that it lies
 
     @property
     def numel(self) -> int:
@@ -54,13 +56,13 @@ class TensorInfo:
         return self.numel * {**FLOAT_BYTES, **INDEX_BYTES}[self.dtype]
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file of bounded size and depth. Raises CheckpointError naming the file."""
+def read_json(path: Path, once: bool = False) -> Any:
+    """Parse a JSON file of bounded size and depth, as `parse_json` does. Raises CheckpointError naming the file."""
     try:
         data = read_regular(path, MAX_JSON_BYTES)
         if data is None:
             raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes; not a file of a checkpoint")
-        return parse_json(data)
+        return parse_json(data, once)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.parent} holds no {path.name}; it is not a checkpoint folder") from error
     except (OSError, ValueError) as error:
@@ -83,12 +85,15 @@ def open_regular(path: Path) -> BinaryIO:
     raise OSError(f"{path.name} is not a regular file")
 
 
-def parse_json(data: bytes) -> Any:
-    """Parse JSON. Raises ValueError, too, for a name that an object holds twice, for deep nesting and for its bulk."""
+def parse_json(data: bytes, once: bool = False) -> Any:
+    """Parse JSON. Raises ValueError, too, for deep nesting, for its bulk, and for a name that an object holds twice.
+
+    The same value twice is let pass, unless each name has to stand there `once`.
+    """
     if (count := data.count(b"[") + data.count(b"{")) > MAX_INNER:
         raise ValueError(f"it has {count:,} lists and objects, more than any model's")
     try:
-        found = json.loads(data.decode(), object_pairs_hook=_object)
+        found = json.loads(data.decode(), object_pairs_hook=partial(_object, once))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     level, depth = [found], 0
@@ -99,12 +104,15 @@ def parse_json(data: bytes) -> Any:
     return found
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(once: bool, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{shown(twice)} stands twice in one object")
+    if len(found) == len(pairs):
+        return found
+    seen: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in seen and (once or repr(value) != repr(seen[name])):  # 1 == True
+            raise ValueError(f"{shown(name)} stands twice in one object{'' if once else ', with two values'}")
+        seen[name] = value
     return found
 
 
@@ -143,9 +151,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         for name, info in infos.items():
             if name in found:
                 raise CheckpointError(f"tensor {name} stands in both {found[name].file} and {file_name}")
-            if places.get(name, file_name) != file_name:
-                raise CheckpointError(f"{INDEX} says that {name} lies in {places[name]}; it lies in {file_name}")
-            found[name] = info
+            found[name] = replace(info, indexed=places.get(name, ""))
     return found
 
 
@@ -163,14 +169,14 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     with safe_open(path, "np", backend="pread") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (safe_open is not a mapping)
         sizes = {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in slices.items()}
-    header = parse_json(text)
+    header = parse_json(text, once=True)
     starts = {name: 8 + length + header[name]["data_offsets"][0] for name in sizes}
     return {name: TensorInfo(path.name, *sizes[name], name, starts[name]) for name in sizes}
 
 
 def _read_index(path: Path) -> dict[str, str]:
     """Return {tensor name: name of the file beside the index that it says holds the tensor}."""
-    index = read_json(path)
+    index = read_json(path, once=True)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{path}: no weight_map from tensor names to file names")

@@ -15,6 +15,7 @@ from conversions import convert_tiny, tensor_hashes
 from damage import edit_json, refused
 from nanogpt_checkpoints import made
 from page_folders import full_report, write_folder
+from safetensors.torch import load_file, save_file
 from tiny_models import EVERY_MAP, RAVEN, bos_tokenizer, tiny_tokenizer
 
 from qectomy.calibrate.documents import documents
@@ -98,9 +99,32 @@ def test_an_index_that_lists_a_tensor_that_was_dropped(tiny_copy):
     assert open_checkpoint(folder).tensors
 
 
+def test_an_index_that_says_another_file_of_a_tensor_that_no_model_needs(tiny_copy):
+    folder = tiny_copy("sharded")
+    first, other = sorted(folder.glob("*.safetensors"))[:2]
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({**load_file(first), name: torch.ones(4)}, first)
+    edit_json(folder / INDEX, lambda index: index["weight_map"].update({name: other.name}))
+    assert name not in open_checkpoint(folder).tensors
+
+
+def test_a_setting_that_stands_twice(tiny_copy):
+    folder = tiny_copy()
+    text = (folder / "config.json").read_text().rstrip().removesuffix("}")
+    (folder / "config.json").write_text(text + ', "use_cache": true, "use_cache": true}')
+    assert open_checkpoint(folder).config["use_cache"] is True
+    (folder / "config.json").write_text(text + ', "hidden_size": 64}')
+    refused(folder, r"config.json: .*'hidden_size' stands twice in one object, with two values")
+
+
 def test_names_that_stand_twice_and_depth():
-    with pytest.raises(ValueError, match="'a' stands twice in one object"):
-        parse_json(b'{"b": [{"a": 1, "a": 1}]}')
+    with pytest.raises(ValueError, match=r"'a' stands twice in one object$"):
+        parse_json(b'{"b": [{"a": 1, "a": 1}]}', once=True)
+    for values in (b"1, 2", b"1, true", b"[1], [1.0]", b"1, 2, 1", b"null, 0"):
+        first, *others = [b'"a": ' + value for value in values.split(b", ")]
+        with pytest.raises(ValueError, match="'a' stands twice in one object, with two values"):
+            parse_json(b'{"b": [{' + b", ".join([first, *others]) + b"}]}")
+    assert parse_json(b'{"a": [1, {}], "b": 2, "a": [1, {}]}') == {"a": [1, {}], "b": 2}
     assert parse_json(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH)
     for depth in (MAX_DEPTH + 2, 500, 100_000):
         with pytest.raises(ValueError, match="nested too deeply"):
