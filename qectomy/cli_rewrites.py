@@ -23,7 +23,7 @@ def materialize(
     check_out(out, resume, clean)
     source = open_checkpoint(reduced, reduced=True)
     with progress_bar("materializing") as progress:
-        result = run(source, out, lambda done, total: progress(done, total, ""), resume=resume, clean=clean)
+        result = run(source, out, progress, resume=resume, clean=clean)
     if not _told(result, as_json):
         typer.echo(f"wrote {result['out']}: {result['parameters']['after']:,} parameters; {result['note']}")
 
@@ -79,7 +79,7 @@ def fold_norms(
     check_out(out, resume, clean)
     source = open_checkpoint(checkpoint)
     with progress_bar("folding norms") as progress:
-        result = run(source, out, only, lambda done, total: progress(done, total, ""), resume=resume, clean=clean)
+        result = run(source, out, only, progress, resume=resume, clean=clean)
     if not _told(result, as_json):
         left = f"; left as they are: {', '.join(result['left'])}" if result["left"] else ""
         typer.echo(f"wrote {result['out']}: folded {', '.join(result['folded']) or 'nothing'}{left}")

@@ -45,5 +45,9 @@ class Stopped(QectomyError):
     """A run that ended before its end, for a reason that can pass; it can be resumed."""
 
 
+class Untrusted(Stopped):
+    """A run whose steps contradict what it has to make: it can be made anew, not gone on with."""
+
+
 class UnreadableError(CheckpointError, Stopped):
     """A file of a checkpoint that was sound when it was opened cannot be read now."""

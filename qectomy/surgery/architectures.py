@@ -95,7 +95,8 @@ class LlamaFamily(Family):
 
         check_activation("hidden_act", config.hidden_act)
         check_epsilon("rms_norm_eps", config.rms_norm_eps)
-        check_share("attention_dropout", config.attention_dropout)
+        if config.attention_dropout is not None:  # as Llama's may be
+            check_share("attention_dropout", config.attention_dropout)
         if (window := self.sliding_window(config)) is not None and not 0 < window < 2**31:
             raise ValueError(f"sliding_window must be a positive whole number or null, got {shown(window)}")
         rope_type, known = config.rope_parameters["rope_type"], ("default", *ROPE_INIT_FUNCTIONS)

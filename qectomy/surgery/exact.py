@@ -24,13 +24,12 @@ from qectomy.surgery.memory import release_freed
 from qectomy.surgery.plan import planned_tensors
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.source_watch import SourceWatch
-from qectomy.surgery.step_writer import StepWriter, check_shards
+from qectomy.surgery.step_writer import Progress, write_steps
 from qectomy.surgery.streams import HEAD
 from qectomy.surgery.work_folder import WorkFolder
-from qectomy.surgery.writer import DTYPES, TensorSpec
+from qectomy.surgery.writer import DTYPES, ShardWriter, TensorSpec
 
 ROWS_AT_ONCE = 2048  # of the embedding
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -129,23 +128,19 @@ def fold_checkpoint(
 
     Raises NonFiniteError where one does not fit `dtype`.
     """
-    specs, steps = plan.tensors(source, dtype), _steps(source, plan)
-    with StepWriter(work, specs) as writer:
-        if writer.lost and progress:
-            progress(0, len(steps), writer.loss)
-        for number in range(len(writer.steps), len(steps)):
-            for name, start, rows in steps[number]():
-                stored = rows.to(DTYPES[specs[name].dtype])
-                if not all_finite(stored):
-                    raise NonFiniteError(f"{name} does not fit in {specs[name].dtype} once folded; use --dtype float32")
-                writer.write_rows(name, start, stored)
-            unchanged.check()
-            writer.keep()
-            if progress:
-                progress(number + 1, len(steps), "folding")
-        writer.finish()
-    check_shards(work.result, specs, writer.digests)
-    return writer.digests
+    specs = plan.tensors(source, dtype)
+    steps = [partial(_write_step, step, specs) for step in _steps(source, plan)]
+    return write_steps(work, specs, steps, unchanged, progress, "folding")
+
+
+def _write_step(
+    step: Callable[[], Iterator[tuple[str, int, torch.Tensor]]], specs: dict[str, TensorSpec], writer: ShardWriter
+) -> None:
+    for name, start, rows in step():
+        stored = rows.to(DTYPES[specs[name].dtype])
+        if not all_finite(stored):
+            raise NonFiniteError(f"{name} does not fit in {specs[name].dtype} once folded; use --dtype float32")
+        writer.write_rows(name, start, stored)
 
 
 def folded_tensors(

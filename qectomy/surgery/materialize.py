@@ -4,7 +4,6 @@ Every query map is affine in x̂, so W_Qᵀ = q(I) - q(0) and the bias is q(0), 
 saves nothing; it is for engines that know nothing of Qectomy.
 """
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,9 @@ from qectomy.surgery.linear_views import Projection, read_maps, store_views, wit
 from qectomy.surgery.output import check_room
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.source_watch import SourceWatch
-from qectomy.surgery.step_writer import write_steps
+from qectomy.surgery.step_writer import Progress, write_steps
 from qectomy.surgery.work_folder import WorkFolder, finished, without_report, work_folder
 from qectomy.surgery.writer import DTYPES, MAX_SHARD_BYTES, ShardWriter, TensorSpec
-
-Progress = Callable[[int, int], None]
 
 
 def dense_layer(
@@ -119,7 +116,8 @@ def materialize(
     config, unchanged = load_config(family, checkpoint.config, reduced=True), SourceWatch(checkpoint)
     with work_folder(out, told(unchanged), resume=resume, clean=clean) as work:
         layers = [partial(_write_layer, checkpoint, config, layer, specs) for layer in range(dims.n_layers)]
-        write_steps(work, specs, [partial(_write_outer, checkpoint), *layers], unchanged, progress, max_shard_bytes)
+        steps = [partial(_write_outer, checkpoint), *layers]
+        write_steps(work, specs, steps, unchanged, progress, "writing", max_shard_bytes)
         write_config(work.result, stock_config(checkpoint, dtype))
         copy_companions(checkpoint.folder, work.result)
         unchanged.check()

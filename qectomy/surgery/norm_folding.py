@@ -7,7 +7,7 @@
 Dimensions: D d_model; weights are (in, out), as in x W. All algebra in float64, cast once to the weight's type.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from qectomy.surgery.finite import all_finite
 from qectomy.surgery.linear_views import Projection, read_view, store_views
 from qectomy.surgery.output import check_room
 from qectomy.surgery.source_watch import SourceWatch
-from qectomy.surgery.step_writer import write_steps
+from qectomy.surgery.step_writer import Progress, write_steps
 from qectomy.surgery.work_folder import WorkFolder, finished, without_report, work_folder
 from qectomy.surgery.writer import ShardWriter, TensorSpec
 
@@ -90,7 +90,7 @@ def fold_norms(
     source: Checkpoint,
     out: Path,
     only: Sequence[str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     *,
     resume: bool = False,
     clean: bool = False,
@@ -122,7 +122,7 @@ def fold_norms(
     unchanged = SourceWatch(source)
     with work_folder(out, told(unchanged), resume=resume, clean=clean) as work:
         layers = [partial(_write_layer, source, parts, layer) for layer in range(dims.n_stored)]
-        write_steps(work, specs, [partial(_write_outer, source, parts), *layers], unchanged, progress)
+        write_steps(work, specs, [partial(_write_outer, source, parts), *layers], unchanged, progress, "folding")
         write_config(work.result, source.config)
         copy_companions(source.folder, work.result)
         if source.reduced:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from qectomy.errors import Stopped
+from qectomy.errors import Stopped, Untrusted
 from qectomy.surgery.locked_folder import sync
 from qectomy.surgery.source_watch import FileWatch
 from qectomy.surgery.work_folder import WorkFolder
 from qectomy.surgery.writer import MAX_SHARD_BYTES, ShardWriter, TensorSpec, damaged
 
 Holds = Callable[[int, dict[str, Any]], bool]
+Progress = Callable[[int, int, str], None]  # steps done, of how many, what is being done
 
 
 class StepWriter(ShardWriter):
@@ -38,7 +39,7 @@ class StepWriter(ShardWriter):
         sound = itertools.takewhile(lambda step: _is_step(step[1], tensors) and whole(*step), enumerate(entries))
         known = [entry for _, entry in sound]
         self.steps = _trusted(folder.result, known, tensors, max_shard_bytes, holds)
-        self.lost = len(known) - len(self.steps)
+        self.lost = sum("report" not in entry for entry in entries) - len(self.steps)
         written = {name: digest for step in self.steps for name, digest in step["tensors"].items()}
         if self.steps:
             folder.journal.cut(len(self.steps))
@@ -53,15 +54,15 @@ class StepWriter(ShardWriter):
         return f"{self.lost} step(s) were damaged on the disk: they are made anew"
 
     def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
-        """Write a tensor's rows as ShardWriter does. Raises Stopped for one that an earlier process' steps hold."""
+        """Write a tensor's rows as ShardWriter does. Raises Untrusted for one that an earlier process' steps hold."""
         if name in self._before:
-            raise Stopped(f"the journal holds {name} in a step that does not make it, so no step of it can be trusted")
+            raise Untrusted(f"the journal holds {name} in a step that does not make it, so no step can be trusted")
         super().write_rows(name, start, rows)
 
     def finish(self) -> None:
-        """End as ShardWriter does. Raises Stopped for a tensor that should be in a step that the journal holds."""
+        """End as ShardWriter does. Raises Untrusted for a tensor that should be in a step that the journal holds."""
         if missing := [name for name in self._tensors if self.steps and name not in self.digests]:
-            raise Stopped(f"the journal lacks {missing[0]} in a step that makes it, so no step of it can be trusted")
+            raise Untrusted(f"the journal lacks {missing[0]} in a step that makes it, so no step can be trusted")
         super().finish()
 
     def keep(self, **more: Any) -> None:
@@ -79,20 +80,20 @@ def write_steps(
     tensors: dict[str, TensorSpec],
     steps: Sequence[Callable[[ShardWriter], None]],
     unchanged: FileWatch,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    doing: str = "",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> dict[str, str]:
-    """Write an output's tensors step by step, going on from those of an earlier process; return their sha256.
-
-    The first step is what lies outside the layers; progress counts the others.
-    """
+    """Write an output's tensors step by step, going on from those of an earlier process; return their sha256."""
     with StepWriter(work, tensors, max_shard_bytes) as writer:
+        if writer.lost and progress:
+            progress(0, len(steps), writer.loss)
         for number in range(len(writer.steps), len(steps)):
             steps[number](writer)
             unchanged.check()
             writer.keep()
-            if progress and number:
-                progress(number, len(steps) - 1)
+            if progress:
+                progress(number + 1, len(steps), doing)
         writer.finish()
     check_shards(work.result, tensors, writer.digests, max_shard_bytes)
     return writer.digests

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qectomy import __version__
-from qectomy.errors import OutputError, QectomyError, Stopped
+from qectomy.errors import OutputError, QectomyError, Stopped, Untrusted
 from qectomy.surgery.journal import Journal
 from qectomy.surgery.locked_folder import LOCK, RECORD, LockedFolder, differences
 from qectomy.surgery.output import cause, check_absent, interruptible, make_parents, move, remove_empty
@@ -201,6 +201,8 @@ def _explained(folder: WorkFolder) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(f"{folder.out} could not be written: {cause(error)}. {_left(folder)}") from error
+    except Untrusted as error:
+        raise Untrusted(f"{error}: {folder.anew}") from error
     except (OutputError, Stopped) as error:
         raise type(error)(f"{str(error).rstrip('.')}. {_left(folder)}") from error
     except KeyboardInterrupt as error:

@@ -26,7 +26,7 @@ from qectomy.surgery.materialize import materialize
 SMALL: dict[str, Any] = dict(vocab_size=320, hidden_size=16, intermediate_size=8, num_attention_heads=2)
 SMALL |= dict(num_key_value_heads=1)
 THREE = ("select", "key-shared", "low-rank:3")
-AT_LAYER = 2  # the run that is found has been stopped there
+AT_STEP = 3  # the run that is found has been stopped there
 
 
 def make_readers(where: Path, place: Path) -> list[Reader]:
@@ -76,11 +76,11 @@ def _interrupted(grounds: Grounds, where: Path) -> tuple[dict[str, bytes], bytes
     materialize(open_checkpoint(source, reduced=True), where / "whole")
     materialized = (where / "whole" / SINGLE).read_bytes()
 
-    def stop(done: int, total: int) -> None:
-        if done == AT_LAYER:
+    def stop(done: int, total: int, doing: str) -> None:
+        if done == AT_STEP:
             raise Stopped("stopped for the test")
 
-    stopping: Callable[[int, int], None] = stop
+    stopping: Callable[[int, int, str], None] = stop
     try:
         materialize(open_checkpoint(source, reduced=True), where / "stopped" / "out", stopping)
     except Stopped:

@@ -162,6 +162,14 @@ def test_companions(tiny_copy, tmp_path):
     assert AutoTokenizer.from_pretrained(out)("door")["input_ids"]
 
 
+def test_a_dropout_that_is_null(tiny_copy):
+    """As transformers lets Llama's be."""
+    checkpoint = open_checkpoint(tiny_copy())
+    assert load_config(checkpoint.family, {**checkpoint.config, "attention_dropout": None}).attention_dropout is None
+    with pytest.raises(CheckpointError, match="attention_dropout must be a number from 0 to 1, got 2"):
+        load_config(checkpoint.family, {**checkpoint.config, "attention_dropout": 2})
+
+
 @pytest.mark.parametrize("kind", ["an older local folder", "blobs on another disk"])
 def test_a_link_to_a_blob_of_the_hubs_cache_is_copied(kind, tiny_copy, tmp_path):
     made, out, repository = tiny_copy(), tmp_path / "out", tmp_path / "hub/models--a--b"

@@ -9,7 +9,8 @@ from foldings import in_float64, load_stock, relative
 from safetensors.torch import load_file
 from tiny_models import load_reduced, save_variant, tokens
 
-from qectomy.errors import NonFiniteError, OutputError, QectomyError, UnsupportedArchitecture
+from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped, UnsupportedArchitecture
+from qectomy.surgery import work_folder
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.norm_folding import fold_norms
 from qectomy.surgery.work_folder import WorkFolder
@@ -119,3 +120,32 @@ def test_a_finished_output_of_another_run(tiny_checkpoint, tmp_path, monkeypatch
     found = fold_norms(source, out, ["gain"], resume=True)
     assert found == {"out": str(out), "lost": "it was whole already; what its own run was told and reported is lost"}
     assert not left.exists()
+
+
+def test_steps_that_are_lost_are_told(tiny_checkpoint, tmp_path):
+    source, out, said = open_checkpoint(tiny_checkpoint()), tmp_path / "out", []
+
+    def stop(done, total, doing):
+        if done == 2:
+            raise Stopped("stopped for the test")
+
+    with pytest.raises(Stopped):
+        fold_norms(source, out, progress=stop)
+    for shard in (tmp_path / "out.converting/result").glob("*.safetensors"):
+        shard.unlink()
+    fold_norms(source, out, resume=True, progress=lambda *call: said.append(call))
+    assert said == [
+        (0, 3, "2 step(s) were damaged on the disk: they are made anew"),
+        *((done, 3, "folding") for done in (1, 2, 3)),
+    ]
+
+
+def test_a_report_in_the_journal_is_no_step(tiny_checkpoint, tmp_path, monkeypatch):
+    """As a kill leaves it just before the output appears."""
+    source, out, said = open_checkpoint(tiny_checkpoint()), tmp_path / "out", []
+    with monkeypatch.context() as patch:
+        patch.setattr(work_folder, "move", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(Stopped, match="interrupted"):
+            fold_norms(source, out)
+    fold_norms(source, out, resume=True, progress=lambda *call: said.append(call))
+    assert said == []

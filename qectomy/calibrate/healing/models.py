@@ -55,7 +55,7 @@ def load_student(checkpoint: Checkpoint) -> Any:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
+        if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     model.config.use_cache = False
     return model
