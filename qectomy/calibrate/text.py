@@ -10,6 +10,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ from qectomy.surgery.config_files import MAX_CARRIED_BYTES, TOKENIZER_FILES, com
 JOIN = "\n\n"
 MAX_GROWTH = 1e4  # of a text by a tokenizer's replacements; those of Llama's and Gemma's keep its length
 MAX_TEXT_BYTES = 4_000_000_000
+# Of a pattern: a class of characters, a class's or a character's escape, or a plain character; not one to leave out.
+FIRST_CHARACTER = r"(\[\^?[^]^[&\\](\\.|[^][&\\])*\]|\\([dDwWsShHnrtpP]|[^\w\s])|[^][\\^$().|?*+{}])(?![*?]|\{[0,])"
 CHARACTERS_A_TOKEN = 6  # how much text is read at first for each token wanted; more is read when it falls short
 
 
@@ -78,7 +82,8 @@ def _read_file(path: Path) -> tuple[str, str]:
             data = file.read(MAX_TEXT_BYTES + 1) if size <= MAX_TEXT_BYTES else None
         if data is None or len(data) > MAX_TEXT_BYTES:
             raise TextError(
-                f"{path} has more than {MAX_TEXT_BYTES:,} bytes, and all are held in memory; give a part of it"
+                f"{path} has more than {MAX_TEXT_BYTES:,} bytes, and all are held in memory. Give a part of it: "
+                f"{shlex.join(['head', '-n', '100000', str(path)])} > part{path.suffix}"
             )
         mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
         text = data[mark:].decode()
@@ -142,9 +147,18 @@ def _growth(rule: Any) -> float:
     inner = _growth(parts)
     if rule.get("type") != "Replace":
         return inner
-    pattern, content = rule.get("pattern"), rule.get("content")
+    pattern, content = rule.get("pattern"), rule.get("content") or ""
     text = pattern.get("String") if isinstance(pattern, dict) else pattern
-    return inner * max(1.0, len(content or "") / len(text) if text else 1.0 + len(content or ""))
+    if text:
+        return inner * max(1.0, len(content) / len(text))
+    regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+    # What matches a character at least stands in for it; what can match none is put between all of them.
+    return inner * (max(1.0, len(content)) if regex and _takes_a_character(regex) else 1.0 + len(content))
+
+
+def _takes_a_character(regex: str) -> bool:
+    """Whether each match surely has a character: the pattern begins with one that has to be there."""
+    return re.match(FIRST_CHARACTER, regex) is not None and "|" not in regex and r"\K" not in regex
 
 
 def token_ids(tokenizer: Any, text: str, **options: Any) -> Any:

@@ -338,6 +338,31 @@ def test_replacements_that_multiply():
             check_growth(holder)
 
 
+def replacing(pattern, content, times):
+    """A tokenizer with as many such replacements, one after the other."""
+    rule = {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+    backend = tiny_tokenizer().backend_tokenizer
+    state = {**json.loads(backend.to_str()), "normalizer": {"type": "Sequence", "normalizers": [rule] * times}}
+    return type("Holder", (), {"backend_tokenizer": type(backend).from_str(json.dumps(state))})
+
+
+@pytest.mark.parametrize("pattern", ["[aA]", "[^a]", "a", " {2,}", r"\s+", r"\p{L}b*", r"\.", "ab?"])
+def test_replacements_that_lengthen_nothing(pattern):
+    check_growth(replacing(pattern, "a", 40))
+    with pytest.raises(ValueError, match="make a text up to"):
+        check_growth(replacing(pattern, "ab", 40))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["", "a*", "[aA]?", "[aA]{0,3}", "a{,3}", "^", "$", "(?=a)", "(a)?", r"\b", r"a\K", "a|", "[a&&b]*"]
+)
+def test_replacements_between_all_characters(pattern):
+    holder = replacing(pattern, "x", 14)
+    assert len(holder.backend_tokenizer.normalizer.normalize_str("ab ab")) > 5 or pattern in (r"a\K", "a{,3}", "a|")
+    with pytest.raises(ValueError, match="make a text up to"):
+        check_growth(holder)
+
+
 def test_a_tokenizer_that_cannot_read_the_text(tiny_copy):
     folder = tiny_copy()
     model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "<s>": 2, "</s>": 3, "<pad>": 4}, "unk_token": "none"}
@@ -370,7 +395,8 @@ def test_texts_without_an_end(tmp_path):
         read_source(str(tmp_path / "zero.txt"))
     with pytest.raises(TextError, match=r"zero.txt is a device"):
         next(documents(str(tmp_path / "zero.txt")))
-    with pytest.raises(TextError, match=r"long.txt has more than 4,000,000,000 bytes"):
+    whole_lines = r"head -n 100000 \S+long.txt > part.txt$"
+    with pytest.raises(TextError, match=rf"long.txt has more than 4,000,000,000 bytes, .*: {whole_lines}"):
         read_source(str(tmp_path / "long.txt"))
 
 
