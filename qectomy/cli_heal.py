@@ -122,12 +122,13 @@ def heal(
     (DDP, FSDP, DeepSpeed as configured there).
     """
     from qectomy.calibrate.healing.heal import heal as run
+    from qectomy.calibrate.healing.run_folder import check_unhealed
     from qectomy.calibrate.healing.settings import HealSettings
     from qectomy.calibrate.settings import default_context
     from qectomy.surgery.checkpoint import open_checkpoint
-    from qectomy.surgery.output import check_absent
 
-    check_absent(out)
+    if not resume:  # one that is resumed may be in its place already
+        check_unhealed(out)
     settings = HealSettings(
         texts=(*(text or ()), *(dataset or ())),
         self_generated=self_generated,

@@ -33,10 +33,11 @@ class LockedFolder:
     anew: ClassVar[str]  # how to start anew
     before_record: ClassVar[frozenset[str]] = frozenset()  # what a run makes before its record is there
     removed_last: ClassVar[tuple[str, ...]] = (RECORD, LOCK)  # in this order
+    versions: ClassVar[frozenset[str]] = frozenset()  # what in a fingerprint is no matter once the output is there
 
     def __init__(self, out: Path):
-        out = out.absolute()
-        self.path = out.with_name(f"{out.name}.{self.suffix}")
+        self.out = out.absolute()
+        self.path = self.out.with_name(f"{self.out.name}.{self.suffix}")
         self._lock: TextIO | None = None
 
     def start(self, fingerprint: dict[str, Any], resume: bool) -> bool:
@@ -65,6 +66,17 @@ class LockedFolder:
                 f"{self.path} holds another run: {'; '.join(differing)}. Give what that run was given, or another --out"
             )
         return True
+
+    def check_same(self, fingerprint: dict[str, Any]) -> None:
+        """Raise QectomyError unless the run that made the output was told the same."""
+        told = self.record().get("fingerprint")
+        before = told if isinstance(told, dict) else {}
+        before = {name: value for name, value in before.items() if name not in self.versions}
+        if differing := differences(before, json.loads(json.dumps(fingerprint))):
+            raise QectomyError(
+                f"{self.out} is whole, and another run made it: {'; '.join(differing)}. Give what that run was given, "
+                "or another --out"
+            )
 
     def _found(self, fingerprint: dict[str, Any]) -> None:
         """Make what a new run needs; nothing of it stays where that fails."""
@@ -100,6 +112,11 @@ class LockedFolder:
 
     def _check_ours(self) -> None:
         """Raise QectomyError for a folder that no run made. What is written through a link would land elsewhere."""
+        if self.path.is_symlink():
+            raise QectomyError(
+                f"{self.path} is a link, and what is written there would land elsewhere. If it leads to a run on "
+                "another disk, do not remove that: give an --out that lies beside it there"
+            )
         if strange := next(_strange(self.path), None):
             raise QectomyError(f"{strange} is a link, or no file: no run makes such a thing; remove it")
         if not self.path.exists() or (self.path / RECORD).exists():

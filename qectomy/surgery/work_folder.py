@@ -11,7 +11,6 @@ the weights that it was given, would be again: it leaves nothing behind.
 """
 
 import importlib.metadata
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from typing import Any
 from qectomy import __version__
 from qectomy.errors import OutputError, QectomyError, Stopped, Untrusted
 from qectomy.surgery.journal import Journal
-from qectomy.surgery.locked_folder import LOCK, RECORD, LockedFolder, differences
+from qectomy.surgery.locked_folder import LOCK, RECORD, LockedFolder
 from qectomy.surgery.output import cause, check_absent, interruptible, make_parents, move, remove_empty
 
 JOURNAL = "journal"
@@ -38,11 +37,11 @@ class WorkFolder(LockedFolder):
     doing = "works"
     anew = "start anew with --clean"
     before_record = frozenset({JOURNAL, RESULT, SCRATCH})
+    versions = frozenset({MARK, *PACKAGES})
     removed_last = (RECORD, JOURNAL, LOCK)  # the journal knows whether the output is in its place
 
     def __init__(self, out: Path):
         super().__init__(out)
-        self.out = out.absolute()
         self.result, self.scratch = self.path / RESULT, self.path / SCRATCH
         self.journal = Journal(self.path / JOURNAL)
 
@@ -57,17 +56,6 @@ class WorkFolder(LockedFolder):
         self.scratch.mkdir(exist_ok=True)
         self.journal = Journal(self.path / JOURNAL)  # as whoever held the folder before has left it
         return resumed
-
-    def check_same(self, fingerprint: dict[str, Any]) -> None:
-        """Raise QectomyError unless the finished run was told the same; packages may have been of other versions."""
-        told = self.record().get("fingerprint")
-        before = told if isinstance(told, dict) else {}
-        before = {name: value for name, value in before.items() if name not in (MARK, *PACKAGES)}
-        if differing := differences(before, json.loads(json.dumps(fingerprint))):
-            raise QectomyError(
-                f"{self.out} is whole, and another run made it: {'; '.join(differing)}. Give what that run was given, "
-                "or another --out"
-            )
 
     def prepare(self) -> None:
         """Let nothing of an earlier run be there."""

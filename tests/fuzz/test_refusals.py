@@ -248,11 +248,18 @@ def test_nothing_is_written_through_a_link(tmp_path, name):
     shutil.rmtree(link, ignore_errors=True)
     link.symlink_to(private)
     for options in ({}, {"resume": True}, {"clean": True}):
-        with pytest.raises((QectomyError, OutputError), match="is a link, or no file"):
+        with pytest.raises((QectomyError, OutputError), match=r"is a link, (or no file|and what)"):
             with work_folder(tmp_path / "out", {}, **options):
                 pytest.fail("the folder was entered")
     assert private.read_bytes() == SECRET
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_lies_on_another_disk_is_not_to_be_removed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out.converting").symlink_to(tmp_path / "disk")
+    with pytest.raises(QectomyError, match="do not remove that: give an --out that lies beside it there"):
+        WorkFolder(tmp_path / "out").start({}, resume=True)
 
 
 def test_a_pipe_in_a_runs_folder_is_not_waited_on(tmp_path):

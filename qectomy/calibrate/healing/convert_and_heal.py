@@ -2,21 +2,22 @@
 
 import shlex
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qectomy.calibrate.convert import convert
 from qectomy.calibrate.healing.heal import heal
-from qectomy.calibrate.healing.run_folder import RunFolder
+from qectomy.calibrate.healing.run_folder import RunFolder, check_unhealed
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.processes import Processes
 from qectomy.calibrate.settings import ConvertSettings
-from qectomy.errors import QectomyError, TextError
+from qectomy.errors import OutputError, QectomyError, TextError
 from qectomy.surgery.checkpoint import Checkpoint
-from qectomy.surgery.output import check_absent
 from qectomy.surgery.query_maps import QueryMapSpec
+from qectomy.surgery.work_folder import check_free
 
 
 def convert_and_heal(
@@ -44,11 +45,13 @@ def convert_and_heal(
     heal_settings = replace(heal_settings, device=processes.device)
     fitted = out.absolute().with_name(f"{out.absolute().name}.fitted")
     command = _heal_command(fitted, source, out, heal_settings)
+    check_unhealed(out)
     if fitted.exists():
+        with suppress(OutputError):
+            check_free(fitted)  # which removes what the fit left beside it
         raise QectomyError(f"{fitted} is there from a run before. Go on with it by\n  {command}\nor remove it")
     if (run := RunFolder(out).path).exists():
         raise QectomyError(f"{run} holds a run that was not finished; remove it, or give another --out")
-    check_absent(fitted)
     convert(source, fitted, recipe, settings, progress, resume=resume, clean=clean)
     try:
         report = heal(str(fitted), str(source.folder), out, heal_settings, progress=progress)

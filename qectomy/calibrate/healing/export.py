@@ -85,6 +85,7 @@ def export(
         report = _report(student, original, settings, healing, held, scores, reload) | {"tensors_sha256": digests}
         name = report["source"].get("name")  # the hub's, where the fit knew it
         write_report(work, report, replace(original, name=name) if isinstance(name, str) else original)
+        RunFolder(out).will_publish(work)
     return report
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from qectomy.calibrate.healing.models import (
 )
 from qectomy.calibrate.healing.packing import Packed, PackedWindows, Shuffled
 from qectomy.calibrate.healing.plan import Plan, make_plan, tokens_to_train
-from qectomy.calibrate.healing.run_folder import RunFolder, step_of
+from qectomy.calibrate.healing.run_folder import RunFolder, check_unhealed, step_of
 from qectomy.calibrate.healing.self_generated import self_generated_text, tokens_to_write
 from qectomy.calibrate.healing.settings import TOKENS, HealSettings
 from qectomy.calibrate.healing.trainer import HealTrainer, Watch, ended_at, validation_losses
@@ -81,7 +82,8 @@ def heal(
     folder of another run; during training for numbers that are not finite, leaving the last good checkpoint.
     """
     begun = time.perf_counter()
-    check_absent(out)
+    if not resume:
+        check_unhealed(out)
     processes = Processes(settings.device)
     device = check_device(processes.device)
     student, original = open_pair(reduced, teacher)
@@ -89,9 +91,13 @@ def heal(
     _check_context(student, settings.context)
     reporters(settings)
     job = Job(student, original, settings, processes, RunFolder(out), progress)
+    told = partial(fingerprint, student, original, settings)
+    if resume and (done := processes.first_alone(lambda: job.folder.finished(told))) is not None:
+        return done if processes.is_first else None
+    check_absent(out)
     check_room(out, _bytes_needed(student, settings) - job.folder.nbytes())
     try:
-        resumed = processes.first_alone(lambda: job.folder.start(fingerprint(student, original, settings), resume))
+        resumed = processes.first_alone(lambda: job.folder.start(told(), resume))
         if resume and not resumed:
             job.say(f"nothing to resume in {job.folder.path}: starting anew")
         with explained(settings, job.folder), _undone_if_refused(job, resumed):

@@ -12,11 +12,17 @@ has the size it names; nothing of an older one is removed before.
 
 import re
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from qectomy.surgery.locked_folder import LockedFolder, read_record, sync, write_json
+from qectomy.errors import OutputError, QectomyError
+from qectomy.surgery.locked_folder import LOCK, RECORD, LockedFolder, read_record, sync, write_json
+from qectomy.surgery.output import check_absent
 
 COMPLETE = "complete.json"
+RESULT = "result"  # in run.json: the inode of the folder that becomes OUT
 
 
 class RunFolder(LockedFolder):
@@ -35,6 +41,40 @@ class RunFolder(LockedFolder):
         """Make the folder of the checkpoints."""
         self.checkpoints.mkdir(exist_ok=True)
 
+    @property
+    def is_rest(self) -> bool:
+        """Whether the output is in its place, and this is what its run had not removed yet when it was stopped."""
+        if self.result.exists() or not self.path.is_dir() or not self.out.is_dir():
+            return False
+        if (self.path / RECORD).exists():
+            return self.out.stat().st_ino == self.record().get(RESULT)
+        # A rename sets the output's ctime, and every removal after it the folder's mtime.
+        left = {path.name for path in self.path.iterdir()}
+        return left <= {LOCK} and self.out.stat().st_ctime_ns <= self.path.stat().st_mtime_ns
+
+    def will_publish(self, result: Path) -> None:
+        """Note which folder is about to become the output."""
+        self.note(**{RESULT: result.stat().st_ino})
+
+    def finished(self, fingerprint: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """Return the report of a run that was stopped when its output was in its place already, and tidy up; else None.
+
+        Raises QectomyError where another run made it.
+        """
+        if not self.is_rest:
+            return None
+        if (self.path / RECORD).exists():
+            self.check_same(fingerprint())
+        report = read_record(self.out / "qectomy.json")
+        self.tidy()
+        return report
+
+    def tidy(self) -> None:
+        """Remove the rest of a run that is done."""
+        self.take()
+        self.remove()
+        self.release()
+
     def last_checkpoint(self) -> Path | None:
         """Return the latest whole checkpoint; remove what a killed process left half written."""
         whole = []
@@ -52,6 +92,17 @@ class RunFolder(LockedFolder):
             if folder.name not in names:
                 (folder / COMPLETE).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_unhealed(out: Path) -> None:
+    """Raise OutputError unless `out` can be made, as `check_absent` does; remove what its own run left beside it."""
+    try:
+        check_absent(out)
+    except OutputError:
+        with suppress(QectomyError, OSError):  # the refusal is what has to be said
+            if (folder := RunFolder(out)).is_rest:
+                folder.tidy()
+        raise
 
 
 def step_of(folder: Path) -> int:

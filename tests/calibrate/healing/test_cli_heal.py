@@ -12,6 +12,7 @@ from healings import STEP, options
 from qectomy.cli import main
 from qectomy.cli_heal import count
 from qectomy.errors import QectomyError
+from qectomy.surgery.work_folder import WorkFolder
 
 FIT = ["--query", "select", "--tokens", "320", "--context", "32", "--eval-tokens", "160"]
 
@@ -201,6 +202,17 @@ def test_what_lies_in_the_way_is_said_before_the_fit(cli, name, monkeypatch, tin
     code, _, err = cli("convert", tiny_checkpoint(), "--out", "new", "--text", raven, *FIT, "--heal", "1k")
     assert code == 1
     assert f"{name} " in err
+
+
+def test_what_the_fit_left_beside_its_output_goes(cli, monkeypatch, tiny_checkpoint, raven, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "remove", lambda self: None)
+        assert cli("convert", tiny_checkpoint(), "--out", "new.fitted", "--text", raven, *FIT)[0] == 0
+    assert (tmp_path / "new.fitted.converting").is_dir()
+    code, _, err = cli("convert", tiny_checkpoint(), "--out", "new", "--text", raven, *FIT, "--heal", "1k")
+    assert code == 1
+    assert "new.fitted is there from a run before. Go on with it by" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["new.fitted"]
 
 
 @pytest.mark.parametrize(

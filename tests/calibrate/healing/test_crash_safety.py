@@ -1,12 +1,14 @@
 """A run that ends at any moment goes on as if nothing had been: killed, out of room, out of numbers, interrupted."""
 
 import errno
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +102,34 @@ def test_a_killed_run_goes_on_to_the_same_bytes(moment, run, goes_on):
         in_the_middle(patch, *MOMENTS[moment])
         killed(run)
     goes_on()
+
+
+@pytest.mark.parametrize("moment", ["before anything is removed", "when run.json is gone"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_killed_when_the_output_is_there(moment, resume, run, tmp_path):
+    """`--resume` returns the report, of this run alone; whatever is asked for, nothing stays beside the output."""
+    with pytest.MonkeyPatch.context() as patch:
+        if moment == "before anything is removed":
+            in_the_middle(patch, (RunFolder, "remove"), 1)
+        else:
+            patch.setattr(RunFolder, "removed_last", ("run.json", "nothing", "lock"))
+            patch.setattr(Path, "unlink", at_unlink("nothing", Path.unlink))
+        killed(run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.healing"]
+    if not resume:
+        with pytest.raises(OutputError, match="out exists; nothing is overwritten"):
+            run()
+    else:
+        if moment == "before anything is removed":
+            with pytest.raises(QectomyError, match=r"out is whole, and another run made it: seed was 0, is 1\."):
+                run(resume=True, seed=1)
+        assert run(resume=True) == json.loads((tmp_path / "out/qectomy.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def at_unlink(name, right):
+    """Kill the process when a file of this name is removed."""
+    return lambda path, **named: kill() if path.name == name else right(path, **named)
 
 
 def test_a_run_that_is_killed_again_and_again(run, goes_on, tmp_path):
