@@ -13,7 +13,7 @@ from qectomy.cli_eval import evaluate
 from qectomy.cli_heal import heal
 from qectomy.cli_report import report
 from qectomy.cli_rewrites import fold_norms, import_nanogpt, materialize
-from qectomy.errors import QectomyError
+from qectomy.errors import QectomyError, clean
 from qectomy.terminal import Json, print_json, progress_bar
 
 app = typer.Typer(
@@ -147,11 +147,8 @@ LONGEST = 4000  # characters of a message
 
 def complain(message: str) -> None:
     """Print an error on stderr, in red where colours are wanted; no file quoted in it gives orders to the terminal."""
-    from qectomy.eval.page.checked import clean
-
-    typer.secho(
-        f"error: {clean(message[:LONGEST])}", err=True, fg=None if os.environ.get("NO_COLOR") else typer.colors.RED
-    )
+    cut = message if len(message) <= LONGEST else f"{message[:LONGEST]} ... (cut)"
+    typer.secho(f"error: {clean(cut)}", err=True, fg=None if os.environ.get("NO_COLOR") else typer.colors.RED)
 
 
 def main() -> None:

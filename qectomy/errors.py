@@ -3,6 +3,11 @@
 import reprlib
 from typing import Any
 
+CONTROLS = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)}  # as pictures: ␀, ␇, ␍
+CONTROLS |= dict.fromkeys((*range(0x7F, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF), "\ufffd")
+# What turns the order of the text around it: a command must read as it would be pasted.
+CONTROLS |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 _SHORT.maxlevel = 2
@@ -10,7 +15,21 @@ _SHORT.maxlevel = 2
 
 def shown(value: Any) -> str:
     """Return a value from a file as a message can hold it: on one line, without control characters, cut if long."""
-    return _SHORT.repr(value)
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # of an int with more digits than Python writes out
+        return f"a {type(value).__name__} too long to write out"
+
+
+def clean(text: str) -> str:
+    """Return text that UTF-8 and HTML can hold, and in which nothing is invisible or turns the reading order."""
+    return text.translate(CONTROLS)
+
+
+def reason_of(error: BaseException, most: int = 200) -> str:
+    """Return the first line of what an error says, cut; its kind where it says nothing."""
+    said = str(error).strip()
+    return said.splitlines()[0][:most] if said else type(error).__name__
 
 
 class QectomyError(Exception):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qectomy.errors import TextError, shown
+from qectomy.errors import TextError, reason_of, shown
 
 FILE_ENDINGS = (".txt", ".jsonl", ".ndjson", ".json", ".md", ".parquet")  # of a name mistyped, not of a dataset's
 TEXT_FIELDS = ("text", "page", "content", "document")
@@ -83,7 +83,7 @@ def parquet_documents(path: Path) -> Iterator[str]:
             for batch in file.iter_batches(batch_size=256, columns=[field]):
                 yield from (entry for entry in batch.column(0).to_pylist() if isinstance(entry, str))
     except (ArrowException, OSError, ValueError, KeyError, IndexError, RecursionError) as error:
-        raise TextError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise TextError(f"{path} cannot be read: {reason_of(error)}") from error
 
 
 def dataset_documents(name: str) -> Iterator[str]:
@@ -103,7 +103,7 @@ def dataset_documents(name: str) -> Iterator[str]:
     except TextError:
         raise
     except Exception as error:  # no such file, no such dataset, no network: one message covers them
-        raise TextError(f"no file {name!r}, and no dataset of that name could be read: {_first_line(error)}") from error
+        raise TextError(f"no file {name!r}, and no dataset of that name could be read: {reason_of(error)}") from error
 
 
 def _text_field(what: str, columns: list[str]) -> str:
@@ -141,7 +141,3 @@ def _decoded(path: Path, file: BinaryIO) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise TextError(f"{path} is not UTF-8 text (byte {done + mark + error.start} does not decode)") from error
         done += len(line)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from qectomy.calibrate.documents import check_ends, dataset_documents, jsonl_documents, parquet_documents
-from qectomy.errors import CheckpointError, TextError
+from qectomy.errors import CheckpointError, TextError, reason_of
 from qectomy.surgery.checkpoint import sha256
 from qectomy.surgery.config_files import MAX_CARRIED_BYTES, TOKENIZER_FILES, companions
 
@@ -122,11 +122,6 @@ def _refused(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(f"{what}: {reason_of(error)}") from error
-
-
-def reason_of(error: BaseException) -> str:
-    """Return the first line of what an error says, cut; its kind where it says nothing."""
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def check_growth(tokenizer: Any) -> None:

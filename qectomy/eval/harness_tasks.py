@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qectomy.errors import QectomyError
+from qectomy.errors import QectomyError, reason_of
 
 SUGGESTIONS = 3
 
@@ -142,7 +142,7 @@ def _broken(folder: Path) -> dict[Path, tuple[str, str]]:
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             place = f"line {mark.line + 1}: " if mark is not None else ""
-            reason = place + (getattr(error, "problem", None) or _first_line(error))
+            reason = place + (getattr(error, "problem", None) or reason_of(error))
         except OSError as error:
             reason = error.strerror or type(error).__name__
         else:
@@ -180,10 +180,10 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
     except ConnectionError as error:
         raise TaskError(
             f"lm-eval task {name!r} needs data from the hub, which is neither in the cache nor within reach "
-            f"({_first_line(error)}); run it once where the hub can be reached, or give a task that reads a local file"
+            f"({reason_of(error)}); run it once where the hub can be reached, or give a task that reads a local file"
         ) from error
     except FileNotFoundError as error:
-        raise TaskError(f"lm-eval task {name!r}: its data cannot be read: {_first_line(error)}") from error
+        raise TaskError(f"lm-eval task {name!r}: its data cannot be read: {reason_of(error)}") from error
     except Exception as error:  # a task's fields and functions may fail in any way; the message is what helps
         entry = manager.task_index[name]
         where = f" ({entry.yaml_path})" if entry.yaml_path else ""
@@ -200,12 +200,7 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
 
 def describe(error: Exception) -> str:
     """Return an error of lm-eval's, whatever its kind, in one line; of a bare assertion, what it asserts."""
-    said = _first_line(error)
+    said = reason_of(error)
     if isinstance(error, AssertionError) and not str(error).strip():
         said = traceback.extract_tb(error.__traceback__)[-1].line or said
     return f"{type(error).__name__}: {said}"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

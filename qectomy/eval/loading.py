@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from qectomy.errors import CheckpointError, QectomyError, shown
+from qectomy.errors import CheckpointError, QectomyError, reason_of, shown
 from qectomy.surgery.architectures import FAMILIES
 from qectomy.surgery.checkpoint import MAX_LAYERS, locate
 from qectomy.surgery.headers import TORCH_NAMES, read_json
@@ -76,5 +76,5 @@ def _json_config(name: str) -> dict[str, Any]:
 
 
 def _not_loaded(folder: Path, config: dict[str, Any], error: Exception) -> CheckpointError:
-    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    reason = reason_of(error, 300)
     return CheckpointError(f"{folder} (model_type {shown(config.get('model_type'))}) cannot be loaded: {reason}")

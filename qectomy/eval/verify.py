@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from qectomy.errors import CheckpointError, shown
-from qectomy.eval.page.checked import clean
+from qectomy.errors import CheckpointError, clean, shown
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_error, score_streamed
 from qectomy.eval.summary import cost

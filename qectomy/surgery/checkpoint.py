@@ -21,6 +21,7 @@ from qectomy.errors import (
     QueryMapError,
     UnreadableError,
     UnsupportedArchitecture,
+    reason_of,
     shown,
 )
 from qectomy.surgery.architectures import find_family, find_reduced_family
@@ -202,8 +203,7 @@ def locate(name: str | os.PathLike[str], patterns: Sequence[str] = HUB_PATTERNS)
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(patterns), ignore_patterns=HUB_IGNORED))
     except Exception as error:  # the hub raises a dozen kinds; each means: not there, or not reachable
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"no folder {path}, and the hub did not give {name!r}: {reason}") from error
+        raise CheckpointError(f"no folder {path}, and the hub did not give {name!r}: {reason_of(error)}") from error
 
 
 def open_checkpoint(name: str | os.PathLike[str], *, reduced: bool = False) -> Checkpoint:

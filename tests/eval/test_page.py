@@ -12,8 +12,9 @@ import pytest
 from markupsafe import Markup, escape
 
 from qectomy import __version__
+from qectomy.errors import CONTROLS, clean
 from qectomy.eval.page import charts
-from qectomy.eval.page.checked import CONTROLS, ReportError, clean
+from qectomy.eval.page.checked import ReportError
 from qectomy.eval.page.page import page
 from qectomy.eval.page.reading import Point, read_folder
 from qectomy.eval.page.verdict import verdict

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qectomy.eval.page.checked import CONTROLS, ReportError, WrongField, clean
+from qectomy.errors import CONTROLS, clean
+from qectomy.eval.page.checked import ReportError, WrongField
 from qectomy.eval.page.page import page
 from qectomy.eval.page.reading import read_folder, read_folders, read_points
 from qectomy.eval.page.shapes import BENCH, EVALUATION, REDUCED

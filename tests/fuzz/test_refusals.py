@@ -168,6 +168,9 @@ def test_no_file_gives_orders_to_the_terminal(capsys):
     assert "owned" in err
     assert not {"\x1b]", "\x07", "\u202e"} & {err[i : i + width] for i in range(len(err)) for width in (1, 2)}
     assert len(err) < 5000
+    assert err.endswith("xxx ... (cut)\n")
+    complain("x" * 4000)
+    assert capsys.readouterr().err == f"error: {'x' * 4000}\n"
 
 
 @pytest.mark.parametrize("field, name", [("num_attention_heads", "2 and 4"), ("num_hidden_layers", "10000000 and 2")])
@@ -441,6 +444,6 @@ def test_reports_without_an_end(tmp_path):
 
 
 def test_shown_is_one_short_line():
-    for value in ("a\nb" * 99, {"a": [1] * 99}, [[[[[[[[[1]]]]]]]]], 10**999, "\x1b", None, 1.5):
+    for value in ("a\nb" * 99, {"a": [1] * 99}, [[[[[[[[[1]]]]]]]]], 10**999, 10**5000, [10**5000], "\x1b", None, 1.5):
         assert len(shown(value)) < 400
         assert shown(value).isprintable()

@@ -7,13 +7,9 @@ and a field that nobody knows is dropped: files of older and newer versions are 
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from qectomy.errors import QectomyError, shown
+from qectomy.errors import QectomyError, clean, shown
 
 Kind = Callable[[Any, str], Any]
-CONTROLS = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)}  # as pictures: ␀, ␇, ␍
-CONTROLS |= dict.fromkeys((*range(0x7F, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF), "\ufffd")
-# What turns the order of the text around it: a command must read as it would be pasted.
-CONTROLS |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
 
 
 class ReportError(QectomyError):
@@ -22,11 +18,6 @@ class ReportError(QectomyError):
 
 class WrongField(Exception):
     """A field whose value is of another type or range than it should be."""
-
-
-def clean(text: str) -> str:
-    """Return text that UTF-8 and HTML can hold, and in which nothing is invisible or turns the reading order."""
-    return text.translate(CONTROLS)
 
 
 def wrong(value: Any, where: str, wanted: str) -> WrongField:

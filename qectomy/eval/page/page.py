@@ -9,10 +9,10 @@ import jinja2
 from markupsafe import Markup, escape
 
 from qectomy import __version__
+from qectomy.errors import clean
 from qectomy.eval.page import accounts, outcomes, quality, texts
 from qectomy.eval.page.accounts import recipe_words
 from qectomy.eval.page.blocks import Section
-from qectomy.eval.page.checked import clean
 from qectomy.eval.page.compare import compare_section
 from qectomy.eval.page.numbers import DASH, between, bytes_, percent, ratio, rough
 from qectomy.eval.page.reading import Folder, Point

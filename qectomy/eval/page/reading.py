@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qectomy.errors import clean
 from qectomy.eval.identity import fingerprint
-from qectomy.eval.page.checked import Kind, ReportError, WrongField, clean
+from qectomy.eval.page.checked import Kind, ReportError, WrongField
 from qectomy.eval.page.shapes import BENCH, CURVE_ROW, EVALUATION, POINTS, REDUCED
 from qectomy.eval.page.stored import LayerSizes, stored_layers
 from qectomy.surgery.checkpoint import sha256
-from qectomy.surgery.headers import parse_json, read_regular
-
-LARGEST = 20_000_000  # bytes of a file
+from qectomy.surgery.headers import MAX_JSON_BYTES, parse_json, read_regular
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +104,9 @@ def read_points(path: Path) -> list[Point]:
 def read_json(path: Path, kind: Kind) -> Any:
     """Return the content of a JSON file, checked. Raises ReportError."""
     try:
-        data = read_regular(path, LARGEST)
+        data = read_regular(path, MAX_JSON_BYTES)
         if data is None:
-            raise ReportError(f"{path} has more bytes than any report has ({LARGEST:,})")
+            raise ReportError(f"{path} has more bytes than any report has ({MAX_JSON_BYTES:,})")
         raw = parse_json(data)
     except OSError as error:
         raise ReportError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -125,9 +124,9 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a healing.csv, checked like the curve in qectomy.json."""
     rows: list[dict[str, Any]] = []
     try:
-        data = read_regular(path, LARGEST)
+        data = read_regular(path, MAX_JSON_BYTES)
         if data is None:
-            raise ReportError(f"{path} has more bytes than any report has ({LARGEST:,})")
+            raise ReportError(f"{path} has more bytes than any report has ({MAX_JSON_BYTES:,})")
         for row in csv.DictReader(io.StringIO(data.decode(), newline="")):
             found = {name: _number(text) for name, text in row.items() if name and isinstance(text, str) and text}
             rows.append(CURVE_ROW(found, f"row {len(rows) + 1}"))
