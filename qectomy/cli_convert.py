@@ -128,6 +128,7 @@ def _fit(source: Any, recipe: Any, settings: Any, asked: _Asked, together: Any) 
     if asked.dry_run:
         if together.is_first:
             _show_plan(source, recipe, settings, asked.probe, asked.as_json)
+            _note_what_stops_it(settings, asked)
         return
     if asked.self_generated:
         wanted = settings
@@ -136,6 +137,19 @@ def _fit(source: Any, recipe: Any, settings: Any, asked: _Asked, together: Any) 
         _convert(source, recipe, settings, asked, together)
     else:
         _convert_and_heal(source, recipe, settings, asked.heal, asked)
+
+
+def _note_what_stops_it(settings: Any, asked: _Asked) -> None:
+    """Say on stderr what the conversion would refuse at once, beside what its plan has refused already."""
+    from qectomy.surgery.work_folder import WorkFolder
+
+    if not settings.texts and not asked.self_generated:
+        typer.echo("note: there is no --text yet to calibrate on", err=True)
+    for name in filter(None, (*settings.texts, settings.eval_text)):
+        if not Path(name).is_file():
+            typer.echo(f"note: {name} is no file here; it will be looked for as a dataset", err=True)
+    if (left := WorkFolder(asked.out).path).exists() and not (asked.resume or asked.clean):
+        typer.echo(f"note: {left} is there: the conversion will want --resume, --clean or another --out", err=True)
 
 
 class _UsageError(QectomyError):

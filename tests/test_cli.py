@@ -279,6 +279,17 @@ def test_without_a_probe_there_is_no_time(cli, tiny_checkpoint, tmp_path):
     assert plan == {name: value for name, value in needs.items() if name in NEEDS}
 
 
+def test_a_dry_run_notes_what_the_conversion_will_want(cli, tiny_checkpoint, tmp_path):
+    out = tmp_path / "out"
+    command = ["convert", tiny_checkpoint("gpt2"), "--out", out, "--dry-run", "--no-probe"]
+    assert "no --text yet" in cli(*command).err
+    (tmp_path / "out.converting").mkdir()
+    told = cli(*command, "--text", "nowhere.txt").err
+    assert "nowhere.txt is no file here" in told
+    assert "the conversion will want --resume, --clean or another --out" in told
+    assert "note" not in cli(*command, "--text", __file__, "--clean").err
+
+
 def test_a_dry_run_of_exact_folding_foretells_memory_and_disk(cli, tiny_checkpoint, tmp_path):
     command = ["convert", tiny_checkpoint("gpt2"), "--out", tmp_path / "out", "--query", "exact"]
     plan = cli(*command, "--dry-run", "--json").json()

@@ -54,7 +54,7 @@ def show_plan(plan: dict[str, Any]) -> None:
     console.print(", ".join(f"{i}={name}" for i, name in enumerate(plan["plan"])), markup=False)
     _show_sizes(plan)
     _show_needs(plan["needs"])
-    console.print("dry run: nothing was written")
+    console.print("dry run: nothing was written, and the texts were not read")
 
 
 def show_conversion(report: dict[str, Any]) -> None:
@@ -262,9 +262,10 @@ def _show_sizes(report: dict[str, Any]) -> None:
 def _show_needs(needs: dict[str, Any], which: str = "a fitted") -> None:
     """Print what a conversion is foretold to need; without a probe there is no time."""
     device = f"{size(needs['device_memory_bytes'])} on the device, " if "device_memory_bytes" in needs else ""
+    text = f" ({needs['tokens']:,} + {needs['eval_tokens']:,} tokens)" if "tokens" in needs else ""
     console.print(
-        f"{which} conversion here needs about {size(needs['peak_memory_bytes'])} of memory (most in its stage "
-        f"{needs['peak_memory_stage']}), {device}{size(needs['disk_bytes'])} of disk{_time(needs)}"
+        f"{which} conversion here{text} needs about {size(needs['peak_memory_bytes'])} of memory, give or take 15 % "
+        f"(most in its stage {needs['peak_memory_stage']}), {device}{size(needs['disk_bytes'])} of disk{_time(needs)}"
     )
 
 
