@@ -121,7 +121,7 @@ def record(fields: dict[str, Kind], required: Iterable[str] = ()) -> Kind:
     return check
 
 
-def plain(value: Any, where: str) -> str | float | bool:
+def plain(value: Any, where: str) -> str | int | float | bool:
     """A text, a number or a truth value: the settings of something."""
     if isinstance(value, str | bool):
         return string(value, where) if isinstance(value, str) else value
