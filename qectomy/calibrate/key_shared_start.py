@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import torch
 
 from qectomy.calibrate.moments import ridge
-from qectomy.calibrate.precision import fast_dtype
 from qectomy.calibrate.rope_pairs import Rope
 from qectomy.calibrate.units import adam, diagonal_key_parameter, mix_parameter
 
@@ -43,7 +42,7 @@ def joint_start(
     """Return (W_K' (D, G*K), A (H, K, K)) that lower the error above; C (D, D), C_k (G, D, D), which is used up.
 
     It runs in the eigenbasis of C: there C is diagonal and so is the step of W_K, and C_k W is the one wide product
-    left of a step (in bfloat16 where that is quick: it is the gradient of a start).
+    left of a step. In bfloat16 it would be quicker, and cost perplexity (docs/LOG.md).
     """
     d_model, groups, per, K = len(C), rope.n_kv_heads, rope.per_group, rope.d_head
     C, C_k, W_Q, W_K = (tensor.float() for tensor in (C, C_k, W_Q, W_K))
@@ -60,7 +59,6 @@ def joint_start(
     C_queries, C_theirs = C * queries, C_k @ theirs
     query_gram, key_gram = queries.mT @ C_queries, theirs.mT @ C_theirs
     scale, turns = (query_gram * key_gram[:, None]).sum(), bool(rope.sin.any())
-    C_k = C_k.to(fast_dtype(C.device))
 
     def loss(values: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         ours = values[0].view(d_model, groups, K).transpose(0, 1)
@@ -68,8 +66,7 @@ def joint_start(
         cross = (C_queries.mT @ ours[:, None]) @ A
         own = A.mT @ (ours.mT @ (C * ours))[:, None] @ A
         query_blocks = _blocks(query_gram, -cross, own)  # (G, r, 2K, 2K)
-        C_ours = (C_k @ ours.to(C_k.dtype)).float()
-        key_blocks = _blocks(key_gram, C_theirs.mT @ ours, ours.mT @ C_ours)  # (G, 2K, 2K)
+        key_blocks = _blocks(key_gram, C_theirs.mT @ ours, ours.mT @ (C_k @ ours))  # (G, 2K, 2K)
         if not turns:
             yield (query_blocks * key_blocks[:, None]).sum() / scale
             return
