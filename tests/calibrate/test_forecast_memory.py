@@ -73,7 +73,7 @@ def test_each_stage_by_hand():
     assert stages["collecting"] == teacher + projections + moments + max(4_000_000 + 8_000_000 + batch, moments)
     assert stages["attended moments"] == teacher + projections + moments + 5 * 4_000_000 + 3 * 4_000_000
     carried = 8 * 1_000_000 + 8 * 500_000
-    joint = 4_000_000 + 2 * 5 * 1_000_000 + 4 * 1_500_000 + 4 * 4_000_000 + 10 * 4 * 500_000
+    joint = 4_000_000 + 4 * 1_500_000 + 4 * 4_000_000 + 10 * 4 * 500_000
     assert stages["start"] == teacher + projections + moments + 5 * 4_000_000 + carried + joint
     adam = 10 * 4 * (500_000 + 10 * 100 * 100)
     step = 2 * (2048 * (2 * 1000 + 2 * 1000 + 6 * 500) + 6 * 1_000_000 + 2 * 500_000)

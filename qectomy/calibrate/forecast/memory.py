@@ -141,10 +141,9 @@ def _start(work: Work, spec: QueryMapSpec) -> int:
     held += 4 * dims.n_kv_heads * square * (spec.name == "key-shared")
     carrying = 8 * square + 16 * query  # the Gram matrix, its right side and the solution
     carried = 8 * (query + key)
-    fast = work.fast_itemsize * dims.n_kv_heads * square * (work.fast_itemsize < 4)  # the keys' moments again
     made = {
         # the basis of C, W_Q and W_K in it, float32; C W_Q, a copy, W_K for every head and its gradient; Adam
-        "key-shared": 4 * square + 4 * (query + key) + 4 * 4 * query + 4 * ADAM * key + fast,
+        "key-shared": 4 * square + 4 * (query + key) + 4 * 4 * query + 4 * ADAM * key,
         "select": 8 * square + 8 * FULL_TURNS * query,
         "identity": 8 * FULL_TURNS * query,
         "low-rank": 8 * (1 + EIGH) * square + 8 * (2 + SVD) * query,
