@@ -10,7 +10,13 @@ from tiny_models import load_reduced, tokens
 from torch import nn
 
 from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.config_files import copy_companions, copy_model_code, load_config, reduced_config, write_config
+from qectomy.surgery.config_files import (
+    copy_companions,
+    copy_model_code,
+    load_config,
+    reduced_config,
+    write_reduced_config,
+)
 from qectomy.surgery.exact import ExactPlan, fold_checkpoint, plan_exact
 from qectomy.surgery.source_watch import SourceWatch
 from qectomy.surgery.work_folder import work_folder
@@ -52,7 +58,7 @@ def write_fold(source: Path, out: Path, plan: ExactPlan, dtype: str | None = Non
         fold_checkpoint(checkpoint, plan, work, dtype, SourceWatch(checkpoint))
         work.publish({})
     config = reduced_config(checkpoint, plan.recipe, dtype or checkpoint.dtype)
-    write_config(out, {**config, "tie_word_embeddings": plan.dims.tied})
+    write_reduced_config(out, {**config, "tie_word_embeddings": plan.dims.tied})
     copy_companions(source, out)
     copy_model_code(checkpoint.family, out)
 

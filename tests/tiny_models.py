@@ -29,7 +29,7 @@ from qectomy.surgery.config_files import (
     copy_model_code,
     load_config,
     reduced_config,
-    write_config,
+    write_reduced_config,
 )
 from qectomy.surgery.linear_views import read_view, store_views
 from qectomy.surgery.query_maps import parse_query_map
@@ -273,7 +273,7 @@ def save_reduced(
         for name in plan:
             writer.write(name, tensors[name])
         writer.finish()
-    write_config(folder, reduced_config(checkpoint, specs, checkpoint.dtype))
+    write_reduced_config(folder, reduced_config(checkpoint, specs, checkpoint.dtype))
     copy_companions(source, folder)
     copy_model_code(family, folder)
     return folder

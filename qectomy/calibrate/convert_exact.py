@@ -22,7 +22,7 @@ from qectomy.eval.samples import token_sample
 from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_error, score_streamed
 from qectomy.eval.summary import cost
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
-from qectomy.surgery.config_files import copy_companions, copy_model_code, reduced_config, write_config
+from qectomy.surgery.config_files import copy_companions, copy_model_code, reduced_config, write_reduced_config
 from qectomy.surgery.exact import ExactPlan, Progress, fold_checkpoint, plan_exact
 from qectomy.surgery.folding import usable_error
 from qectomy.surgery.headers import TORCH_NAMES, read_json
@@ -67,7 +67,7 @@ def convert_exact(
         work = folder.result
         digests = fold_checkpoint(source, plan, folder, settings.stored_dtype, unchanged, progress)
         config = reduced_config(source, plan.recipe, settings.stored_dtype or source.dtype)
-        write_config(work, config | ({"tie_word_embeddings": False} if plan.choice.untied else {}))
+        write_reduced_config(work, config | ({"tie_word_embeddings": False} if plan.choice.untied else {}))
         copy_companions(source.folder, work)
         copy_model_code(source.family, work)
         since = watch.add("folding", since)

@@ -27,7 +27,7 @@ from qectomy.errors import NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.surgery.audit import spectrum
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
-from qectomy.surgery.config_files import reduced_config, write_config
+from qectomy.surgery.config_files import reduced_config, write_reduced_config
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.folding import read_query
 from qectomy.surgery.plan import planned_tensors
@@ -157,7 +157,7 @@ class LayerPass:
         since, work = time.perf_counter(), self.work.result
         dtype = self.settings.stored_dtype or self.source.dtype
         if self.share.together.is_first:
-            write_config(work, reduced_config(self.source, self.recipe, dtype))
+            write_reduced_config(work, reduced_config(self.source, self.recipe, dtype))
         self.share.together.meet()
         original = Head(self.source, self.runner.config, self.runner.device)
         reduced = Head(open_checkpoint(work, reduced=True), self.runner.config, self.runner.device)

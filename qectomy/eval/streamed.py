@@ -9,6 +9,7 @@ one is read.
 Dimensions: n windows, T positions, D d_model, M d_mlp, N scored tokens.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from qectomy.errors import NonFiniteError
 from qectomy.eval.cast_on_use import cast_on_use, projections
@@ -81,15 +83,22 @@ class StreamedModel:
 
     @torch.no_grad()
     def states_of(
-        self, tokens: Sequence[torch.Tensor], tap: Tap | None = None, step: Step | None = None
+        self,
+        tokens: Sequence[torch.Tensor],
+        tap: Tap | None = None,
+        step: Step | None = None,
+        continued: Sequence[torch.Tensor] = (),
     ) -> list[torch.Tensor]:
         """Return what the head reads for batches of tokens, (n, T) each: (n, T, D) each, on the device.
 
-        Raises NonFiniteError naming the model and the layer.
+        The batches `continued`, whose states come last, are one text in pieces: each layer has its keys and values of
+        the pieces before from transformers' own cache, as in generation. Raises NonFiniteError naming the model and
+        the layer.
         """
         layers = range(self.checkpoint.dims.n_layers)
         with read_layers(self.checkpoint, layers, None, self.device) as coming, self._tapped(tap):
-            hidden, calls = self._entering(tokens)
+            (hidden, calls), (later, their_calls) = self._entering(tokens), self._continuing(continued)
+            hidden, calls = hidden + later, calls + their_calls
             for layer in layers:
                 module = self.layer(layer)
                 self._place(module, coming.take(layer))
@@ -114,17 +123,39 @@ class StreamedModel:
         hidden: list[torch.Tensor] = []
         by_shape: dict[torch.Size, list[Any]] = {}
         for batch in tokens:
-            calls: list[Any] = []
-
-            def keep(states: torch.Tensor, *arguments: Any, _calls: list[Any] = calls, **named: Any) -> torch.Tensor:
-                _calls.append((states, arguments, named))
-                return states
-
-            with self._layers_are(keep):
-                self.model.base_model(inputs_embeds=self._embedded(batch), use_cache=False)
-            hidden.append(calls[0][0])
-            by_shape.setdefault(batch.shape, [(arguments, named) for _, arguments, named in calls])
+            states, calls = self._calls(batch, use_cache=False)
+            hidden.append(states)
+            by_shape.setdefault(batch.shape, calls)
         return hidden, [by_shape[batch.shape] for batch in tokens]
+
+    def _continuing(self, pieces: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[list[Any]]]:
+        """Return the same for pieces (n, t) of one text, each layer with the key/value cache of the pieces before.
+
+        The model asks a cache how much it holds, so it is shown one that grows with the pieces; layers fill another.
+        """
+        shown, filled = (DynamicCache(config=self.model.config) for _ in range(2))
+        named = {cache_keyword(self.model.base_model): shown}
+        hidden: list[torch.Tensor] = []
+        calls: list[list[Any]] = []
+        for piece in pieces:
+            states, each = self._calls(piece, use_cache=True, **named)
+            hidden.append(states)
+            calls.append([_with(filled, shown, *call) for call in each])
+            for layer in range(self.checkpoint.dims.n_layers):
+                shown.update(*(states.new_zeros(len(piece), 1, piece.shape[1], 1) for _ in range(2)), layer)
+        return hidden, calls
+
+    def _calls(self, batch: torch.Tensor, **options: Any) -> tuple[torch.Tensor, list[Any]]:
+        """Return what enters the first layer, and what the model passes to each layer: (arguments, named arguments)."""
+        calls: list[Any] = []
+
+        def keep(states: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+            calls.append((states, arguments, named))
+            return states
+
+        with self._layers_are(keep):
+            self.model.base_model(inputs_embeds=self._embedded(batch), **options)
+        return calls[0][0], [(arguments, named) for _, arguments, named in calls]
 
     def _leaving(self, states: torch.Tensor) -> torch.Tensor:
         """Return what the head reads of the last layer's states."""
@@ -183,6 +214,19 @@ class StreamedModel:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """The keyword under which transformers' models take their key/value cache: 5.24 has renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _with(
+    new: Any, old: Any, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a call's arguments with one object in the place of another."""
+    swapped = {name: new if value is old else value for name, value in named.items()}
+    return tuple(new if value is old else value for value in arguments), swapped
 
 
 def random_tokens(dims: Dimensions, count: int = 256, seed: int = 0) -> torch.Tensor:

@@ -170,6 +170,16 @@ class Checkpoint:
             raise CheckpointError(f"{info.file}: tensor {name} names a channel twice for one head")
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
+    def index_digests(self) -> list[str | None]:
+        """Return the sha256 of each layer's channel numbers, as 32-bit integers; None where it stores none."""
+        return [self._index_digest(self.dims.stored_layer(layer)) for layer in range(self.dims.n_layers)]
+
+    def _index_digest(self, layer: int) -> str | None:
+        places = (f"{self.family.roles.query_map}.index", f"{self.family.roles.gauge}.pivots")
+        names = [name for place in places if (name := self.prefix(layer) + place) in self.tensors]
+        numbers = b"".join(self.read(name).numpy().astype("<i4").tobytes() for name in names)
+        return hashlib.sha256(numbers).hexdigest() if names else None
+
     def hashes(self) -> dict[str, str]:
         """Return {file name: sha256} of the config and every weights file."""
         return {name: sha256(self.folder / name) for name in ["config.json", *self.files]}
@@ -225,7 +235,11 @@ def open_checkpoint(name: str | os.PathLike[str], *, reduced: bool = False) -> C
     found = read_headers(folder)
     found = {name: found[stored] for name, stored in family.full_names(found).items()}
     own = folder.resolve().name if Path(name).is_dir() else str(name)
-    return Checkpoint(own, folder, config, family, dims, recipe, _check_tensors(found, family, dims, recipe))
+    tensors = _check_tensors(found, family, dims, recipe)
+    checkpoint = Checkpoint(own, folder, config, family, dims, recipe, tensors)
+    if reduced:
+        _check_indices(checkpoint)
+    return checkpoint
 
 
 def expected_layer(family: Family, dims: Dimensions, spec: QueryMapSpec) -> Shapes:
@@ -286,6 +300,24 @@ def _read_recipe(config: dict[str, Any], dims: Dimensions) -> tuple[QueryMapSpec
         if recipe[-1].name == "gauge" and dims.rope:
             raise QueryMapError(f"config.json, layer {layer}: a model with RoPE has no query map 'gauge'")
     return tuple(recipe)
+
+
+def _check_indices(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for channel numbers other than those of which config.json has the sha256."""
+    wanted = checkpoint.config.get("index_sha256")
+    if wanted is None:  # as in folders written before there was one
+        return
+    n_layers = checkpoint.dims.n_layers
+    if not isinstance(wanted, list) or len(wanted) != n_layers:
+        raise CheckpointError(f"config.json: index_sha256 must hold one sha256 or null for each of {n_layers} layers")
+    for layer, (said, found) in enumerate(zip(wanted, checkpoint.index_digests(), strict=True)):
+        if said != found:
+            raise CheckpointError(
+                f"{checkpoint.folder}: the channel numbers of layer {layer} ({checkpoint.prefix(layer)}*.index or "
+                "*.pivots) are not those of which config.json has the sha256 (index_sha256): they were changed, or "
+                "averaged with another model's, and every query would read other channels. Take the folder as it was "
+                "written"
+            )
 
 
 def _check_tensors(

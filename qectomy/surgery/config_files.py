@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qectomy.errors import CheckpointError, shown
-from qectomy.surgery.checkpoint import Checkpoint
+from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.family import Family
 from qectomy.surgery.headers import TORCH_NAMES
 from qectomy.surgery.query_maps import QueryMapSpec
@@ -39,6 +39,7 @@ DROPPED = (  # of an original's or a reduced model's config.json: written anew, 
     "query_maps",
     "value_maps",
     "output_maps",
+    "index_sha256",
     *VARIANT,
     "torch_dtype",
     "transformers_version",
@@ -105,6 +106,13 @@ def _check_sizes(family: Family, raw: dict[str, Any], config: Any) -> None:
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_reduced_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write the config.json of a reduced model beside its weights, with the sha256 of its channel numbers."""
+    write_config(folder, {key: value for key, value in config.items() if key != "index_sha256"})
+    if any(digests := open_checkpoint(folder, reduced=True).index_digests()):
+        write_config(folder, config | {"index_sha256": digests})
 
 
 def copy_companions(source: Path, folder: Path, patterns: tuple[str, ...] = CARRIED) -> None:

@@ -20,10 +20,14 @@ Theory: Karbevski & Mijoski, "Key and Value Weights Are Probably All You Need", 
 Dimensions: B batch, T positions, D d_model, H n_heads, K d_head, R rank; H*K = D.
 """
 
+import hashlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
@@ -36,6 +40,34 @@ from transformers.models.gpt2.modeling_gpt2 import (
     eager_attention_forward,
 )
 from transformers.pytorch_utils import Conv1D
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):
+    raise ImportError(f"this model's code needs transformers 5.4 or newer; {transformers.__version__} is installed")
+
+CACHE_NAMES = ("past_key_values", "cache")  # of transformers before 5.24, and from it on
+
+
+def cache_name(attention: type) -> str:
+    """The keyword by which this transformers hands a layer its key/value cache."""
+    found = [name for name in CACHE_NAMES if name in inspect.signature(attention.forward).parameters]
+    if len(found) != 1:
+        raise ImportError(
+            f"transformers {transformers.__version__} hands {attention.__name__} its key/value cache under a name that "
+            f"this model's code does not know (known: {', '.join(CACHE_NAMES)}): text would be wrong from the second "
+            "token on. Use transformers 5.4 to 5.24, or newer model code (`qectomy renew FOLDER`)"
+        )
+    return found[0]
+
+
+CACHE = cache_name(GPT2Attention)
+
+
+def take_cache(named: dict[str, Any], given: Any = None) -> tuple[Any, dict[str, Any]]:
+    """Take the key/value cache out of a layer's keyword arguments: (cache, what its `update` wants beside)."""
+    if CACHE == "cache":
+        older = named.pop("past_key_values", given)
+        return named.pop("cache", older), {"kwargs": named}
+    return named.pop("past_key_values", given), {}  # `cache` is another one here, which attention functions update
 
 
 def is_loaded(tensor: torch.Tensor) -> bool:
@@ -150,6 +182,33 @@ class LowRankQuery(QueryMap):
         return hidden * self.gain + correction
 
 
+def index_digest(indices: list[torch.Tensor]) -> str | None:
+    """The sha256 of channel numbers, as 32-bit integers; None where there are none."""
+    if not indices:
+        return None
+    numbers = torch.cat([tensor.detach().flatten().to("cpu", torch.int32) for tensor in indices])
+    return hashlib.sha256(numbers.numpy().astype("<i4").tobytes()).hexdigest()
+
+
+def check_indices_(attention: nn.Module) -> None:
+    """Hold a layer's channel numbers against the config's `index_sha256`, once. Raises ValueError for other ones.
+
+    Engines that load parameters alone leave them as they were drawn, and tools that average checkpoints average them.
+    """
+    wanted, indices = attention.config.index_sha256, attention.indices()
+    on_cuda = any(tensor.is_cuda for tensor in indices)
+    if any(tensor.is_meta for tensor in indices) or (on_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    if wanted is not None and indices and wanted[attention.layer_idx] not in (None, index_digest(indices)):
+        raise ValueError(
+            f"layer {attention.layer_idx}: the channel numbers in memory (query.index or pivots) are not those that "
+            "config.json's index_sha256 tells of, so the model would compute something else: they were not loaded, or "
+            "were averaged with another model's, or the config is another checkpoint's. Load the folder as it was "
+            "written; to train from a config alone, set index_sha256 to null"
+        )
+    attention.indices_checked = True
+
+
 QUERY_MODULES = {
     "identity": IdentityQuery,
     "select": SelectQuery,
@@ -174,14 +233,17 @@ class QectomyGPT2Config(GPT2Config):
 
     `softmax_scale` is the factor on the logits before the softmax in place of 1/√K; None keeps GPT-2's own. The
     paper's models take half of it. `value_maps` names `dense` or `gauge` a layer, `output_maps` `dense` or `merged`
-    (no W_O: the MLP reads the heads); None: all dense. `norms`, `attention_skip` and `mlp_skip` leave out what they
-    name when false; with `shared_layers` all layers compute with the first one's weights, stored once.
+    (no W_O: the MLP reads the heads); None: all dense. `index_sha256` is the sha256 of the channel numbers that a layer
+    stores, null where it stores none; with it no layer computes with other ones. `norms`, `attention_skip` and
+    `mlp_skip` leave out what they name when false; with `shared_layers` all layers compute with the first one's
+    weights, stored once.
     """
 
     model_type = "qectomy_gpt2"
     query_maps: list[str] | None = None
     value_maps: list[str] | None = None
     output_maps: list[str] | None = None
+    index_sha256: list[str | None] | None = None
     softmax_scale: float | None = None
     norms: bool = True
     attention_skip: bool = True
@@ -199,6 +261,8 @@ class QectomyGPT2Config(GPT2Config):
                 raise ValueError(f"{field} must name dense or {known} for each layer, got {names}")
             if self.shared_layers and len(set(names)) > 1:
                 raise ValueError(f"{field} must name the same for all layers, which share their weights")
+        if self.index_sha256 is not None and len(self.index_sha256) != self.n_layer:
+            raise ValueError(f"index_sha256 tells of {len(self.index_sha256)} layers, the model has {self.n_layer}")
         if self.shared_layers and self.scale_attn_by_inverse_layer_idx:
             raise ValueError("layers that share their weights cannot scale their logits by their place")
         for layer, pair in enumerate(zip(self.query_maps, self.value_maps, strict=True)):
@@ -291,6 +355,9 @@ class ReducedProjection(nn.Module):
         return torch.cat([query, dense] if self.gauge is None else [query, key, value], dim=-1)
 
 
+INDICES = (("query", "index"), ("gauge", "pivots"))  # where `c_attn` keeps channel numbers
+
+
 class ReducedGPT2Attention(GPT2Attention):
     """Stock attention whose queries come from the layer's query map. Nothing is kept between calls."""
 
@@ -304,26 +371,33 @@ class ReducedGPT2Attention(GPT2Attention):
             self.c_attn = ReducedProjection(self.embed_dim, query, gauge)
         if config.output_maps[layer_idx] == "merged":
             self.c_proj = nn.Identity()
+        self.indices_checked = False
         if config.softmax_scale is not None:
-            if not hasattr(self, "scaling"):
-                raise ImportError("a GPT-2 with a softmax_scale of its own needs transformers 5.4 or newer")
             own = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
             self.scaling *= config.softmax_scale / own
+
+    def indices(self) -> list[torch.Tensor]:
+        """The channel numbers that the layer stores."""
+        found = (getattr(getattr(self.c_attn, owner, None), name, None) for owner, name in INDICES)
+        return [tensor for tensor in found if tensor is not None]
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        past_key_values=None,
+        past=None,
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not hasattr(self.c_attn, "query"):
-            return super().forward(
-                hidden_states, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
-            )
-        query, key, value = self.c_attn(hidden_states, n_heads=self.num_heads)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if not self.indices_checked and not torch.compiler.is_compiling():
+            check_indices_(self)
+        cache, how = take_cache(kwargs, past)
+        if hasattr(self.c_attn, "query"):
+            query, key, value = self.c_attn(hidden_states, n_heads=self.num_heads)
+        else:
+            parts = self.c_attn(hidden_states).split(self.embed_dim, dim=-1)
+            query, key, value = (split_heads(part, self.num_heads) for part in parts)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, **how)
         if self.config._attn_implementation == "eager" and self.reorder_and_upcast_attn:
             output, weights = self._upcast_and_reordered_attn(query, key, value, attention_mask)
         else:
@@ -340,7 +414,7 @@ class ReducedGPT2Attention(GPT2Attention):
                 scaling=self.scaling,
                 **kwargs,
             )
-        output = self.c_proj(output.reshape(*output.shape[:-2], -1).contiguous())
+        output = self.c_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
         return self.resid_dropout(output), weights
 
 
@@ -355,10 +429,8 @@ class ReducedGPT2Block(GPT2Block):
         if not config.norms:
             self.ln_1, self.ln_2 = nn.Identity(), nn.Identity()
 
-    def forward(self, hidden_states: torch.Tensor, past_key_values=None, attention_mask=None, *_, **kwargs):
-        attended, _ = self.attn(
-            self.ln_1(hidden_states), past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
-        )
+    def forward(self, hidden_states: torch.Tensor, past=None, attention_mask=None, *_, **kwargs):
+        attended, _ = self.attn(self.ln_1(hidden_states), past, attention_mask, **kwargs)
         middle = hidden_states + attended if self.attention_skip else attended
         thought = self.mlp(self.ln_2(middle))
         return middle + thought if self.mlp_skip else thought
@@ -384,16 +456,29 @@ def share_first(layers: nn.ModuleList, attention: str) -> None:
             setattr(getattr(layer, attention), name, module)
 
 
+def refuse_missing(model, info: dict[str, Any]) -> None:
+    """Raise ValueError where a tensor of a loaded model is in none of its files: random numbers would stand in."""
+    if missing := sorted(map(str, info["missing_keys"])):
+        raise ValueError(
+            f"{model.config._name_or_path}: {len(missing)} tensor(s) that config.json calls for are in none of the "
+            f"files, first {missing[0]}. Its query_maps, value_maps and output_maps name what each layer stores: the "
+            "weights are incomplete, or were saved with another config.json than theirs, and the model would compute "
+            "something else"
+        )
+
+
 class QectomyGPT2PreTrainedModel(GPT2PreTrainedModel):
     config: QectomyGPT2Config
     _no_split_modules = ["ReducedGPT2Block"]
+    _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$"]  # stock's pattern also fits c_attn.bias
     _can_record_outputs = {"hidden_states": ReducedGPT2Block, "attentions": ReducedGPT2Attention}
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).write_out_gauges_()
-        return loaded
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        refuse_missing(model, info)
+        model.write_out_gauges_()
+        return (model, info) if output_loading_info else model
 
     def write_out_gauges_(self) -> None:
         """Write the identity blocks out in memory, so that every layer runs one dense product, as in the stock model.
@@ -401,11 +486,15 @@ class QectomyGPT2PreTrainedModel(GPT2PreTrainedModel):
         The config then says `dense`, and what is saved from here on is. Nothing happens to weights that are quantized,
         partitioned, or on the meta device.
         """
+        reduced = [module for module in self.modules() if isinstance(module, ReducedGPT2Attention)]
+        for attention in reduced:
+            check_indices_(attention)
         if getattr(self, "hf_quantizer", None) is not None:
             return
-        self.config.value_maps, self.config.query_maps = [*self.config.value_maps], [*self.config.query_maps]
+        for field in ("value_maps", "query_maps", "index_sha256"):  # the caller's config keeps its own
+            setattr(self.config, field, getattr(self.config, field) and [*getattr(self.config, field)])
         dense: dict[nn.Module, nn.Module] = {}  # layers that share a module go on sharing it
-        for attention in [module for module in self.modules() if isinstance(module, ReducedGPT2Attention)]:
+        for attention in reduced:
             gauged = attention.c_attn
             if (
                 getattr(gauged, "gauge", None) is not None
@@ -418,6 +507,8 @@ class QectomyGPT2PreTrainedModel(GPT2PreTrainedModel):
                 self.config.value_maps[layer] = "dense"
                 if gauged.query is None:
                     self.config.query_maps[layer] = "dense"
+                if self.config.index_sha256 is not None:
+                    self.config.index_sha256[layer] = index_digest(attention.indices())
 
     def _init_weights(self, module):
         super()._init_weights(module)

@@ -17,10 +17,14 @@ Theory: Karbevski & Mijoski, "Key and Value Weights Are Probably All You Need", 
 Dimensions: B batch, T positions, D d_model, H n_heads, G n_kv_heads, K d_head, R rank.
 """
 
+import hashlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -41,6 +45,34 @@ from transformers.models.mistral.modeling_mistral import (
     MistralPreTrainedModel,
 )
 
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):
+    raise ImportError(f"this model's code needs transformers 5.4 or newer; {transformers.__version__} is installed")
+
+CACHE_NAMES = ("past_key_values", "cache")  # of transformers before 5.24, and from it on
+
+
+def cache_name(attention: type) -> str:
+    """The keyword by which this transformers hands a layer its key/value cache."""
+    found = [name for name in CACHE_NAMES if name in inspect.signature(attention.forward).parameters]
+    if len(found) != 1:
+        raise ImportError(
+            f"transformers {transformers.__version__} hands {attention.__name__} its key/value cache under a name that "
+            f"this model's code does not know (known: {', '.join(CACHE_NAMES)}): text would be wrong from the second "
+            "token on. Use transformers 5.4 to 5.24, or newer model code (`qectomy renew FOLDER`)"
+        )
+    return found[0]
+
+
+CACHE = cache_name(LlamaAttention)
+
+
+def take_cache(named: dict[str, Any], given: Any = None) -> tuple[Any, dict[str, Any]]:
+    """Take the key/value cache out of a layer's keyword arguments: (cache, what its `update` wants beside)."""
+    if CACHE == "cache":
+        older = named.pop("past_key_values", given)
+        return named.pop("cache", older), {"kwargs": named}
+    return named.pop("past_key_values", given), {}  # `cache` is another one here, which attention functions update
+
 
 def is_loaded(tensor: torch.Tensor) -> bool:
     """Whether transformers has read this tensor from a file; of torch's own initialisers it takes care itself."""
@@ -50,6 +82,20 @@ def is_loaded(tensor: torch.Tensor) -> bool:
 def split_heads(rows: torch.Tensor, d_head: int) -> torch.Tensor:
     """(B, T, n*K) -> (B, n, T, K), a view."""
     return rows.view(*rows.shape[:-1], -1, d_head).transpose(1, 2)
+
+
+def local_heads(n_heads: int, n_kv_heads: int, n_kv_here: int) -> slice:
+    """The heads of n_heads whose KV heads this process holds under tensor parallelism; all where it holds all."""
+    if n_kv_here == n_kv_heads:
+        return slice(None)
+    if n_kv_here == 0 or n_kv_heads % n_kv_here or not torch.distributed.is_initialized():
+        raise RuntimeError(
+            f"{n_kv_here} of {n_kv_heads} KV heads arrived at a query map: a model without W_Q can be split only into "
+            "equal groups of whole KV heads, one a process, so that the tensor-parallel size divides n_kv_heads"
+        )
+    n_ranks = n_kv_heads // n_kv_here
+    rank = torch.distributed.get_rank() % n_ranks
+    return slice(rank * n_heads // n_ranks, (rank + 1) * n_heads // n_ranks)
 
 
 def turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -64,13 +110,15 @@ def turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 class QueryMap(nn.Module):
     """What stands where W_Q stood: (x̂ (B, T, D), keys before RoPE (B, T, G*K)) -> queries (B, T, H*K).
 
-    With `heads`, the queries come as attention reads them, (B, H, T, K).
+    With `heads`, the queries come as attention reads them, (B, H, T, K): those of the keys that are given, which under
+    tensor parallelism are a part.
     """
 
     def __init__(self, config, rank: int = 0):
         super().__init__()
         self.d_head = config.head_dim
         self.n_query = config.num_attention_heads * config.head_dim
+        self.n_kv_heads = config.num_key_value_heads
         self.bias = nn.Parameter(torch.zeros(self.n_query)) if config.attention_bias else None
 
     def reset_parameters(self) -> None:
@@ -81,7 +129,10 @@ class QueryMap(nn.Module):
         query = self.project(hidden, key)
         if self.bias is not None:
             query = query + self.bias
-        return split_heads(query, self.d_head) if heads else query
+        if not heads:
+            return query
+        query = split_heads(query, self.d_head)
+        return query[:, local_heads(query.shape[1], self.n_kv_heads, key.shape[-1] // self.d_head)]
 
     def project(self, hidden: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """The queries before the bias."""
@@ -128,7 +179,6 @@ class KeySharedQuery(QueryMap):
 
     def __init__(self, config, rank: int = 0):
         super().__init__(config)
-        self.n_kv_heads = config.num_key_value_heads
         self.mix = nn.Parameter(torch.eye(self.d_head).repeat(config.num_attention_heads, 1, 1))
 
     def reset_parameters(self) -> None:
@@ -139,13 +189,16 @@ class KeySharedQuery(QueryMap):
             self.mix.copy_(torch.eye(self.d_head).expand_as(self.mix))
 
     def forward(self, hidden, key, heads=False):
-        n_heads = len(self.mix)
-        shared = key.reshape(-1, self.n_kv_heads, self.d_head).transpose(0, 1)  # (G, B*T, K)
-        if n_heads > self.n_kv_heads:  # copying the keys is less than bringing the mixes into another order
-            shared = shared[:, None].expand(-1, n_heads // self.n_kv_heads, -1, -1).reshape(n_heads, -1, self.d_head)
-        query = torch.bmm(shared, self.mix)  # (H, B*T, K)
+        n_kv_here = key.shape[-1] // self.d_head
+        here = local_heads(len(self.mix), self.n_kv_heads, n_kv_here)
+        mix = self.mix[here]
+        n_heads = len(mix)
+        shared = key.reshape(-1, n_kv_here, self.d_head).transpose(0, 1)  # (G, B*T, K)
+        if n_heads > n_kv_here:  # copying the keys is less than bringing the mixes into another order
+            shared = shared[:, None].expand(-1, n_heads // n_kv_here, -1, -1).reshape(n_heads, -1, self.d_head)
+        query = torch.bmm(shared, mix)  # (H, B*T, K)
         if self.bias is not None:
-            query = query + self.bias.view(n_heads, 1, self.d_head)
+            query = query + self.bias.view(-1, 1, self.d_head)[here]
         if heads:
             return query.view(n_heads, *key.shape[:-1], self.d_head).transpose(0, 1)
         return query.transpose(0, 1).reshape(*key.shape[:-1], -1)
@@ -169,6 +222,33 @@ class LowRankQuery(QueryMap):
     def project(self, hidden, key):
         correction = nn.functional.linear(nn.functional.linear(hidden, self.down), self.up)
         return self.channels(hidden) * self.gain + correction
+
+
+def index_digest(indices: list[torch.Tensor]) -> str | None:
+    """The sha256 of channel numbers, as 32-bit integers; None where there are none."""
+    if not indices:
+        return None
+    numbers = torch.cat([tensor.detach().flatten().to("cpu", torch.int32) for tensor in indices])
+    return hashlib.sha256(numbers.numpy().astype("<i4").tobytes()).hexdigest()
+
+
+def check_indices_(attention: nn.Module) -> None:
+    """Hold a layer's channel numbers against the config's `index_sha256`, once. Raises ValueError for other ones.
+
+    Engines that load parameters alone leave them as they were drawn, and tools that average checkpoints average them.
+    """
+    wanted, indices = attention.config.index_sha256, attention.indices()
+    on_cuda = any(tensor.is_cuda for tensor in indices)
+    if any(tensor.is_meta for tensor in indices) or (on_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    if wanted is not None and indices and wanted[attention.layer_idx] not in (None, index_digest(indices)):
+        raise ValueError(
+            f"layer {attention.layer_idx}: the channel numbers in memory (query.index or pivots) are not those that "
+            "config.json's index_sha256 tells of, so the model would compute something else: they were not loaded, or "
+            "were averaged with another model's, or the config is another checkpoint's. Load the folder as it was "
+            "written; to train from a config alone, set index_sha256 to null"
+        )
+    attention.indices_checked = True
 
 
 QUERY_MODULES = {
@@ -201,6 +281,8 @@ def check_layers(config) -> None:
             raise ValueError(f"{field} must name dense or {known} for each layer, got {names}")
         if config.shared_layers and len(set(names)) > 1:
             raise ValueError(f"{field} must name the same for all layers, which share their weights")
+    if config.index_sha256 is not None and len(config.index_sha256) != n_layers:
+        raise ValueError(f"index_sha256 tells of {len(config.index_sha256)} layers, the model has {n_layers}")
     if "merged" in config.output_maps:
         if config.attention_skip or config.norms:
             raise ValueError("W_O can be merged into the MLP only where no norm and no skip stand between them")
@@ -256,41 +338,51 @@ class ReducedAttention(LlamaAttention):
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        query = build_query(config, layer_idx)
-        if query is not None:
+        self.query = build_query(config, layer_idx)
+        if self.query is not None:
             del self.q_proj
-            self.query = query
         if config.value_maps[layer_idx] == "gauge":
             self.v_proj = GaugedValue(config)
         if config.output_maps[layer_idx] == "merged":
             self.o_proj = nn.Identity()
+        self.indices_checked = False
 
     def project_query(self, hidden_states: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Queries before RoPE, (B, T, H*K), from x̂ (B, T, D) and the keys before RoPE (B, T, G*K)."""
-        return self.q_proj(hidden_states) if hasattr(self, "q_proj") else self.query(hidden_states, key)
+        return self.q_proj(hidden_states) if self.query is None else self.query(hidden_states, key)
+
+    def indices(self) -> list[torch.Tensor]:
+        """The channel numbers that the layer stores."""
+        found = (getattr(self.query, "index", None), getattr(self.v_proj, "pivots", None))
+        return [tensor for tensor in found if tensor is not None]
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
+        if not self.indices_checked and not torch.compiler.is_compiling():
+            check_indices_(self)
+        cache, how = take_cache(kwargs)
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         key_states = self.k_proj(hidden_states)
-        value_states = split_heads(self.v_proj(hidden_states), self.head_dim)
+        value_states = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        n_kv_heads, n_kv_here = self.config.num_key_value_heads, key_states.shape[-1] // self.head_dim
+        if value_states.shape[1] > n_kv_here:  # a gauged W_V has all heads on each process
+            value_states = value_states[:, local_heads(n_kv_heads, n_kv_heads, n_kv_here)]
         cos, sin = position_embeddings
-        if hasattr(self, "q_proj"):
-            query_states = split_heads(self.q_proj(hidden_states), self.head_dim)
-            key_states = split_heads(key_states, self.head_dim)
+        if self.query is None:
+            query_states = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+            key_states = key_states.view(shape).transpose(1, 2)
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
         else:
             query_states = turn(self.query(hidden_states, key_states, heads=True), cos, sin)
-            key_states = turn(split_heads(key_states, self.head_dim), cos, sin)
+            key_states = turn(key_states.view(shape).transpose(1, 2), cos, sin)
 
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx, **how)
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -307,7 +399,7 @@ class ReducedAttention(LlamaAttention):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
+        return self.o_proj(attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()), attn_weights
 
 
 class ReducedLayer:
@@ -327,14 +419,26 @@ class ReducedLayer:
         return middle + thought if self.mlp_skip else thought
 
 
+def refuse_missing(model, info: dict[str, Any]) -> None:
+    """Raise ValueError where a tensor of a loaded model is in none of its files: random numbers would stand in."""
+    if missing := sorted(map(str, info["missing_keys"])):
+        raise ValueError(
+            f"{model.config._name_or_path}: {len(missing)} tensor(s) that config.json calls for are in none of the "
+            f"files, first {missing[0]}. Its query_maps, value_maps and output_maps name what each layer stores: the "
+            "weights are incomplete, or were saved with another config.json than theirs, and the model would compute "
+            "something else"
+        )
+
+
 class ReducedPreTrained:
     """How models of reduced layers start and load."""
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).write_out_gauges_()
-        return loaded
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        refuse_missing(model, info)
+        model.write_out_gauges_()
+        return (model, info) if output_loading_info else model
 
     def write_out_gauges_(self) -> None:
         """Write the identity blocks out in memory, so that every layer runs one dense product, as in the stock model.
@@ -342,17 +446,23 @@ class ReducedPreTrained:
         The config then says `dense`, and what is saved from here on is. Nothing happens to weights that are quantized,
         partitioned, or on the meta device.
         """
+        reduced = [module for module in self.modules() if isinstance(module, ReducedAttention)]
+        for attention in reduced:
+            check_indices_(attention)
         if getattr(self, "hf_quantizer", None) is not None:
             return
-        self.config.value_maps, self.config.query_maps = [*self.config.value_maps], [*self.config.query_maps]
+        for field in ("value_maps", "query_maps", "index_sha256"):  # the caller's config keeps its own
+            setattr(self.config, field, getattr(self.config, field) and [*getattr(self.config, field)])
         dense: dict[nn.Module, nn.Module] = {}  # layers that share a module go on sharing it
-        for attention in [module for module in self.modules() if isinstance(module, ReducedAttention)]:
+        for attention in reduced:
             gauged = attention.v_proj
             if isinstance(gauged, GaugedValue) and gauged.weight.device.type != "meta" and len(gauged.weight):
                 dense[gauged] = dense.get(gauged) or gauged.written_out()
                 attention.v_proj = dense[gauged]
                 layer = attention.layer_idx
                 self.config.value_maps[layer] = "dense"
+                if self.config.index_sha256 is not None:
+                    self.config.index_sha256[layer] = index_digest(attention.indices())
 
     def _init_weights(self, module):
         if isinstance(module, QueryMap):
@@ -407,14 +517,16 @@ class QectomyLlamaConfig(LlamaConfig):
     """LlamaConfig plus `query_maps`, one query-map name a layer, and what else can differ from Llama.
 
     `value_maps` names `dense` or `gauge` a layer, `output_maps` `dense` or `merged` (no W_O: the MLP reads the heads);
-    None: all dense. `norms`, `attention_skip` and `mlp_skip` leave out what they name when false; with `shared_layers`
-    all layers compute with the first one's weights, stored once.
+    None: all dense. `index_sha256` is the sha256 of the channel numbers that a layer stores, null where it stores none;
+    with it no layer computes with other ones. `norms`, `attention_skip` and `mlp_skip` leave out what they name when
+    false; with `shared_layers` all layers compute with the first one's weights, stored once.
     """
 
     model_type = "qectomy_llama"
     query_maps: list[str] | None = None
     value_maps: list[str] | None = None
     output_maps: list[str] | None = None
+    index_sha256: list[str | None] | None = None
     norms: bool = True
     attention_skip: bool = True
     mlp_skip: bool = True
@@ -454,6 +566,7 @@ class QectomyMistralConfig(MistralConfig):
     query_maps: list[str] | None = None
     value_maps: list[str] | None = None
     output_maps: list[str] | None = None
+    index_sha256: list[str | None] | None = None
     norms: bool = True
     attention_skip: bool = True
     mlp_skip: bool = True

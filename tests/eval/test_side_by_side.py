@@ -91,14 +91,14 @@ class TestFreshProcess:
         return reload.check_reload(folder, torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 8), folder)
 
     def test_killed_while_it_writes(self, tmp_path, monkeypatch):
-        told = json.dumps({"error": 0.0, "peak_memory_bytes": 7})
+        told = json.dumps({"error": 0.0, "cached_error": 0.0, "peak_memory_bytes": 7})
         child = f"print({told!r}, flush=True); import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
         found = self.run(child, tmp_path, monkeypatch)
         assert (found.error, found.peak_memory_bytes) == (0.0, 7)
         assert "ended (-9)" in found.generation["skipped"]
 
     def test_wrong_logits_are_refused_whatever_it_writes(self, tmp_path, monkeypatch):
-        told = json.dumps({"error": 0.5, "peak_memory_bytes": 7})
+        told = json.dumps({"error": 0.5, "cached_error": 0.0, "peak_memory_bytes": 7})
         with pytest.raises(CheckpointError, match=r"gives other logits in a fresh process: off by 5.0e-01"):
             self.run(f"print({told!r})", tmp_path, monkeypatch)
 

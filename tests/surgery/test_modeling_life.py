@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny_models import EVERY_MAP, load_reduced, tiny_model, tokens
+from foldings import fold
+from tiny_models import EVERY_MAP, load_reduced, save_tiny, tiny_model, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import qectomy
@@ -119,14 +120,26 @@ def test_a_fresh_model_is_usable(config_class):
     assert fresh.model.layers[3].self_attn.query.down.std() > 0
 
 
-def test_missing_query_tensors_are_initialised(tiny_reduced, tiny_checkpoint):
-    """A stock folder loaded with a reduced config has usable query maps, and says that they are new."""
+def test_another_config_than_the_weights_is_refused(tiny_checkpoint):
+    """A stock folder with a reduced config lacks its query maps' tensors: random numbers would stand in for them."""
     folder = tiny_checkpoint("llama")
-    config = QectomyLlamaConfig(
-        **{**AutoConfig.from_pretrained(folder).to_dict(), "query_maps": ["select", "low-rank:3"]}
-    )
-    model, info = QectomyLlamaForCausalLM.from_pretrained(folder, config=config, output_loading_info=True)
-    assert any("query.gain" in key for key in info["missing_keys"])
-    assert torch.equal(model.model.layers[0].self_attn.query.index, torch.arange(32, dtype=torch.int32))
-    assert torch.equal(model.model.layers[0].self_attn.query.gain, torch.ones(32))
-    assert model(tokens()).logits.isfinite().all()
+    fields = AutoConfig.from_pretrained(folder).to_dict()
+    config = QectomyLlamaConfig(**{**fields, "query_maps": ["select", "low-rank:3"]})
+    with pytest.raises(ValueError, match=r"5 tensor\(s\) .* first model.layers.0.self_attn.query.gain.*query_maps"):
+        QectomyLlamaForCausalLM.from_pretrained(folder, config=config)
+
+
+def test_parted_gauges_are_refused(tmp_path):
+    """Dense values beside a config that still says `gauge`, as some tools save them, do not load."""
+    save_tiny(tmp_path / "tiny")
+    fold(tmp_path / "tiny", tmp_path / "exact")
+    said = (tmp_path / "exact/config.json").read_text()
+    assert '"gauge"' in said
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exact")
+    model.save_pretrained(tmp_path / "again")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    (tmp_path / "again/config.json").write_text(said)
+    with pytest.raises((ValueError, RuntimeError), match=r"pivots|mismatch|v_proj"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    with pytest.raises(ValueError, match=r"tensor\(s\) .* first model.layers.0.self_attn.v_proj.pivots.*value_maps"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "again", ignore_mismatched_sizes=True)

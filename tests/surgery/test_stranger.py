@@ -56,6 +56,7 @@ STEMS = dict.fromkeys(("llama", "biases", "wide-heads", "tied", "bf16"), "Llama"
 STEMS |= {"mistral": "Mistral", "gpt2": "GPT2", "gpt2-untied": "GPT2"}
 NAMES = tuple(STEMS)
 MANY = tokens(2, 24)
+ALONE = ("torch", "transformers", "collections", "contextlib", "hashlib", "inspect", "typing")  # what it may import
 GAIN = {  # of low-rank, layer 3
     "modeling_qectomy_llama": "model.layers.3.self_attn.query.gain",
     "modeling_qectomy_gpt2": "transformer.h.3.attn.c_attn.query.gain",
@@ -147,4 +148,4 @@ def test_the_model_file_stands_alone(name):
     imports = [line for line in source.read_text().splitlines() if line.lstrip().startswith(("import ", "from "))]
     assert imports
     for line in imports:
-        assert line.split()[1].partition(".")[0] in ("torch", "transformers", "collections", "contextlib"), line
+        assert line.split()[1].partition(".")[0] in ALONE, line
