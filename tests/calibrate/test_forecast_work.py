@@ -1,6 +1,9 @@
 """How often a conversion does what, against one that is counted; and its files, against those that lie there."""
 
 import inspect
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import conversions
@@ -61,15 +64,33 @@ def test_the_constants_are_those_of_the_modules_that_do_the_work():
     assert commands.FOLD_ROWS == exact.ROWS_AT_ONCE
 
 
-def test_the_fast_type_is_the_one_that_torch_finds(monkeypatch):
-    real = fast_dtype(torch.device("cpu")).itemsize
+ALONE = """
+import pathlib, sys
+from qectomy.calibrate.forecast import work
+found = []
+for listed in (work.Path, lambda path: pathlib.Path(sys.argv[1]), lambda path: pathlib.Path(sys.argv[2])):
+    work.Path = listed  # of this process alone
+    work.fast_itemsize.cache_clear()
+    found.append(work.fast_itemsize())
+assert "torch" not in sys.modules
+import torch
+from qectomy.calibrate.precision import fast_dtype
+print(*found, fast_dtype(torch.device("cpu")).itemsize)
+"""
+
+
+def test_the_fast_type_is_the_one_that_torch_finds(tmp_path):
     fast_itemsize.cache_clear()
-    assert fast_itemsize() == real
-    monkeypatch.setattr(work.sys, "modules", {})
-    fast_itemsize.cache_clear()
+    assert fast_itemsize() == fast_dtype(torch.device("cpu")).itemsize
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx512f avx512_bf16 avx512vl\n")
+    native = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+    command = [sys.executable, "-c", ALONE, str(tmp_path / "cpuinfo"), str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=native)
+    assert done.returncode == 0, done.stderr
+    alone, listed, unknown, real = map(int, done.stdout.split())
+    assert (listed, unknown) == (2, 4)
     if work.Path("/proc/cpuinfo").exists():
-        assert fast_itemsize() == real
-    fast_itemsize.cache_clear()
+        assert alone == real
 
 
 @pytest.mark.parametrize("tokens", [64, 4096, 32_768, 131_072, 2_000_000])
