@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -439,7 +440,7 @@ def clock(monkeypatch):
         return step(*arguments, **named)
 
     monkeypatch.setattr(trainer.HealTrainer, "training_step", training_step)
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(plan, "_seconds_of_a_batch", lambda *_: 1.0)
     return now
 

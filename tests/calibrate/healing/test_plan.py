@@ -1,5 +1,7 @@
 """How long a run is, by tokens, by minutes or by the text, and that a resumed run keeps its plan."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from healings import Pair
@@ -148,7 +150,7 @@ def test_a_batch_is_timed_without_changing_a_weight(pair, monkeypatch, hidden_we
         return teach(tokens)
 
     monkeypatch.setattr(criterion, "teach", watch)
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(plan_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     settings = told(hidden_weight=hidden_weight, dtype="float32")
     assert (
         plan_module._seconds_of_a_batch(settings, model, criterion, processes(), 3) == 1.5
