@@ -1,8 +1,8 @@
 """What the processes of a conversion tell each other, kept of one run and held against what they tell in another.
 
 A fit is hundreds of steps of Adam, which divides by what may be nothing but rounding: two fits of one text whose sums
-differ in the last bit end far apart, and by how much is chance. So each exchange of the second run is compared with that
-of the first, and then takes its value. Rounding is thus compared where it arises, and never grows.
+differ in the last bit end far apart, and by how much is chance. So each exchange of the second run is compared with
+that of the first, and then takes its value. Rounding is thus compared where it arises, and never grows.
 """
 
 import sys

@@ -10,7 +10,9 @@ from typing import Any
 
 import matplotlib.font_manager  # noqa: F401  # starts a process to list fonts, where tests take starting one over
 import pytest
+import torch
 from conversions import reload_here
+from torch import Tensor
 
 from qectomy.calibrate.healing import curve
 from qectomy.calibrate.healing.heal import heal
@@ -71,6 +73,19 @@ def heal_tiny(
         )
     assert report is not None
     return report
+
+
+def trained_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor], steps: int) -> bool:
+    """Whether two runs that differ in rounding alone may have ended in these weights, after so many quick steps.
+
+    A step of AdamW is the learning rate times a gradient's mean over its size. Rounding, a millionth of the gradients,
+    turns that only where the gradient is nearly 0. To get 1e-5 apart, a 300th of a step, it has to be below about a
+    3000th of the others: one weight in a hundred is far more than do. Such a weight may go anywhere that steps lead.
+    """
+    assert ours.keys() == theirs.keys()
+    apart = torch.cat([(ours[name].double() - theirs[name].double()).abs().flatten() for name in theirs])
+    few = (apart > 1e-5).double().mean() < 0.01
+    return bool(few and apart.max() <= 2 * steps * QUICK_HEAL["lr"])
 
 
 def killed(act: Callable[[], object]) -> None:

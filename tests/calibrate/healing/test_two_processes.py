@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from healings import STEP, heal_tiny, options
+from healings import STEP, heal_tiny, options, trained_alike
 from safetensors.torch import load_file
 
 SETTINGS = {"tokens": 4 * STEP, "evaluations": 2}  # five validation windows: one process has one more
@@ -40,10 +40,7 @@ def test_two_processes_heal_as_one(both):
     for kind in ("original", "fitted", "healed"):
         assert two["perplexity"][kind] == pytest.approx(one["perplexity"][kind], rel=1e-5)
     ours, theirs = (load_file(place / name / "model.safetensors") for name in ("two", "one"))
-    for name in theirs:
-        apart = (ours[name].float() - theirs[name].float()).abs()
-        assert apart.mean() <= 1e-6, name
-        assert apart.max() <= 1e-4, name  # where a gradient is nearly 0, rounding decides the sign of AdamW's step
+    assert trained_alike(ours, theirs, steps=4)
     assert sorted(path.name for path in place.iterdir()) == ["one", "two"]
 
 
