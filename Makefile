@@ -1,11 +1,20 @@
 # make demo    take W_Q out of the sample GPT-2 and print what it cost
 # make test    run the tests
+# make numerics    run the tests that depend most on rounding, with torch's plainest kernels (KERNELS=avx2: with those)
 # make lint types format
 # Each makes its own virtual environment in .venv first. Needs Python 3.10 or newer: PYTHON=python3.12 make test
 
 PYTHON ?= python3
 JOBS ?= 2
 ARGS =
+KERNELS = default
+
+# What is bounded by rounding, and so by the order in which a processor's kernels add up.
+NUMERICS := $(addprefix tests/calibrate/test_,attention_kl.py distributed_convert.py forecast_work.py free_key_starts.py \
+  layer_fit.py moments.py refine.py refit.py starts.py) tests/calibrate/healing/test_loss.py \
+  $(addprefix tests/eval/test_,perplexity.py scores.py scoring.py) \
+  $(addprefix tests/surgery/test_,architectures.py folding.py gauge.py materialize.py nanogpt.py norm_folding.py \
+  stream_basis.py)
 
 # The demo's settings, for the command line only (never taken from the environment):
 #   make demo MODEL=path/to/checkpoint TEXT=mine.txt EVAL_TEXT=other.txt QUERY="select low-rank:32" OUT=reduced
@@ -24,7 +33,7 @@ STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types format demo clean
+.PHONY: help venv test numerics lint types format demo clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -43,6 +52,9 @@ $(STAMP): pyproject.toml constraints.txt
 # One thread per worker: the models are tiny, and torch's threads would compete with the workers.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+numerics: $(STAMP)
+	ATEN_CPU_CAPABILITY=$(KERNELS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS) $(NUMERICS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
