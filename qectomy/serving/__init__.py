@@ -1,0 +1,1 @@
+"""Reduced checkpoints in engines that others write. Nothing here is imported by the rest of the package."""

@@ -1,0 +1,92 @@
+"""Give an engine a reduced checkpoint's tensors as they stream in, with nothing stored once that it wants twice.
+
+An engine that exchanges a model's modules for its own, one by one, knows neither identity blocks (`value_maps: gauge`)
+nor layers that share one layer's weights. Both are undone here, a layer at a time: identity blocks are written out, so
+that the engine builds, shards and quantizes the projections as the original's; what is shared comes for each layer.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from qectomy.surgery import modeling_qectomy_gpt2, modeling_qectomy_llama
+
+Tensors = Iterable[tuple[str, torch.Tensor]]
+IN_LAYER = re.compile(r"(?P<stack>(?:.*\.)?(?:layers|h))\.(?P<layer>\d+)\.(?P<rest>.+)")
+
+
+def dense_config(stored: Any) -> Any:
+    """Return the config of the same model with nothing gauged and nothing shared; `stored` is left as it is."""
+    config = copy.deepcopy(stored)
+    config.value_maps = ["dense"] * len(config.value_maps)
+    config.query_maps = ["dense" if name == "gauge" else name for name in config.query_maps]
+    return config
+
+
+def dense_tensors(weights: Tensors, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors that a model of `dense_config(config)` reads. Raises ValueError as `written_out` does."""
+    return for_every_layer(written_out(weights, config), config)
+
+
+def for_every_layer(weights: Tensors, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors; where all layers share the first one's weights, those again under each layer's name."""
+    for name, tensor in weights:
+        yield name, tensor
+        if config.shared_layers and (found := IN_LAYER.fullmatch(name)):
+            for layer in range(1, config.num_hidden_layers):
+                yield f"{found['stack']}.{layer}.{found['rest']}", tensor
+
+
+def written_out(weights: Tensors, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors, those of a projection with identity blocks as the dense one's of the same outputs.
+
+    Raises ValueError where they are not all there, as after a tool that wrote dense weights beside another config.json.
+    """
+    within, gauged = gauged_projections(config)
+    held: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in gauged}
+    for name, tensor in weights:
+        found = IN_LAYER.fullmatch(name)
+        layer = int(found["layer"]) if found and found["rest"].startswith(within) else None
+        if found is None or layer not in gauged:
+            yield name, tensor
+            continue
+        held[layer][found["rest"].removeprefix(within)] = tensor
+        if held[layer].keys() == gauged[layer].state_dict().keys():
+            module = gauged.pop(layer)
+            module.load_state_dict(held.pop(layer), assign=True)
+            dense_module: nn.Module = module.written_out()  # type: ignore[operator]
+            for part, dense in dense_module.state_dict().items():
+                yield f"{found['stack']}.{layer}.{within}{part}", dense
+    for layer, module in gauged.items():
+        raise ValueError(
+            f"layer {layer}: by config.json {within[:-1]} has identity blocks and is stored as "
+            f"{', '.join(module.state_dict())}; the checkpoint holds {', '.join(held[layer]) or 'none of these'}. "
+            "The config and the weights are of two models: take both from one conversion."
+        )
+
+
+def gauged_projections(config: Any) -> tuple[str, dict[int, nn.Module]]:
+    """Return the name of the projection that can have identity blocks, and of each stored layer that has, its module.
+
+    The modules lie on the meta device.
+    """
+    is_gpt2 = config.model_type == "qectomy_gpt2"
+    stored = config.value_maps[:1] if config.shared_layers else config.value_maps
+    layers = [layer for layer, name in enumerate(stored) if name == "gauge"]
+    with torch.device("meta"):
+        if is_gpt2:
+            return "attn.c_attn.", {i: modeling_qectomy_gpt2.ReducedGPT2Attention(config, i).c_attn for i in layers}
+        return "self_attn.v_proj.", {i: modeling_qectomy_llama.ReducedAttention(config, i).v_proj for i in layers}
+
+
+def own_tensors(model: nn.Module) -> Iterator[str]:
+    """Yield the names of what the reduced families' own modules store, buffers too, for which engines may not ask."""
+    ours = (modeling_qectomy_gpt2.__name__, modeling_qectomy_llama.__name__)
+    for prefix, module in model.named_modules():
+        if type(module).__module__ in ours:
+            names = [name for name, _ in (*module.named_parameters("", False), *module.named_buffers("", False))]
+            yield from (f"{prefix}.{name}" for name in names if name not in module._non_persistent_buffers_set)
