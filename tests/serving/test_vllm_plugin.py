@@ -102,7 +102,6 @@ def test_the_entry_point_names_the_plugin():
 def test_register_can_be_called_again_and_registers_every_family(stand_in):
     script = """
 import json
-torch_came = "torch" in sys.modules
 from transformers import AutoConfig, AutoModelForCausalLM
 kinds = [AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(kind))].__name__
          for kind in ("qectomy_llama", "qectomy_mistral", "qectomy_gpt2")]
