@@ -26,6 +26,7 @@ class LlamaFamily(Family):
     rotary_module: str | None = "model.rotary_emb"
     ignored_suffixes: tuple[str, ...] = (".rotary_emb.inv_freq",)
     norm_name: str = "RMSNorm"
+    mlx_modeling: str | None = "mlx_qectomy_llama"
     has_attention_bias: bool = True
     has_sliding_window: bool = False  # Llama's config keeps such a field, and its attention ignores it
     defaults: tuple[tuple[str, int], ...] = ()

@@ -36,6 +36,7 @@ VARIANT = ("softmax_scale", "norms", "attention_skip", "mlp_skip", "shared_layer
 DROPPED = (  # of an original's or a reduced model's config.json: written anew, or of no use to the other
     "architectures",
     "auto_map",
+    "model_file",
     "query_maps",
     "value_maps",
     "output_maps",
@@ -55,19 +56,31 @@ def reduced_config(source: Checkpoint, recipe: tuple[QueryMapSpec, ...], dtype: 
 
 def reduced_fields(family: Family, recipe: tuple[QueryMapSpec, ...]) -> dict[str, Any]:
     """Return what the config.json of a reduced model says beside the original's fields."""
-    stem = f"{family.modeling}.Qectomy{family.class_stem}"
     others = {"value": [spec.value for spec in recipe], "output": [spec.output for spec in recipe]}
     return {
         "model_type": family.reduced_model_type,
         "architectures": [f"Qectomy{family.class_stem}ForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{stem}Config",
-            "AutoModel": f"{stem}Model",
-            "AutoModelForCausalLM": f"{stem}ForCausalLM",
-        },
+        **code_fields(family),
         "query_maps": [str(spec) for spec in recipe],
         **{f"{role}_maps": names for role, names in others.items() if set(names) != {"dense"}},
     }
+
+
+def code_fields(family: Family) -> dict[str, Any]:
+    """Return how the config.json of a reduced model names the code beside it: to transformers, and to mlx-lm."""
+    stem = f"{family.modeling}.Qectomy{family.class_stem}"
+    auto_map = {
+        "AutoConfig": f"{stem}Config",
+        "AutoModel": f"{stem}Model",
+        "AutoModelForCausalLM": f"{stem}ForCausalLM",
+    }
+    return {"auto_map": auto_map} | ({"model_file": f"{family.mlx_modeling}.py"} if family.mlx_modeling else {})
+
+
+def with_code(family: Family, config: dict[str, Any], reduced: bool) -> dict[str, Any]:
+    """Return a config.json that names the code which travels with it, and no other."""
+    config = {key: value for key, value in config.items() if key not in ("auto_map", "model_file")}
+    return config | code_fields(family) if reduced else config
 
 
 def stock_config(source: Checkpoint, dtype: str) -> dict[str, Any]:
@@ -159,13 +172,20 @@ def _is_own(source: Path, target: Path) -> bool:
 
 
 def copy_model_code(family: Family, folder: Path) -> None:
-    """Put the stand-alone model file beside the weights."""
-    shutil.copyfile(model_code(family), folder / model_code(family).name)
+    """Put the stand-alone model files beside the weights."""
+    for file in model_files(family):
+        shutil.copyfile(file, folder / file.name)
 
 
 def model_code(family: Family) -> Path:
-    """Return the stand-alone model file of a family."""
+    """Return the stand-alone model file of a family, which transformers runs."""
     return Path(__file__).parent / f"{family.modeling}.py"
+
+
+def model_files(family: Family) -> tuple[Path, ...]:
+    """Return all model files that travel beside a family's weights; the first is transformers'."""
+    code = model_code(family)
+    return (code, code.with_name(f"{family.mlx_modeling}.py")) if family.mlx_modeling else (code,)
 
 
 def _base_config(source: Checkpoint, dtype: str) -> dict[str, Any]:

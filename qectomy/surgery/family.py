@@ -125,6 +125,7 @@ class Family:
     class_stem: str  # Llama in LlamaForCausalLM
     causal_suffix: str = "ForCausalLM"
     modeling: str  # the stand-alone model file, without .py
+    mlx_modeling: str | None = None  # that of mlx-lm, where there is one
     roles: LayerRoles
     embedding: str
     positions: str | None = None  # the learned position table

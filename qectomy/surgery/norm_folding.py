@@ -16,7 +16,7 @@ import torch
 
 from qectomy.errors import NonFiniteError, QectomyError, UnsupportedArchitecture
 from qectomy.surgery.checkpoint import Checkpoint
-from qectomy.surgery.config_files import copy_companions, copy_model_code, write_config
+from qectomy.surgery.config_files import copy_companions, copy_model_code, with_code, write_config
 from qectomy.surgery.family import LayerRoles
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.linear_views import Projection, read_view, store_views
@@ -123,7 +123,7 @@ def fold_norms(
     with work_folder(out, told(unchanged), resume=resume, clean=clean) as work:
         layers = [partial(_write_layer, source, parts, layer) for layer in range(dims.n_stored)]
         write_steps(work, specs, [partial(_write_outer, source, parts), *layers], unchanged, progress, "folding")
-        write_config(work.result, source.config)
+        write_config(work.result, with_code(family, source.config, source.reduced))
         copy_companions(source.folder, work.result)
         if source.reduced:
             copy_model_code(family, work.result)

@@ -28,7 +28,7 @@ from qectomy.eval.scores import TokenScores
 from qectomy.eval.streamed import StreamedModel, score_streamed
 from qectomy.eval.summary import cost
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
-from qectomy.surgery.config_files import copy_companions, copy_model_code, write_reduced_config
+from qectomy.surgery.config_files import copy_companions, copy_model_code, with_code, write_reduced_config
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.headers import TORCH_NAMES, read_json
 from qectomy.surgery.output import new_folder
@@ -71,7 +71,7 @@ def export(
     """Write the healed checkpoint, its curve, report and card to `out`; return the report."""
     with new_folder(out, RunFolder(out).result) as work:
         digests = _write_weights(student, outcome, work)
-        write_reduced_config(work, student.config)
+        write_reduced_config(work, with_code(student.family, student.config, reduced=True))
         copy_companions(student.folder, work)
         copy_model_code(student.family, work)
         if outcome.logs.is_dir():
