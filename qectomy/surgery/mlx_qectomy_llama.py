@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 """Llama and Mistral without W_Q for mlx-lm: the file that config.json's `model_file` names.
 
-It stands alone: it imports only mlx, mlx_lm and the transformers that mlx_lm needs, so a folder that holds it loads with
-`mlx_lm.load(folder, trust_remote_code=True)` where neither torch nor qectomy is installed. What it computes is what
+It stands alone: it imports only mlx, mlx_lm and the transformers that mlx_lm needs, so a folder that holds it loads
+with `mlx_lm.load(folder, trust_remote_code=True)` where neither torch nor qectomy is installed. What it computes is what
 modeling_qectomy_llama.py computes; what it cannot compute it refuses by name. Tensors keep the names of the file:
 
     identity       q = x̂                               nothing
@@ -109,7 +109,7 @@ class ModelArgs(BaseModelArgs):
 
 
 def build_rope(args: ModelArgs) -> nn.Module:
-    """The rotation of heads (B, n, T, K). Raises ValueError where mlx-lm would turn by other angles than transformers."""
+    """The rotation of heads (B, n, T, K). Raises ValueError where mlx-lm's angles are others than transformers'."""
     said = args.rope_scaling or args.rope_parameters or {}
     fields = {key: value for key, value in said.items() if value is not None}
     theta = fields.pop("rope_theta", args.rope_theta)
@@ -119,7 +119,9 @@ def build_rope(args: ModelArgs) -> nn.Module:
         known = ", ".join(ROPE_FIELDS)
         raise ValueError(f"rope_type {kind!r}: mlx-lm does not compute it as transformers does; known: {known}")
     if unknown := set(fields) - set(ROPE_FIELDS[kind]):
-        raise ValueError(f"rope_type {kind!r} with {sorted(unknown)[0]}: mlx-lm does not compute it as transformers does")
+        raise ValueError(
+            f"rope_type {kind!r} with {sorted(unknown)[0]}: mlx-lm does not compute it as transformers does"
+        )
     if kind == "proportional" and args.head_dim * fields.get("partial_rotary_factor", 1.0) % 2:
         raise ValueError("partial_rotary_factor times head_dim must be even: mlx-lm and transformers round differently")
     if "original_max_position_embeddings" in ROPE_FIELDS[kind]:
