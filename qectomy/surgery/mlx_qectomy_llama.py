@@ -2,7 +2,7 @@
 """Llama and Mistral without W_Q for mlx-lm: the file that config.json's `model_file` names.
 
 It stands alone: it imports only mlx, mlx_lm and the transformers that mlx_lm needs, so a folder that holds it loads
-with `mlx_lm.load(folder, trust_remote_code=True)` where neither torch nor qectomy is installed. What it computes is what
+with `mlx_lm.load(folder, trust_remote_code=True)` where neither torch nor qectomy is installed. It computes what
 modeling_qectomy_llama.py computes; what it cannot compute it refuses by name. Tensors keep the names of the file:
 
     identity       q = x̂                               nothing
