@@ -11,6 +11,7 @@ from qectomy.cli_bench import bench
 from qectomy.cli_convert import CONTEXT_HELP, NoProbe, convert
 from qectomy.cli_eval import evaluate
 from qectomy.cli_heal import heal
+from qectomy.cli_renew import renew
 from qectomy.cli_report import report
 from qectomy.cli_rewrites import fold_norms, import_nanogpt, materialize
 from qectomy.errors import QectomyError, clean
@@ -135,6 +136,7 @@ app.command(
 )(heal)
 app.command(epilog="Example: `qectomy bench ./original ./reduced --save ./reduced/bench.json`")(bench)
 app.command(epilog="Example: `qectomy report ./reduced`")(report)
+app.command(epilog="Example: `qectomy renew ./reduced`")(renew)
 app.command(epilog="Example: `qectomy materialize ./reduced --out ./stock`")(materialize)
 app.command("fold-norms", epilog="Example: `qectomy fold-norms ./original --out ./folded --only gain`")(fold_norms)
 app.command(

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from qectomy.cli_convert import Device
-from qectomy.terminal import Json, command_line, print_json, progress_bar
+from qectomy.terminal import Json, command_line, note_old_code, print_json, progress_bar
 
 
 def evaluate(
@@ -77,6 +77,7 @@ def evaluate(
         raise typer.BadParameter("concerns a text, and none is given; add --text", param_hint=useless[0])
     if streamed and tasks:
         raise typer.BadParameter("the harness loads models whole; run --lm-eval without it", param_hint="--streamed")
+    note_old_code(checkpoints)
     loaded = None
     if tasks:
         from qectomy.eval.harness_tasks import check_tasks

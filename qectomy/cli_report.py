@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qectomy.terminal import Json, print_json
+from qectomy.terminal import Json, note_old_code, print_json
 
 ALSO_HELP = (
     "JSON file of other things to compare with: a list of objects with name, parameters_removed (a share of the "
@@ -42,6 +42,7 @@ def report(
     from qectomy.eval.page.writing import COMPARISON, NAME, check_replaceable, write_html
 
     found = read_folders(folders)
+    note_old_code(folders)
     if original is not None:
         from qectomy.eval.page.reading import check_original
         from qectomy.eval.samples import generation_of

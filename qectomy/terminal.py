@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +35,18 @@ def one_process() -> None:
             f"note: process {found.rank} of {found.count} has nothing to do: process 0 does this alone", err=True
         )
         raise typer.Exit
+
+
+def note_old_code(names: Sequence[str | Path]) -> None:
+    """Say of each reduced folder whose model code is not this version's how to renew it; hub ids are not looked at."""
+    from qectomy.errors import clean
+    from qectomy.surgery.renew import has_old_code
+
+    for name in names:
+        if Path(name).is_dir() and has_old_code(Path(name)):
+            command = clean(shlex.join(["qectomy", "renew", str(name)]))
+            said = "its model code is missing or not this version's, which is what runs here"
+            typer.echo(f"note: {clean(str(name))}: {said}; to put that there: {command}", err=True)
 
 
 @contextmanager

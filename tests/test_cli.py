@@ -457,3 +457,51 @@ def test_a_run_of_other_settings_is_not_gone_on_with(cli, tiny_checkpoint, raven
         assert done.code == 1
         assert re.search(rf"out\.converting holds another run: .*{message}", done.err), done.err
     assert cli(*command, "--resume").code == 0
+
+
+# Folders of other versions
+
+
+def test_renew_says_of_each_folder_what_it_did_and_goes_on(cli, tiny_reduced, tiny_checkpoint, tmp_path):
+    current = tiny_reduced(("select", "select"))
+    old = shutil.copytree(current, tmp_path / "it's old")
+    (old / "modeling_qectomy_llama.py").write_text("raise SystemExit\n")
+    dry = cli("renew", old, "--dry-run")
+    assert (dry.code, dry.out) == (0, f"{old}: would be renewed: modeling_qectomy_llama.py\n")
+    done = cli("renew", tiny_checkpoint(), current, tmp_path / "none", old)
+    assert done.code == 1
+    assert done.out == f"{current}: current already\n{old}: renewed: modeling_qectomy_llama.py\n"
+    refused = done.err.splitlines()
+    assert refused[0].startswith(f"error: {tiny_checkpoint()}: model_type 'llama' is not a checkpoint that qectomy")
+    assert refused[1].startswith(f"{tmp_path / 'none'} is no folder on this disk")
+    assert len(refused) == 2
+    assert cli("renew", old, current, "--json").json() == [
+        {"folder": str(folder), "state": "current", "files": [], "fields": []} for folder in (old, current)
+    ]
+    failed = cli("renew", tiny_checkpoint(), "--json")
+    assert failed.code == 1
+    assert [result["state"] for result in json.loads(failed.out)] == ["refused"]
+
+
+def test_old_code_is_named_with_the_command_that_renews_it(cli, tiny_checkpoint, raven, tmp_path):
+    source, out = tiny_checkpoint(), tmp_path / "it's old"
+    assert cli("convert", source, "--out", out, "--query", "exact").code == 0
+    verify = ["verify", out, "--against", source]
+    commands = {
+        "verify": verify,
+        "eval": ["eval", source, out, "--text", raven, "--tokens", "64", "--context", "32"],
+        "report": ["report", out, "--out", tmp_path / "page.html"],
+    }
+    command = shlex.join(["qectomy", "renew", str(out)])
+    for name in commands:
+        done = cli(*commands[name])
+        assert (done.code, "qectomy renew" in done.out + done.err) == (0, False), name
+    (out / "modeling_qectomy_llama.py").unlink()
+    for name in commands:
+        done = cli(*commands[name])
+        assert done.code == 0, done.err
+        assert command in (done.out if name == "verify" else done.err), name
+        assert done.err.count("\nnote: ") + done.err.startswith("note: ") == (name != "verify")
+    assert not cli(*verify, "--json").json()["code_as_shipped"]
+    assert cli(*shlex.split(command)[1:]).code == 0
+    assert cli(*verify, "--json").json()["code_as_shipped"]

@@ -9,7 +9,6 @@ import torch
 
 from qectomy.calibrate.text import Source, load_tokenizer, read_source
 from qectomy.errors import QectomyError, TextError
-from qectomy.eval.identity import fingerprint
 from qectomy.eval.loading import check_dtype, load_model, read_config
 from qectomy.eval.protocol import (
     Protocol,
@@ -26,6 +25,7 @@ from qectomy.eval.streamed import StreamedModel, open_any, score_streamed
 from qectomy.eval.summary import compare, summarize
 from qectomy.surgery.checkpoint import locate
 from qectomy.surgery.headers import TORCH_NAMES
+from qectomy.surgery.identity import fingerprint
 
 OTHER_TOKENIZER = (
     "it has another tokenizer or vocabulary than {reference}, so their predictions cannot be compared token by token; "

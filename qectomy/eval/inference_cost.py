@@ -19,7 +19,6 @@ import torch
 
 from qectomy.errors import QectomyError
 from qectomy.eval.fresh_start import FreshStart, fresh_start, warm_files
-from qectomy.eval.identity import fingerprint
 from qectomy.eval.inference_bytes import (
     bytes_read_per_step,
     cached_tokens,
@@ -31,6 +30,7 @@ from qectomy.eval.inference_loops import InferenceLoop, Timing, random_tokens
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import common_context, table_of_positions
 from qectomy.surgery.checkpoint import locate
+from qectomy.surgery.identity import fingerprint
 
 Progress = Callable[[int, int, str], None]  # (runs done, runs in all, what ran)
 COVERAGE = 0.95  # of the interval around a median

@@ -1,10 +1,12 @@
 """What the commands print for people: compact tables on stdout, plain where it is no terminal."""
 
+import shlex
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from qectomy.errors import clean
 from qectomy.surgery.query_maps import ranges
 
 console = Console(highlight=False, soft_wrap=False, emoji=False)
@@ -208,7 +210,12 @@ def show_certificate(result: dict[str, Any]) -> None:
     if result["bound"] is not None and result["bound"] > 1:
         console.print(f"the layers' bounds add up to more than the logits: in {dtype} only the measure says how close")
     if not result["code_as_shipped"]:
-        console.print("not covered: the model code beside the weights, which is not this version's")
+        console.print(
+            "not covered: the model code beside the weights, which is missing or not this version's; to put this "
+            f"version's there: {clean(shlex.join(['qectomy', 'renew', result['reduced']]))}",
+            markup=False,
+            soft_wrap=True,
+        )
     proved = f"{result['tensors_proved']} of {result['tensors']} tensors are what exact folding gives"
     console.print(f"verdict: {result['verdict']} ({proved})")
 

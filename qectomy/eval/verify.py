@@ -19,7 +19,7 @@ from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_error, score_streamed
 from qectomy.eval.summary import cost
 from qectomy.surgery.checkpoint import Checkpoint, differing_sizes
-from qectomy.surgery.config_files import DROPPED, VARIANT, load_config, model_code
+from qectomy.surgery.config_files import DROPPED, VARIANT, has_model_code, load_config
 from qectomy.surgery.exact import ExactPlan, Progress, folded_tensors, layer_plan
 from qectomy.surgery.fold_layer import readers_in_basis
 from qectomy.surgery.folding import Choice, Folds, Verdict, claim, read_query, rounding, standing_fold, usable_error
@@ -76,7 +76,7 @@ def verify(
         "tensors_proved": sum(units <= 1 for units in deviations.values()),
         "tensors": len(reduced.tensors),
         "dtype": TORCH_NAMES[reduced.dtype],
-        "code_as_shipped": _code_as_shipped(reduced),
+        "code_as_shipped": has_model_code(reduced.family, reduced.folder),  # which is what was run here
         "bound": bound,
         **measured,
         "layers": layers,
@@ -91,13 +91,6 @@ def _edited(reduced: Checkpoint) -> list[str]:
     if not isinstance(digests, dict):
         return []
     return [name for name in reduced.tensors if digests.get(name) != reduced.digest(name)]
-
-
-def _code_as_shipped(reduced: Checkpoint) -> bool:
-    """Whether the model code beside the weights is this version's, which is what was run here."""
-    own = model_code(reduced.family)
-    beside = reduced.folder / own.name
-    return beside.is_file() and beside.read_bytes() == own.read_bytes()
 
 
 def measure(

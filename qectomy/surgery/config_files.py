@@ -118,7 +118,12 @@ def _check_sizes(family: Family, raw: dict[str, Any], config: Any) -> None:
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json_text(config), encoding="utf-8")
+
+
+def json_text(value: dict[str, Any], sort: bool = True) -> str:
+    """Return JSON as the files of a checkpoint hold it."""
+    return json.dumps(value, indent=2, sort_keys=sort) + "\n"
 
 
 def write_reduced_config(folder: Path, config: dict[str, Any]) -> None:
@@ -186,6 +191,15 @@ def model_files(family: Family) -> tuple[Path, ...]:
     """Return all model files that travel beside a family's weights; the first is transformers'."""
     code = model_code(family)
     return (code, code.with_name(f"{family.mlx_modeling}.py")) if family.mlx_modeling else (code,)
+
+
+def has_model_code(family: Family, folder: Path) -> bool:
+    """Whether the model files beside the weights are this version's, to the byte."""
+    return all(_same_bytes(own, folder / own.name) for own in model_files(family))
+
+
+def _same_bytes(own: Path, beside: Path) -> bool:
+    return beside.is_file() and beside.stat().st_size == own.stat().st_size and beside.read_bytes() == own.read_bytes()
 
 
 def _base_config(source: Checkpoint, dtype: str) -> dict[str, Any]:

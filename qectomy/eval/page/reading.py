@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qectomy.errors import clean
-from qectomy.eval.identity import fingerprint
 from qectomy.eval.page.checked import Kind, ReportError, WrongField
 from qectomy.eval.page.shapes import BENCH, CURVE_ROW, EVALUATION, POINTS, REDUCED
 from qectomy.eval.page.stored import LayerSizes, stored_layers
 from qectomy.surgery.checkpoint import sha256
 from qectomy.surgery.headers import MAX_JSON_BYTES, parse_json, read_regular
+from qectomy.surgery.identity import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,9 @@ class Folder:
 
     def owns(self, rows: list[dict[str, Any]]) -> bool:
         """Whether results, one a checkpoint, are of this one too, as far as they say whose they are."""
-        said = [row["fingerprint"] for row in rows if "fingerprint" in row]
-        return not said or not self.fingerprint or self.fingerprint in said
+        said = {row["fingerprint"] for row in rows if "fingerprint" in row}
+        before = self.report.get("renewed", {}).get("fingerprints", [])  # of its older configs
+        return not said or not self.fingerprint or not said.isdisjoint({self.fingerprint, *before})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -186,6 +186,7 @@ REDUCED = record(
         "device": string,
         "reload_check": record({"largest_relative_logit_error": amount, "peak_memory_bytes": amount}),
         "healing": HEALING,
+        "renewed": record({"qectomy": string, "created": string, "fingerprints": listed(string)}),
     },
     required=("qectomy", "layers", "parameters", "bytes"),
 )
