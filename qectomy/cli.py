@@ -16,6 +16,7 @@ from qectomy.cli_report import report
 from qectomy.cli_rewrites import fold_norms, import_nanogpt, materialize
 from qectomy.errors import QectomyError, clean
 from qectomy.terminal import Json, print_json, progress_bar
+from qectomy.versions import check_transformers
 
 app = typer.Typer(
     name="qectomy",
@@ -34,6 +35,8 @@ def root(
     if version:
         typer.echo(f"qectomy {__version__}")
         raise typer.Exit
+    if "--help" not in sys.argv:
+        check_transformers()
 
 
 @app.command(epilog="Example: `qectomy inspect ./smollm2-135m-instruct`")
