@@ -20,13 +20,17 @@ LIMITS_FITTED = """\
 - The numbers above hold for that text, windows of that length and float32. On your own text:
   `qectomy eval ORIGINAL PATH --text YOURS.txt --reference ORIGINAL`. Longer contexts than measured were not tried.
 - Perplexity is a mean. It does not say what became of rare words, facts, instructions, other languages, or of what a
-  chat model was taught to refuse: try your own tasks, beside the original, before you serve this."""
+  chat model was taught to refuse: try your own tasks, beside the original, before you serve this.
+- An adapter (LoRA) of the original does not fit: PEFT drops its part for W_Q without a word, and the matrices that the
+  rest of it changes were fitted anew. Merge it into the original, and convert that."""
 LIMITS_EXACT = """\
 - Exact means up to rounding: in float64 the logits are those of the original; in the stored type other numbers
-  are rounded than before. `qectomy verify PATH --against ORIGINAL --text YOURS.txt` says by how much."""
+  are rounded than before. `qectomy verify PATH --against ORIGINAL --text YOURS.txt` says by how much.
+- An adapter (LoRA) of the original does not fit: PEFT loads it without a word, and it computes in another basis than
+  these heads do. Merge it into the original, and convert that."""
 LIMITS_ALL = """\
 - What the original does badly, this does too: its card says what it is meant for, and what its biases are.
-- The key/value cache keeps its size, and engines other than transformers need W_Q written back, which saves nothing."""
+- The key/value cache keeps its size, and engines that know only stock models need W_Q back, which saves nothing."""
 
 
 def model_card(report: dict[str, Any], source: Checkpoint) -> str:
@@ -53,13 +57,13 @@ def model_card(report: dict[str, Any], source: Checkpoint) -> str:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# The model's code is {source.family.modeling}.py, beside the weights.
+# The model's code is {source.family.modeling}.py, beside the weights. The tokenizer needs none of it.
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=False)
 ```
 
-With `import qectomy` first, `trust_remote_code` is not needed. For engines that know only stock models, write W_Q back:
-`qectomy materialize PATH --out STOCK`.
+With `import qectomy` first, `trust_remote_code=True` is not needed. For engines that know only stock models, write W_Q
+back: `qectomy materialize PATH --out STOCK`.
 
 ## Limits
 
