@@ -195,7 +195,12 @@ def model_files(family: Family) -> tuple[Path, ...]:
 
 def has_model_code(family: Family, folder: Path) -> bool:
     """Whether the model files beside the weights are this version's, to the byte."""
-    return all(_same_bytes(own, folder / own.name) for own in model_files(family))
+    return not stale_model_files(family, folder)
+
+
+def stale_model_files(family: Family, folder: Path) -> list[Path]:
+    """Return this version's model files of which the folder has none, or other ones."""
+    return [own for own in model_files(family) if not _same_bytes(own, folder / own.name)]
 
 
 def _same_bytes(own: Path, beside: Path) -> bool:

@@ -16,8 +16,8 @@ from packaging.version import InvalidVersion, Version
 from qectomy import __version__
 from qectomy.errors import CheckpointError, OutputError, QectomyError, shown
 from qectomy.surgery.architectures import find_reduced_family
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.config_files import has_model_code, json_text, model_code, reduced_fields
+from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
+from qectomy.surgery.config_files import code_fields, has_model_code, json_text, stale_model_files
 from qectomy.surgery.family import Family
 from qectomy.surgery.headers import read_json
 from qectomy.surgery.identity import fingerprint
@@ -70,13 +70,12 @@ def has_old_code(folder: Path) -> bool:
 
 def _renewal(folder: Path) -> Renewal:
     """Return what is to be written into a folder, which is checked."""
-    family, config = _reduced(folder)
+    family, config, checkpoint = _reduced(folder)
     report = _report(folder)
     _check_not_newer(folder, report)
-    files: dict[str, bytes] = {}
-    if not has_model_code(family, folder):
-        files[model_code(family).name] = model_code(family).read_bytes()
-    fields = {name: value for name, value in _fields(family, config).items() if config.get(name) != value}
+    files = {file.name: file.read_bytes() for file in stale_model_files(family, folder)}
+    wanted = _code_fields(family, config) | _index_fields(checkpoint, report or {})
+    fields = {name: value for name, value in wanted.items() if config.get(name) != value}
     if fields:
         files[CONFIG] = json_text(config | fields).encode()
     if files and report is not None:
@@ -84,10 +83,10 @@ def _renewal(folder: Path) -> Renewal:
     return Renewal(files, tuple(fields))
 
 
-def _reduced(folder: Path) -> tuple[Family, dict[str, Any]]:
-    """Return family and config of a folder on this disk. Raises CheckpointError unless it is a reduced checkpoint.
+def _reduced(folder: Path) -> tuple[Family, dict[str, Any], Checkpoint | None]:
+    """Return family and config of a folder on this disk, opened. Raises CheckpointError for no reduced checkpoint.
 
-    The weights' headers are checked too, but for a quantized folder, whose tensors go by names of its engine.
+    A quantized folder, whose tensors go by names of its engine, is not opened.
     """
     if not folder.is_dir():
         raise CheckpointError(
@@ -99,17 +98,35 @@ def _reduced(folder: Path) -> tuple[Family, dict[str, Any]]:
         raise CheckpointError(f"{folder / CONFIG}: not a JSON object")
     try:
         family = find_reduced_family(config)
-        if config.get("quantization_config") is None:
-            open_checkpoint(folder, reduced=True)
+        quantized = config.get("quantization_config") is not None
+        checkpoint = None if quantized else open_checkpoint(folder, reduced=True)
     except QectomyError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    return family, config
+    return family, config, checkpoint
 
 
-def _fields(family: Family, config: dict[str, Any]) -> dict[str, Any]:
+def _code_fields(family: Family, config: dict[str, Any]) -> dict[str, Any]:
     """Return what config.json has to say for this version's code to be found: other classes' entries stay."""
-    said = config.get("auto_map")
-    return {"auto_map": (said if isinstance(said, dict) else {}) | reduced_fields(family, ())["auto_map"]}
+    said, own = config.get("auto_map"), code_fields(family)
+    return own | {"auto_map": (said if isinstance(said, dict) else {}) | own["auto_map"]}
+
+
+def _index_fields(checkpoint: Checkpoint | None, report: dict[str, Any]) -> dict[str, Any]:
+    """Return the sha256 of the layers' channel numbers, where they are still those of which qectomy.json has the hash.
+
+    Of a folder without such a report nobody knows whether they are. Raises CheckpointError where they are not.
+    """
+    written = report.get("tensors_sha256")
+    if checkpoint is None or not isinstance(written, dict) or checkpoint.config.get("index_sha256") is not None:
+        return {}
+    for name in filter(checkpoint.family.is_index, checkpoint.tensors):
+        if written.get(name) != checkpoint.digest(name):
+            raise CheckpointError(
+                f"{checkpoint.folder}: the channel numbers {name} are not those that were written, whose sha256 is in "
+                "qectomy.json: they were changed, or averaged with another model's. Take the folder as it was written"
+            )
+    digests = checkpoint.index_digests()
+    return {"index_sha256": digests} if any(digests) else {}
 
 
 def _report(folder: Path) -> dict[str, Any] | None:

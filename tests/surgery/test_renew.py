@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversions import hashes
-from damage import edit_json
+from conversions import convert_tiny, hashes
+from damage import edit_json, edit_weights
 from safetensors.torch import save_file
 from tiny_models import load_reduced, tokens
 
@@ -155,6 +155,38 @@ def test_code_that_the_config_seeks_elsewhere_is_sought_beside_the_weights(old):
     assert found.owns([{"fingerprint": known}])  # an evaluation.json from before stays this folder's
     assert found.owns([{"fingerprint": fingerprint(folder)}])
     assert not found.owns([{"fingerprint": "f" * 32}])
+
+
+@pytest.fixture
+def before_index_hashes(tiny_checkpoint, raven, tmp_path):
+    """A converted folder as it was before config.json told of channel numbers, and its config as it is written now."""
+    out = tmp_path / "out"
+    convert_tiny(tiny_checkpoint(), out, "0=select,1=key-shared", raven)
+    config = json.loads((out / "config.json").read_text())
+    edit_json(out / "config.json", lambda older: older.pop("index_sha256"))
+    return out, config
+
+
+def test_hashes_of_the_channel_numbers_are_added(before_index_hashes):
+    folder, config = before_index_hashes
+    assert not has_old_code(folder)  # a conversion ends with this version's
+    told = renew(folder)
+    assert (told["files"], told["fields"]) == (["config.json", "qectomy.json"], ["index_sha256"])
+    assert json.loads((folder / "config.json").read_text()) == config
+    assert [digest is not None for digest in config["index_sha256"]] == [True, False]
+    assert renew(folder)["state"] == "current"
+
+
+def test_channel_numbers_that_were_averaged_are_refused_and_not_hashed(before_index_hashes):
+    folder, _ = before_index_hashes
+    name = "model.layers.0.self_attn.query.index"
+    edit_weights(folder, lambda tensors: tensors.update({name: tensors[name].flip(0).contiguous()}))
+    before = hashes(folder)
+    with pytest.raises(CheckpointError, match=f"the channel numbers {name} are not those that were written"):
+        renew(folder)
+    assert hashes(folder) == before
+    (folder / "qectomy.json").unlink()
+    assert renew(folder)["state"] == "current"  # nobody knows, and nothing is claimed
 
 
 def test_fingerprints_of_renewals_before_are_kept(old):
