@@ -1,6 +1,8 @@
 """Errors a user can mend. The message says what is wrong, why it matters and what to do."""
 
+import os
 import reprlib
+import sys
 from typing import Any
 
 CONTROLS = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)}  # as pictures: ␀, ␇, ␍
@@ -27,9 +29,35 @@ def clean(text: str) -> str:
 
 
 def reason_of(error: BaseException, most: int = 200) -> str:
-    """Return the first line of what an error says, cut; its kind where it says nothing."""
-    said = str(error).strip()
-    return said.splitlines()[0][:most] if said else type(error).__name__
+    """Return on one line, cut, why an error came; its kind where it says nothing.
+
+    That is its first line, or, where that only announces what follows, as "validate_architecture:" does, all of them.
+    """
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if not lines[0].endswith(":"):
+        return lines[0][:most]
+    whole = " ".join(lines)
+    if len(whole) <= most:
+        return whole
+    last = lines[-1][:most]  # of several lines, the last one tends to say what to do
+    return f"{whole[: max(0, most - len(last) - 5)].rstrip()} ... {last}"
+
+
+_NOTED: set[str] = set()
+
+
+def note(text: str) -> None:
+    """Tell on stderr what a user should know though it stops nothing, once a run however often it is found.
+
+    Of several processes that a launcher started, the first one alone tells.
+    """
+    if text not in _NOTED and os.environ.get("RANK", "0") == "0":
+        print(f"note: {clean(text)}", file=sys.stderr, flush=True)
+    _NOTED.add(text)
 
 
 class QectomyError(Exception):

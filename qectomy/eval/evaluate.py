@@ -9,7 +9,7 @@ import torch
 
 from qectomy.calibrate.text import Source, load_tokenizer, read_source
 from qectomy.errors import QectomyError, TextError
-from qectomy.eval.loading import check_dtype, load_model, read_config
+from qectomy.eval.loading import check_dtype, load_model, naming_dtype, read_config
 from qectomy.eval.protocol import (
     Protocol,
     ScoringWindows,
@@ -141,7 +141,8 @@ def _resident(
     model, _, dtype_name = load_model(name, measure.dtype, measure.device)
     other = None if reference is None else load_model(reference, measure.dtype, measure.device)[0]
     begun = time.perf_counter()
-    return score_model(model, windows, progress, other, name), dtype_name, time.perf_counter() - begun
+    with naming_dtype(name, measure.dtype, dtype_name):
+        return score_model(model, windows, progress, other, name), dtype_name, time.perf_counter() - begun
 
 
 def _streamed(
@@ -151,7 +152,8 @@ def _streamed(
     dtype_name = measure.dtype or TORCH_NAMES[opened[-1].dtype]
     begun = time.perf_counter()
     models = [StreamedModel(checkpoint, getattr(torch, dtype_name), measure.device) for checkpoint in opened]
-    return score_streamed(models, windows, progress)[-1], dtype_name, time.perf_counter() - begun
+    with naming_dtype(name, measure.dtype, dtype_name):
+        return score_streamed(models, windows, progress)[-1], dtype_name, time.perf_counter() - begun
 
 
 def _windows(name: str, source: Source | Text, measure: Measure) -> ScoringWindows:

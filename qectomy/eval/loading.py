@@ -1,12 +1,16 @@
 """Load whole models, original or reduced, without running code of the folder."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qectomy.errors import CheckpointError, QectomyError, reason_of, shown
+from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, reason_of, shown
 from qectomy.surgery.architectures import FAMILIES
-from qectomy.surgery.checkpoint import MAX_LAYERS, locate
-from qectomy.surgery.headers import TORCH_NAMES, read_json
+from qectomy.surgery.checkpoint import MAX_LAYERS, Checkpoint, locate, open_checkpoint, read_config_json
+from qectomy.surgery.config_files import load_config
+from qectomy.surgery.headers import FLOAT_BYTES, TORCH_NAMES, read_headers
+from qectomy.surgery.stored_tensors import is_quantized
 
 COUNTS_OF_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 DTYPES = [TORCH_NAMES[kind] for kind in ("F32", "BF16", "F16", "F64")]
@@ -15,27 +19,37 @@ DTYPES = [TORCH_NAMES[kind] for kind in ("F32", "BF16", "F16", "F64")]
 def load_model(name: str, dtype: str | None, device: str) -> tuple[Any, Path, str]:
     """Load any causal model; return (model, folder, dtype name). On device `meta` its weights stay on disk.
 
-    Code in the folder is never run. Raises CheckpointError when a tensor is missing or left over.
+    `dtype` None: the type in which most of the weights are stored, whatever config.json says. A model of a family that
+    Qectomy knows is loaded as `open_checkpoint` opens it, field for field. Code in the folder is never run. Raises
+    CheckpointError when a tensor is missing or left over.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     check_dtype(dtype)
     folder, config = locate(name), _json_config(name)
+    opened = _opened(name, config)
+    family = None if opened is None else opened.family
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        if opened is None:
+            loader, options = AutoModelForCausalLM, {"trust_remote_code": False}
+        else:
+            loader = opened.family.causal_class(opened.reduced)
+            options = {"config": load_config(opened.family, opened.config, opened.reduced)}
+        model, info = loader.from_pretrained(
             folder,
-            dtype=dtype or "auto",
+            dtype=dtype or _stored_dtype(folder, opened),
             output_loading_info=True,
-            trust_remote_code=False,
             use_safetensors=True,
             device_map="meta" if device == "meta" else None,
+            **options,
         )
+    except QectomyError:
+        raise
     except Exception as error:  # transformers raises many kinds; the message is what the user needs
         raise _not_loaded(folder, config, error) from error
-    family = FAMILIES.get(str(config.get("model_type")))
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = [str(name) for name in info.get(kind) or ()]
         if kind == "unexpected_keys" and family is not None:
@@ -50,10 +64,50 @@ def read_config(name: str) -> Any:
     from transformers import AutoConfig
 
     folder, config = locate(name), _json_config(name)
+    if (opened := _opened(name, config)) is not None:
+        return load_config(opened.family, opened.config, opened.reduced)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
     except Exception as error:
         raise _not_loaded(folder, config, error) from error
+
+
+def _opened(name: str, config: dict[str, Any]) -> Checkpoint | None:
+    """Return the checkpoint as every other command opens it; None for one that only transformers can load."""
+    model_type = str(config.get("model_type"))
+    reduced = any(model_type == family.reduced_model_type for family in FAMILIES.values())
+    if not reduced and model_type not in FAMILIES:
+        return None
+    if config.get("quantization_config") is not None and is_quantized(read_headers(locate(name)).values()):
+        return None
+    try:
+        return open_checkpoint(name, reduced=reduced)
+    except CheckpointError as error:
+        if name in str(error):
+            raise
+        raise CheckpointError(f"{name}: {error}") from error  # one of several that are measured
+
+
+def _stored_dtype(folder: Path, opened: Checkpoint | None) -> str:
+    """Return the type that holds most of the weights; "auto", transformers' choice, for what is quantized."""
+    if opened is not None:
+        return TORCH_NAMES[opened.dtype]
+    found = read_headers(folder).values()
+    bytes_of = {kind: sum(info.nbytes for info in found if info.dtype == kind) for kind in FLOAT_BYTES}
+    if is_quantized(found) or not any(bytes_of.values()):
+        return "auto"
+    return TORCH_NAMES[max(bytes_of, key=lambda kind: bytes_of[kind])]
+
+
+@contextmanager
+def naming_dtype(name: str, asked: str | None, taken: str) -> Iterator[None]:
+    """Let an error that is about NaN say in which type the model computed, and why in that."""
+    try:
+        yield
+    except NonFiniteError as error:
+        why = "which --dtype asks for" if asked else f"in which {name} is stored"
+        wider = "" if taken in ("float32", "float64") else "; --dtype float32 has a wider range"
+        raise NonFiniteError(f"{error}. It was computed in {taken}, {why}{wider}") from error
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -63,10 +117,8 @@ def check_dtype(dtype: str | None) -> None:
 
 
 def _json_config(name: str) -> dict[str, Any]:
-    path = locate(name) / "config.json"
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
+    folder = locate(name)
+    path, config = folder / "config.json", read_config_json(folder)
     inner = [value for value in config.values() if isinstance(value, dict)]  # as in text_config
     for fields in (config, *inner):
         for field in COUNTS_OF_LAYERS:  # transformers makes lists, and modules, of so many

@@ -10,18 +10,34 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qectomy.errors import CheckpointError, UnsupportedArchitecture, shown
+from qectomy.surgery.config_fields import ROPE_BESIDE, ROPE_FIELDS, check_rope
 from qectomy.surgery.family import Dimensions, Family, LayerRoles, LinearView, Orientation, Shapes, flag, size, variant
 
 if TYPE_CHECKING:
     from qectomy.surgery.query_maps import QueryMapSpec
+
+LLAMA_FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings", "attention_dropout"),
+    *(*ROPE_FIELDS, *ROPE_BESIDE),
+)
+GPT2_FIELDS = (
+    *("n_embd", "n_inner", "n_layer", "n_head", "n_positions", "n_ctx"),
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),  # the same, named anew
+    *("activation_function", "layer_norm_epsilon", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
+    *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"),
+    *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaFamily(Family):
     """A Llama-shaped family: separate projections, RMSNorm, RoPE, a gated MLP."""
 
+    tokenizer_class: str = "LlamaTokenizer"
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm"
+    base_prefix: str = "model."
     layer_prefix: str = "model.layers.{}."
     rotary_module: str | None = "model.rotary_emb"
     ignored_suffixes: tuple[str, ...] = (".rotary_emb.inv_freq",)
@@ -57,6 +73,9 @@ class LlamaFamily(Family):
             mlp_bias=self.has_attention_bias and flag(fields, "mlp_bias"),
             **variant(fields),
         )
+
+    def check_fields(self, config: dict[str, Any]) -> None:
+        check_rope(config)
 
     def resized(self, config: dict[str, Any], dims: Dimensions) -> dict[str, Any]:
         heads = {"num_attention_heads": dims.n_heads, "num_key_value_heads": dims.n_kv_heads, "head_dim": dims.d_head}
@@ -147,6 +166,8 @@ class GPT2Family(Family):
     """GPT-2: one fused Conv1D for queries, keys and values, LayerNorm with a shift, learned positions, no RoPE."""
 
     causal_suffix: str = "LMHeadModel"
+    fields: tuple[str, ...] = GPT2_FIELDS
+    tokenizer_class: str = "GPT2Tokenizer"
     embedding: str = "transformer.wte.weight"
     positions: str | None = "transformer.wpe.weight"
     final_norm: str = "transformer.ln_f"
@@ -304,13 +325,20 @@ GPT2_ROLES = LayerRoles(
 
 FAMILIES: dict[str, Family] = {
     "gpt2": GPT2Family(model_type="gpt2", class_stem="GPT2", modeling="modeling_qectomy_gpt2", roles=GPT2_ROLES),
-    "llama": LlamaFamily(model_type="llama", class_stem="Llama", modeling="modeling_qectomy_llama", roles=LLAMA_ROLES),
+    "llama": LlamaFamily(
+        model_type="llama",
+        class_stem="Llama",
+        modeling="modeling_qectomy_llama",
+        roles=LLAMA_ROLES,
+        fields=(*LLAMA_FIELDS, "attention_bias", "mlp_bias", "pretraining_tp"),
+    ),
     "mistral": LlamaFamily(
         model_type="mistral",
         class_stem="Mistral",
         modeling="modeling_qectomy_llama",
         roles=LLAMA_ROLES,
         has_attention_bias=False,
+        fields=(*LLAMA_FIELDS, "sliding_window"),
         has_sliding_window=True,
         defaults=(("num_key_value_heads", 8),),
     ),
@@ -323,11 +351,6 @@ def find_family(config: dict[str, Any]) -> Family:
     """Return the family of an original checkpoint's config. Raises UnsupportedArchitecture saying why not."""
     model_type = config.get("model_type")
     known = ", ".join(FAMILIES)
-    if config.get("quantization_config") is not None:
-        raise UnsupportedArchitecture(
-            "the checkpoint is quantized (config.json has a quantization_config); its weights cannot be refitted. "
-            "Use the original float32, bfloat16 or float16 checkpoint."
-        )
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     if isinstance(model_type, str) and model_type.startswith("qectomy_"):

@@ -7,9 +7,9 @@ that return tensors; opening a checkpoint and reading its headers need none.
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,29 +20,23 @@ from qectomy.errors import (
     NonFiniteError,
     QueryMapError,
     UnreadableError,
-    UnsupportedArchitecture,
+    note,
     reason_of,
     shown,
 )
 from qectomy.surgery.architectures import find_family, find_reduced_family
+from qectomy.surgery.config_fields import known_fields
 from qectomy.surgery.family import Dimensions, Family, Shapes
 from qectomy.surgery.finite import all_finite
-from qectomy.surgery.headers import (
-    FLOAT_BYTES,
-    INDEX,
-    INDEX_BYTES,
-    TORCH_NAMES,
-    TensorInfo,
-    read_headers,
-    read_json,
-)
+from qectomy.surgery.headers import TORCH_NAMES, TensorInfo, read_headers, read_json, second_set
 from qectomy.surgery.query_maps import QueryMapSpec, stored_maps
+from qectomy.surgery.stored_tensors import BYTES_A_READ, Same, check_tensors, refuse_quantized, same_bytes, settle_tie
 
 if TYPE_CHECKING:
     import torch
 
 MAX_LAYERS = 10_000
-BYTES_A_READ = 4_000_000
+ADAPTER = "adapter_config.json"
 HUB_PATTERNS = [
     "README.md",
     "*.json",
@@ -59,7 +53,7 @@ HUB_IGNORED = ["consolidated*", "*/*"]  # a second copy of the weights in anothe
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: its config, family and sizes, and the headers of its weights.
+    """An opened checkpoint: the fields of its config that the family knows, its sizes, and its weights' headers.
 
     `recipe` is one query map a layer; all `dense` for an original checkpoint.
     """
@@ -71,6 +65,7 @@ class Checkpoint:
     dims: Dimensions
     recipe: tuple[QueryMapSpec, ...]
     tensors: dict[str, TensorInfo] = field(repr=False)
+    notes: tuple[str, ...] = field(default=(), repr=False)  # what was read otherwise than the files say
 
     @property
     def reduced(self) -> bool:
@@ -219,27 +214,106 @@ def locate(name: str | os.PathLike[str], patterns: Sequence[str] = HUB_PATTERNS)
 def open_checkpoint(name: str | os.PathLike[str], *, reduced: bool = False) -> Checkpoint:
     """Open an original checkpoint (or, with `reduced`, one that qectomy wrote) and check every tensor's header.
 
-    Raises CheckpointError for missing or damaged files, tensors missing, misshapen or of an integer type where
-    weights are due, and UnsupportedArchitecture for a model whose W_Q cannot be taken out.
+    What is read is what transformers reads; where that is not all that the files say, it is told on stderr. Raises
+    CheckpointError for missing or damaged files, tensors missing, misshapen or of an integer type where weights are
+    due, and UnsupportedArchitecture for a model whose W_Q cannot be taken out.
     """
     folder = locate(name)
+    config = read_config_json(folder)
+    own = folder.resolve().name if Path(name).is_dir() else str(name)
+    opened = assemble(own, folder, config, partial(read_headers, folder), partial(same_bytes, folder), reduced=reduced)
+    if reduced:
+        _check_indices(opened)
+    for told in filter(None, (second_set(folder), *opened.notes)):
+        note(told)
+    return opened
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """Parse a folder's config.json. Raises CheckpointError, too, for a folder with an adapter's files."""
+    if (folder / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter ({ADAPTER}): where peft is installed, transformers adds it to the weights, and "
+            "elsewhere it does not, so the folder is two models. Merge it (peft's merge_and_unload, then "
+            f"save_pretrained into a new folder) and give that one; or take {ADAPTER} away to use the weights alone"
+        )
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'}: not a JSON object")
-    family = find_reduced_family(config) if reduced else find_family(config)
+    return config
+
+
+def assemble(
+    name: str,
+    folder: Path,
+    raw: dict[str, Any],
+    headers: Callable[[], dict[str, TensorInfo]],
+    same: Same,
+    *,
+    reduced: bool = False,
+) -> Checkpoint:
+    """Return the checkpoint that a parsed config.json and the `headers` of its weights amount to, all checked.
+
+    `same` says whether two stored tensors are equal. Raises what `open_checkpoint` does.
+    """
+    if raw.get("quantization_config") is not None:
+        refuse_quantized(raw, _values_or_none(headers))
+    family = find_reduced_family(raw) if reduced else find_family(raw)
+    family.check_fields(raw)
+    config, left_out = known_fields(raw, _known(family, raw), family.model_type)
     dims = family.dimensions(config)
     if dims.n_layers > MAX_LAYERS:
         raise CheckpointError(f"config.json: num_hidden_layers {dims.n_layers} is beyond any model ({MAX_LAYERS})")
-    dense = (QueryMapSpec("dense"),) * dims.n_layers
-    recipe = _read_recipe(config, dims) if reduced else dense
-    found = read_headers(folder)
-    found = {name: found[stored] for name, stored in family.full_names(found).items()}
-    own = folder.resolve().name if Path(name).is_dir() else str(name)
-    tensors = _check_tensors(found, family, dims, recipe)
-    checkpoint = Checkpoint(own, folder, config, family, dims, recipe, tensors)
-    if reduced:
-        _check_indices(checkpoint)
-    return checkpoint
+    recipe = _read_recipe(config, dims) if reduced else (QueryMapSpec("dense"),) * dims.n_layers
+    found = headers()
+    all_names = family.full_names(found, expected_tensors(family, replace(dims, tied=False), recipe))
+    found, settled = settle_tie({full: found[stored] for full, stored in all_names.items()}, family, dims, same)
+    if settled.tied != dims.tied:
+        config["tie_word_embeddings"] = False
+    tensors = check_tensors(found, family, settled, expected_tensors(family, settled, recipe))
+    opened = Checkpoint(name, folder, config, family, settled, recipe, tensors)
+    return replace(opened, notes=tuple(_notes(opened, raw, left_out, dims.tied and not settled.tied)))
+
+
+def _values_or_none(headers: Callable[[], dict[str, TensorInfo]]) -> list[TensorInfo] | None:
+    try:
+        return list(headers().values())
+    except CheckpointError:
+        return None
+
+
+def _known(family: Family, raw: dict[str, Any]) -> tuple[str, ...]:
+    """Return the fields of config.json that are read: the family's, and in a config of ours those that we write."""
+    from qectomy.surgery.config_files import DROPPED  # which itself speaks of checkpoints
+
+    return (*family.fields, *DROPPED) if raw["model_type"] == family.reduced_model_type else family.fields
+
+
+def _notes(opened: Checkpoint, raw: dict[str, Any], left_out: list[str], untied: bool) -> Iterator[str]:
+    """Yield what was read otherwise than config.json says."""
+    family, stored = opened.family, TORCH_NAMES[opened.dtype]
+    if untied:
+        yield (
+            f"{opened.folder}: config.json ties head and embedding, and the weights hold two that differ. Both are "
+            "read, untied, as transformers does, and written so; set tie_word_embeddings to false there"
+        )
+    said = {str(raw[key]).removeprefix("torch.") for key in ("dtype", "torch_dtype") if raw.get(key) is not None}
+    if other := sorted(said - {stored}):
+        yield (
+            f"{opened.folder}: config.json says {shown(' and '.join(other))}, and the weights are stored in {stored}. "
+            f"{stored} is taken, in every command, for it is what the numbers have; --dtype takes another"
+        )
+    if left_out:
+        yield (
+            f"{opened.folder}: config.json has fields that a {family.model_type} model does not know, which are "
+            f"neither read nor written into an output: {', '.join(map(shown, left_out[:8]))}"
+            f"{', ...' if left_out[8:] else ''}"
+        )
+    if raw.get("auto_map") is not None and not opened.reduced:
+        yield (
+            f"{opened.folder}: config.json names code of its own (auto_map), which is not run: the weights are read as "
+            f"those of transformers' {family.model_type}"
+        )
 
 
 def expected_layer(family: Family, dims: Dimensions, spec: QueryMapSpec) -> Shapes:
@@ -318,38 +392,3 @@ def _check_indices(checkpoint: Checkpoint) -> None:
                 "averaged with another model's, and every query would read other channels. Take the folder as it was "
                 "written"
             )
-
-
-def _check_tensors(
-    found: dict[str, TensorInfo], family: Family, dims: Dimensions, recipe: tuple[QueryMapSpec, ...]
-) -> dict[str, TensorInfo]:
-    """Return the tensors the model needs, all present, of the right shape and a known type."""
-    if normed := [name for name in found if ".q_norm." in name or ".q_layernorm." in name]:
-        raise UnsupportedArchitecture(
-            f"{normed[0]}: queries are normalised after W_Q (QK-norm), so no linear query map can stand in for it"
-        )
-    expected = expected_tensors(family, dims, recipe)
-    if missing := [name for name in expected if name not in found]:
-        held = (
-            f"It holds {len(found)} tensors, such as {shown(next(iter(found)))}." if found else "It holds no tensors."
-        )
-        raise CheckpointError(
-            f"{len(missing)} tensor(s) that config.json calls for are missing, first {missing[0]}. {held}"
-        )
-    for name, shape in expected.items():
-        info = found[name]
-        if info.indexed not in ("", info.file):
-            raise CheckpointError(f"{INDEX} says that {name} lies in {info.indexed}; it lies in {info.file}")
-        if info.shape != shape:
-            raise CheckpointError(f"{info.file}: tensor {name} has shape {info.shape}, config.json calls for {shape}")
-        is_index = family.is_index(name)
-        if info.dtype not in (INDEX_BYTES if is_index else FLOAT_BYTES):
-            why = "channel numbers must be whole numbers" if is_index else "a quantized checkpoint cannot be converted"
-            raise CheckpointError(f"{info.file}: tensor {name} is stored as {info.dtype}; {why}")
-    skippable = {family.head} if dims.tied else set()
-    extra = [n for n in found if n not in expected and n not in skippable and not n.endswith(family.ignored_suffixes)]
-    if extra:
-        raise CheckpointError(
-            f"{len(extra)} tensor(s) have no place in a {family.model_type} model and would be lost, first {extra[0]}"
-        )
-    return {name: found[name] for name in expected}

@@ -133,8 +133,10 @@ class Family:
     head: str = "lm_head.weight"
     layer_prefix: str
     rotary_module: str | None = None
-    base_prefix: str = ""  # of the base model's tensors; files saved from a base model lack it
+    base_prefix: str  # of the base model's tensors; files saved from a base model lack it
     ignored_suffixes: tuple[str, ...] = ()  # buffers that old checkpoints stored
+    fields: tuple[str, ...]  # of config.json, beside those that all families have
+    tokenizer_class: str  # of transformers, where the tokenizer's own files name none
     folds_kv_bias: bool = False  # a layer without W_Q stores no bias of W_K and W_V
     norm_name: str  # as in "RMSNorm"
 
@@ -178,10 +180,26 @@ class Family:
     def prefix(self, layer: int) -> str:
         return self.layer_prefix.format(layer)
 
-    def full_names(self, stored: Collection[str]) -> dict[str, str]:
-        """Return {name in the causal model: name in the file} of a checkpoint's tensors."""
-        lacking = not any(name.startswith(self.base_prefix) for name in stored)
-        return {self.base_prefix + name if lacking and name != self.head else name: name for name in stored}
+    def full_names(self, stored: Collection[str], expected: Collection[str]) -> dict[str, str]:
+        """Return {name in the causal model: name in the file} of a checkpoint's tensors, as transformers finds them.
+
+        It takes the base model's prefix off a name, or puts it before one, where the model has a tensor of that name:
+        files saved from a base model lack it, and wrappers double it. Raises CheckpointError for two of one tensor.
+        """
+        found: dict[str, str] = {}
+        for name in stored:
+            full, bare = self.base_prefix + name, name.removeprefix(self.base_prefix)
+            full = bare if bare != name and bare in expected else full if full in expected else name
+            if full in found:
+                raise CheckpointError(
+                    f"tensors {shown(found[full])} and {shown(name)} are two of the model's {full}, and nothing says "
+                    "which one is meant. Save the checkpoint anew with one of them"
+                )
+            found[full] = name
+        return found
+
+    def check_fields(self, config: dict[str, Any]) -> None:
+        """Raise CheckpointError where a parsed config.json says one thing under two names, and not the same."""
 
     def older_fields(self, config: Any) -> dict[str, Any]:
         """Return what config.json must say once more for older transformers; `config` is transformers' object."""

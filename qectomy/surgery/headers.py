@@ -7,6 +7,7 @@ A file that is parsed may be a link, as all are in the hub's cache: what it lead
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -123,26 +124,18 @@ def _inside(value: Any) -> Iterable[Any]:
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """Return every tensor that the safetensors files of a folder hold, by name."""
-    places: dict[str, str] = {}  # by the index
-    if (folder / INDEX).is_file():
-        places = _read_index(folder / INDEX)
-        names = sorted(set(places.values()))
-    elif (folder / SINGLE).is_file():
-        names = [SINGLE]
-    else:
-        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        also = f" {', '.join(sorted(pickles)[:3])} would be loaded by pickle, which can run code." if pickles else ""
-        raise CheckpointError(
-            f"{folder} holds no {SINGLE} and no {INDEX}.{also} Save it with transformers' save_pretrained "
-            "(safetensors is the default) and give that folder."
-        )
+    """Return every tensor of the weights that `weight_files` finds in a folder, by the name it is stored under."""
     found: dict[str, TensorInfo] = {}
+    names, places = weight_files(folder)
     for file_name in names:
         try:
-            infos = _read_header(folder / file_name)
+            infos = read_header(folder / file_name)
         except FileNotFoundError as error:
-            raise CheckpointError(f"{INDEX} names {file_name}, which is not in {folder}") from error
+            there = ", ".join(safetensors_in(folder)) or "none"
+            raise CheckpointError(
+                f"{INDEX} names {file_name}, which is not in {folder}, so the model is not whole. Fetch that file too "
+                f"(safetensors files there: {there})"
+            ) from error
         except (SafetensorError, OSError, ValueError, MemoryError) as error:
             raise CheckpointError(
                 f"{folder / file_name}: not a whole safetensors file ({error}); it may be truncated, or a pointer "
@@ -155,7 +148,64 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     return found
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Return the names of the files that hold a folder's weights, and by the index which tensor lies in which.
+
+    They are those that transformers reads: model.safetensors, if it is there, whatever an index beside it says. Raises
+    CheckpointError, saying what there is, where there is neither.
+    """
+    if (folder / SINGLE).is_file():
+        return [SINGLE], {}
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(_no_weights(folder))
+    places = _read_index(folder / INDEX)
+    return sorted(set(places.values())), places
+
+
+def second_set(folder: Path) -> str:
+    """Return what to tell of a folder with model.safetensors and, by an index, another set of weights; else ""."""
+    if not ((folder / SINGLE).is_file() and (folder / INDEX).is_file()):
+        return ""
+    try:
+        shards = sorted(set(_read_index(folder / INDEX).values()) - {SINGLE})
+    except CheckpointError:
+        return ""  # nothing reads it
+    if not (there := [name for name in shards if (folder / name).is_file()]):
+        return ""
+    return (
+        f"{folder} holds two sets of weights, which may be of two models: {SINGLE} is read, as transformers does, and "
+        f"{', '.join(there[:3])}{', ...' if there[3:] else ''} of {INDEX} not. Remove the set that you do not mean"
+    )
+
+
+def safetensors_in(folder: Path) -> list[str]:
+    """Return the names of a folder's safetensors files, the first few."""
+    return sorted(path.name for path in folder.glob("*.safetensors"))[:5]
+
+
+def _no_weights(folder: Path) -> str:
+    """Say what a folder without weights by the usual names has in their stead, and how to make them of it."""
+    missing = f"{folder} holds no {SINGLE} and no {INDEX}"
+    there = safetensors_in(folder)
+    shards = [name for name in there if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]
+    if shards:
+        return (
+            f"{missing}. It holds shards, {', '.join(shards)}, but without the index nothing says that they are all, "
+            f"and transformers does not load them. Fetch {INDEX} too, from where the shards came"
+        )
+    if there:
+        told = f"{missing}; the safetensors files there, {', '.join(there)}, have other names, which transformers does "
+        told += "not read."
+        if any(name.startswith("consolidated") for name in there):
+            return f"{told} Those called consolidated have other tensors' names too: fetch {SINGLE} beside them"
+        return f"{told} If {there[0]} holds the whole model with transformers' names of tensors, rename it {SINGLE}"
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    also = f" {', '.join(pickles[:3])} would be loaded by pickle, which can run code." if pickles else ""
+    saving = "Save it with transformers' save_pretrained (safetensors is the default) and give that folder."
+    return f"{missing}.{also} {saving}"
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return what the header of one file says. Raises SafetensorError, OSError or ValueError saying what is wrong.
 
     The library holds offsets, shapes and sizes against each other and the file; of a name that stands twice it takes

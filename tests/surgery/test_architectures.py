@@ -138,12 +138,6 @@ def test_unknown_type_lists_the_known():
         find_family({})
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt_neox"])
-def test_quantized_is_refused(model_type):
-    with pytest.raises(UnsupportedArchitecture, match=r"quantized.*cannot be refitted.*original float32"):
-        find_family({"model_type": model_type, "quantization_config": {"bits": 4}})
-
-
 @pytest.mark.parametrize("model_type", QK_NORM_TYPES)
 def test_qk_norm_is_refused(model_type):
     with pytest.raises(UnsupportedArchitecture, match=f"{model_type}.*QK-norm.*Supported types: gpt2, llama, mistral"):
@@ -235,33 +229,17 @@ def test_a_softmax_scale_that_is_none_is_refused(scale):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_names_without_the_base_models_prefix(name):
-    """OpenAI's own file leaves `transformer.` out; Llama's base names have no prefix to leave out."""
+    """Files saved from a base model leave it out (OpenAI's own GPT-2 does), and wrappers double it."""
     family, raw = family_and_config(name, tie_word_embeddings=False)
     full = list(expected_tensors(family, family.dimensions(raw), (QueryMapSpec("dense"),) * 2))
-    assert family.full_names(full) == {each: each for each in full}
-    short = [each.removeprefix("transformer.") for each in full]
-    assert family.full_names(short) == dict(zip(full, short, strict=True))
-
-
-def test_defaults_are_those_of_the_family():
-    """A config.json that leaves out the KV heads means other things to Llama and to Mistral."""
-    for name, n_kv_heads in (("llama", 16), ("mistral", 8)):
-        family, raw = family_and_config(name, num_attention_heads=16)
-        del raw["num_key_value_heads"]
-        assert family.dimensions(raw).n_kv_heads == n_kv_heads
-        assert load_config(family, raw).num_key_value_heads == n_kv_heads
-    family, raw = family_and_config("llama", num_attention_heads=16, num_key_value_heads=None)
-    assert family.dimensions(raw).n_kv_heads == load_config(family, raw).num_key_value_heads == 16
-
-
-def test_mistral_ignores_a_stray_bias_flag():
-    """Stock Mistral has no attention bias whatever config.json says; the reduced class must agree."""
-    family, raw = family_and_config("mistral", attention_bias=True, mlp_bias=True)
-    dims = family.dimensions(raw)
-    config = load_config(family, {**raw, "query_maps": ["select", "dense"]}, reduced=True)
-    with torch.device("meta"):
-        model = family.causal_class(reduced=True)(config)
-        stock = family.causal_class()(load_config(family, raw))
-    recipe = tuple(parse_query_map(name) for name in ("select", "dense"))
-    assert expected_tensors(family, dims, recipe) == state_shapes(model)
-    assert expected_tensors(family, dims, (QueryMapSpec("dense"),) * 2) == state_shapes(stock)
+    assert family.full_names(full, full) == {each: each for each in full}
+    for stored in (
+        [each.removeprefix(family.base_prefix) for each in full],
+        [family.base_prefix + each for each in full],
+    ):
+        assert family.full_names(stored, full) == dict(zip(full, stored, strict=True))
+        mixed = [one if at % 2 else other for at, (one, other) in enumerate(zip(full, stored, strict=True))]
+        assert family.full_names(mixed, full) == dict(zip(full, mixed, strict=True))
+    twice = [*full, family.embedding.removeprefix(family.base_prefix)]
+    with pytest.raises(CheckpointError, match=f"are two of the model's {family.embedding}"):
+        family.full_names(twice, full)
