@@ -36,6 +36,7 @@ from qectomy.surgery.plan import scratch_bytes, totals
 from qectomy.surgery.query_maps import QueryMapSpec, written
 from qectomy.surgery.source_watch import SourceWatch
 from qectomy.surgery.step_writer import check_shards
+from qectomy.surgery.type_range import check_range
 from qectomy.surgery.work_folder import WorkFolder, finished
 
 
@@ -57,8 +58,8 @@ def convert(
 
     Until it is whole it lies in OUT.converting, whence `resume` goes on and which `clean` removes first. Raises a
     QectomyError, and leaves nothing behind, for text that is too short, weights or states that are not finite, an
-    output folder that exists, and a result that a fresh process cannot reload. A full or failing disk, a source that
-    changes and an interruption leave what was done.
+    output folder that exists. A full or failing disk, a source that changes, an interruption, and whatever goes wrong
+    after the last layer, as a result that a fresh process cannot reload, leave what was done.
     """
     together = together or Together(settings.device)
     with together.one_end():
@@ -99,6 +100,7 @@ def _convert(
     needed += scratch_bytes(source, settings.tokens, settings.eval_tokens)
     together.first_alone(lambda: check_room(out, needed - WorkFolder(out).nbytes()))
     fitted, held = together.first_alone(lambda: _windows(source, settings))
+    together.first_alone(lambda: check_range(source, settings.stored_dtype))
     since = watch.add("text", watch.begun)
     runner = LayerRunner(source, recipe, settings.context, device)
     unchanged = SourceWatch(source, together.first_alone)

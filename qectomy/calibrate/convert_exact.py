@@ -29,6 +29,7 @@ from qectomy.surgery.headers import TORCH_NAMES, read_json
 from qectomy.surgery.output import check_room
 from qectomy.surgery.query_maps import QueryMapSpec, ranges
 from qectomy.surgery.source_watch import SourceWatch
+from qectomy.surgery.type_range import check_range
 from qectomy.surgery.work_folder import WorkFolder, finished, work_folder
 
 
@@ -45,8 +46,8 @@ def convert_exact(
     """Write what exact folding leaves of a checkpoint to `out`, and return its report (also in `out`/qectomy.json).
 
     With an evaluation text (`settings.eval_text`, or the first of its texts) both models' perplexity is measured on
-    it. Layers in `kept` stay whole; `resume` and `clean` are those of `convert`. Raises a QectomyError, and leaves
-    nothing behind, where nothing goes exactly or a layer is too ill-conditioned, and for what `convert` refuses.
+    it. Layers in `kept` stay whole; `resume` and `clean` are those of `convert`. Raises a QectomyError where
+    nothing goes exactly or a layer is too ill-conditioned, and for what `convert` refuses; it leaves what that does.
     """
     if resume and (done := _finished(source, out, settings, kept)) is not None:
         return done
@@ -56,6 +57,7 @@ def convert_exact(
             f"--device {settings.device}: exact folding computes in float64 on the processor; leave it out"
         )
     held = _windows(source, settings)
+    check_range(source, settings.stored_dtype)
     unchanged = SourceWatch(source)
     since = watch.add("hashing", watch.begun)
     plan = plan_exact(source, settings.stored_dtype, kept, progress)

@@ -7,6 +7,7 @@ tokenizer itself starts a text with BOS, every window starts with BOS too (and h
 
 import codecs
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -23,7 +24,7 @@ import torch
 from qectomy.calibrate.documents import check_ends, dataset_documents, jsonl_documents, parquet_documents
 from qectomy.errors import CheckpointError, TextError, reason_of
 from qectomy.surgery.checkpoint import sha256
-from qectomy.surgery.config_files import MAX_CARRIED_BYTES, TOKENIZER_FILES, companions
+from qectomy.surgery.config_files import MAX_CARRIED_BYTES, TOKENIZER_FILES, companions, tokenizer_class
 
 JOIN = "\n\n"
 MAX_GROWTH = 1e4  # of a text by a tokenizer's replacements; those of Llama's and Gemma's keep its length
@@ -98,19 +99,60 @@ def _read_file(path: Path) -> tuple[str, str]:
 
 def load_tokenizer(folder: Path) -> Any:
     """Load the checkpoint's tokenizer; none of its code is run. Raises CheckpointError if there is none."""
-    from transformers import AutoTokenizer
+    import transformers
 
     for file in companions(folder, TOKENIZER_FILES):
         if file.stat().st_size > MAX_CARRIED_BYTES:
             raise CheckpointError(f"{file}: larger than {MAX_CARRIED_BYTES:,} bytes; not a file of a tokenizer")
-    with _refused(f"{folder} holds no tokenizer that can be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        empty = len(tokenizer) <= len(tokenizer.all_special_ids)
-        check_growth(tokenizer)
+    if lacking := _lacking(folder):
+        raise CheckpointError(lacking)
+    named = tokenizer_class(folder)
+    loader = transformers.AutoTokenizer if named is None else getattr(transformers, named)
+    try:
+        with _refused(f"{folder} holds no tokenizer that can be loaded"):
+            tokenizer = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            empty = len(tokenizer) <= len(tokenizer.all_special_ids)
+            # Of a vocabulary that it cannot read, a class makes a tokenizer that drops all text.
+            empty |= named is not None and not tokenizer("text", add_special_tokens=False)["input_ids"]
+            check_growth(tokenizer)
+    except CheckpointError as error:
+        if at_fault := _other_fault(folder):
+            raise CheckpointError(at_fault) from error
+        raise
     # Where the files of GPT-2's tokenizer are missing, transformers makes one of special tokens alone.
     if empty:
         raise CheckpointError(f"{folder} holds no tokenizer that can be loaded: files are missing, or have no tokens")
     return tokenizer
+
+
+def _other_fault(folder: Path) -> str:
+    """Say what is wrong with config.json, which transformers reads before a tokenizer's own files; "" if nothing is."""
+    from transformers import AutoConfig
+
+    if (folder / "config.json").is_file():
+        try:
+            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers raises many kinds
+            return f"{folder / 'config.json'} cannot be used, and transformers reads it first: {reason_of(error, 300)}"
+    return ""
+
+
+def _lacking(folder: Path) -> str:
+    """Say which packages a tokenizer wants that are not here; "" if none."""
+    wanted = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
+    if not wanted or not (folder / "tokenizer.model").is_file() or (folder / "tokenizer.json").is_file():
+        return ""
+    return (
+        f"{folder} has its tokenizer as tokenizer.model alone, which is read with sentencepiece and protobuf, and "
+        f"{' and '.join(wanted)} cannot be imported here: pip install sentencepiece protobuf"
+    )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
 
 
 @contextmanager

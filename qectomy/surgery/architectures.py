@@ -35,6 +35,7 @@ class LlamaFamily(Family):
     """A Llama-shaped family: separate projections, RMSNorm, RoPE, a gated MLP."""
 
     tokenizer_class: str = "LlamaTokenizer"
+    vocabularies: tuple[str, ...] = ("tokenizer.model",)  # a tokenizer.json may be of any kind
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm"
     base_prefix: str = "model."
@@ -168,6 +169,7 @@ class GPT2Family(Family):
     causal_suffix: str = "LMHeadModel"
     fields: tuple[str, ...] = GPT2_FIELDS
     tokenizer_class: str = "GPT2Tokenizer"
+    vocabularies: tuple[str, ...] = ("tokenizer.json", "vocab.json")
     embedding: str = "transformer.wte.weight"
     positions: str | None = "transformer.wpe.weight"
     final_norm: str = "transformer.ln_f"

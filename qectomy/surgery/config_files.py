@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from qectomy.errors import CheckpointError, shown
+from qectomy.surgery.architectures import FAMILIES
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.family import Family
-from qectomy.surgery.headers import TORCH_NAMES
+from qectomy.surgery.headers import TORCH_NAMES, read_json
 from qectomy.surgery.query_maps import QueryMapSpec
 
 TOKENIZER_FILES = (
@@ -28,6 +29,8 @@ TOKENIZER_FILES = (
     "tekken.json",
     "chat_template*",
 )
+TOKENIZER_CONFIG = "tokenizer_config.json"
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")  # the first one that is there is read
 CARRIED = (*TOKENIZER_FILES, "generation_config.json", "LICENSE*", "NOTICE*")
 CODE_OR_WEIGHTS = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".safetensors")
 MAX_CARRIED_BYTES = 200_000_000
@@ -134,9 +137,37 @@ def write_reduced_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def copy_companions(source: Path, folder: Path, patterns: tuple[str, ...] = CARRIED) -> None:
-    """Copy tokenizer, generation config and licence files; never code, never weights."""
+    """Copy tokenizer, generation config and licence files; never code, never weights.
+
+    Where the tokenizer's files leave its class to the model's type, the copy names it: a type of ours has none.
+    """
+    named = tokenizer_class(source) or (None if (source / "config.json").is_file() else tokenizer_class(source, folder))
     for file in copied_companions(source, patterns):
         shutil.copyfile(file, folder / file.name)
+    if named is not None:
+        fields = _fields(folder / TOKENIZER_CONFIG) | {"tokenizer_class": named}
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def tokenizer_class(folder: Path, model: Path | None = None) -> str | None:
+    """Return the name of transformers' class for a tokenizer whose files name none; None where they do.
+
+    `model`: the folder whose config.json says what it is a tokenizer of, if not this one. Llama's class is for
+    sentencepiece's own file: a tokenizer.json says all of itself, and may be of any kind.
+    """
+    config = _fields((model or folder) / "config.json")
+    said = [fields.get("tokenizer_class") for fields in (config, _fields(folder / TOKENIZER_CONFIG))]
+    family = FAMILIES.get(str(config.get("model_type")).removeprefix("qectomy_"))
+    if family is None or any(said):
+        return None
+    vocabulary = next((name for name in VOCABULARIES if (folder / name).is_file()), None)
+    return family.tokenizer_class if vocabulary in family.vocabularies else None
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    """Return the fields of a JSON file, none where it is missing."""
+    found = read_json(path) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def copied_companions(source: Path, patterns: tuple[str, ...] = CARRIED) -> list[Path]:

@@ -136,7 +136,8 @@ class Family:
     base_prefix: str  # of the base model's tensors; files saved from a base model lack it
     ignored_suffixes: tuple[str, ...] = ()  # buffers that old checkpoints stored
     fields: tuple[str, ...]  # of config.json, beside those that all families have
-    tokenizer_class: str  # of transformers, where the tokenizer's own files name none
+    tokenizer_class: str  # of transformers, where the tokenizer's own files name none ...
+    vocabularies: tuple[str, ...]  # ... and are these
     folds_kv_bias: bool = False  # a layer without W_Q stores no bias of W_K and W_V
     norm_name: str  # as in "RMSNorm"
 

@@ -64,6 +64,7 @@ class StepWriter(ShardWriter):
         if missing := [name for name in self._tensors if self.steps and name not in self.digests]:
             raise Untrusted(f"the journal lacks {missing[0]} in a step that makes it, so no step can be trusted")
         super().finish()
+        self._work.whole = True
 
     def keep(self, **more: Any) -> None:
         """Bring the step's tensors to the disk, then its entry: their digests, and what `more` says."""

@@ -7,7 +7,7 @@
       scratch/         the run's own
 
 A run that a signal, a full disk or a failing one ends goes on from its last step. One that was refused, for the text or
-the weights that it was given, would be again: it leaves nothing behind.
+the weights that it was given, would be again: it leaves nothing behind, unless all its weights were written by then.
 """
 
 import importlib.metadata
@@ -44,6 +44,7 @@ class WorkFolder(LockedFolder):
         super().__init__(out)
         self.result, self.scratch = self.path / RESULT, self.path / SCRATCH
         self.journal = Journal(self.path / JOURNAL)
+        self.whole = False  # whether every tensor is written: what fails after that costs none of them
 
     def start(self, fingerprint: dict[str, Any], resume: bool) -> bool:
         """Hold the folder, new or, with `resume`, as it was left; return whether a run is resumed."""
@@ -172,12 +173,12 @@ def work_folder(
 
 @contextmanager
 def _kept_or_removed(folder: WorkFolder) -> Iterator[None]:
-    """Remove the folder of a run that was refused, or that has no step to go on from."""
+    """Remove the folder of a run that was refused before its weights were written, or has no step to go on from."""
     try:
         yield
     except BaseException as error:
         refused = isinstance(error, QectomyError) and not isinstance(error, OutputError | Stopped)
-        if refused or not folder.journal.entries:
+        if (refused and not folder.whole) or not folder.journal.entries:
             folder.remove()
         raise
 
@@ -191,7 +192,9 @@ def _explained(folder: WorkFolder) -> Iterator[None]:
         raise OutputError(f"{folder.out} could not be written: {cause(error)}. {_left(folder)}") from error
     except Untrusted as error:
         raise Untrusted(f"{error}: {folder.anew}") from error
-    except (OutputError, Stopped) as error:
+    except QectomyError as error:
+        if not isinstance(error, OutputError | Stopped) and not folder.whole:
+            raise
         raise type(error)(f"{str(error).rstrip('.')}. {_left(folder)}") from error
     except KeyboardInterrupt as error:
         if not folder.journal.entries:

@@ -37,15 +37,18 @@ from qectomy.surgery.writer import ShardWriter, TensorSpec
 
 @pytest.fixture
 def fails(raven, tmp_path):
-    """Return a function (source, error, message) that converts into a folder of its own and finds it empty after."""
+    """Return a function (source, error, message) that converts into a folder of its own and finds what it left there.
+
+    That is nothing or, of a conversion whose layers are all done, what can be resumed.
+    """
     place = tmp_path / "place"
     place.mkdir()
 
-    def run(source, error, message, query="select", **settings):
+    def run(source, error, message, query="select", left=(), **settings):
         before = hashes(source)
         with pytest.raises(error, match=message) as caught:
             convert_tiny(source, place / "out", query, raven, **settings)
-        assert list(place.iterdir()) == []
+        assert [path.name for path in place.iterdir()] == list(left)
         assert hashes(source) == before
         assert len(str(caught.value).splitlines()) == 1
 
@@ -102,17 +105,20 @@ def test_a_fit_that_gives_no_number(tiny_checkpoint, fails, monkeypatch):
 def test_logits_that_overflow(tiny_copy, fails):
     source = tiny_copy()
     edit_weights(source, lambda tensors: tensors["lm_head.weight"].mul_(1e38))
-    fails(source, NonFiniteError, r"logits are NaN or Inf on evaluation windows")
+    told = r"logits are NaN or Inf on evaluation windows .*out.converting holds what was done"
+    fails(source, NonFiniteError, told, left=["out.converting"])
 
 
 @pytest.mark.parametrize(
     "name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"]
 )
-def test_weights_too_large_for_the_dtype(tiny_copy, fails, name):
-    """Also in the row of a token that the text does not hold."""
+def test_weights_too_large_for_the_dtype(tiny_copy, fails, name, monkeypatch):
+    """Also in the row of a token that the text does not hold; before the first layer is fitted."""
     source = tiny_copy()
-    edit_weights(source, lambda tensors: tensors[name].view(tensors[name].shape[0], -1)[2].fill_(1e5))
-    fails(source, NonFiniteError, r"does not fit in F16.*--dtype float32", dtype="float16")
+    monkeypatch.setattr(LayerPass, "_layer", None)
+    edit_weights(source, lambda tensors: tensors[name].view(tensors[name].shape[0], -1)[2].fill_(-1e5))
+    told = rf"{name} holds 1e\+05, and float16 ends at 6.55e\+04: .*Use --dtype bfloat16 or float32"
+    fails(source, NonFiniteError, told, dtype="float16")
 
 
 def test_settings_that_cannot_be(tiny_checkpoint, fails, tmp_path):
@@ -264,6 +270,21 @@ def test_the_reload_check_is_killed(tiny_checkpoint, stopped):
 
     said, steps = stopped(tiny_checkpoint(), act, Stopped)
     assert "most likely out of memory. " in said
+    assert steps == 3
+
+
+def test_a_result_that_is_refused_at_the_end_is_kept(tiny_checkpoint, stopped):
+    """Hours of layers are not to be thrown away for what can be mended beside them."""
+
+    def refuses(command, **_):
+        return subprocess.CompletedProcess(command, reload.REFUSED, "", "CheckpointError: it gives other logits")
+
+    def act(patch):
+        patch.setattr(conversions, "reload_here", lambda patch: patch.setattr(reload.subprocess, "run", refuses))
+
+    said, steps = stopped(tiny_checkpoint(), act, CheckpointError)
+    assert "it gives other logits. " in said
+    assert said.endswith("out.converting holds what was done: go on with --resume, or start anew with --clean.")
     assert steps == 3
 
 
