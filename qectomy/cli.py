@@ -59,11 +59,12 @@ def inspect(
     from qectomy.calibrate.forecast.forecast import forecast
     from qectomy.calibrate.settings import default_context
     from qectomy.surgery.checkpoint import open_checkpoint
+    from qectomy.surgery.hub_headers import open_headers
     from qectomy.surgery.plan import inspect as inspect_checkpoint
 
     if text and not audit:
         raise typer.BadParameter("only an audit reads a text; add --audit", param_hint="--text")
-    source = open_checkpoint(checkpoint)
+    source, here = (open_checkpoint(checkpoint), True) if audit else open_headers(checkpoint)
     context = context or default_context(source)
     result = inspect_checkpoint(source)
     if audit:
@@ -78,7 +79,7 @@ def inspect(
             layer |= {"how": verdict.how, "reason": verdict.reason, "audit": record}
     fitted = any(row["possible"] for row in result["query_maps"] if row["map"] != "exact")
     result["needs"] = {"tokens": tokens, "eval_tokens": eval_tokens, "context": context} | forecast(
-        source, tokens=tokens, eval_tokens=eval_tokens, context=context, probe=fitted and not no_probe
+        source, tokens=tokens, eval_tokens=eval_tokens, context=context, probe=fitted and here and not no_probe
     )
     if as_json:
         print_json(result)

@@ -46,8 +46,8 @@ def convert_exact(
     """Write what exact folding leaves of a checkpoint to `out`, and return its report (also in `out`/qectomy.json).
 
     With an evaluation text (`settings.eval_text`, or the first of its texts) both models' perplexity is measured on
-    it. Layers in `kept` stay whole; `resume` and `clean` are those of `convert`. Raises a QectomyError where
-    nothing goes exactly or a layer is too ill-conditioned, and for what `convert` refuses; it leaves what that does.
+    it. Layers in `kept` stay whole; `resume` and `clean` are those of `convert`. Raises a QectomyError where nothing
+    goes exactly or a layer is too ill-conditioned, and for what `convert` refuses, and leaves what that leaves.
     """
     if resume and (done := _finished(source, out, settings, kept)) is not None:
         return done

@@ -158,7 +158,7 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
         return [SINGLE], {}
     if not (folder / INDEX).is_file():
         raise CheckpointError(_no_weights(folder))
-    places = _read_index(folder / INDEX)
+    places = read_index(folder / INDEX)
     return sorted(set(places.values())), places
 
 
@@ -167,7 +167,7 @@ def second_set(folder: Path) -> str:
     if not ((folder / SINGLE).is_file() and (folder / INDEX).is_file()):
         return ""
     try:
-        shards = sorted(set(_read_index(folder / INDEX).values()) - {SINGLE})
+        shards = sorted(set(read_index(folder / INDEX).values()) - {SINGLE})
     except CheckpointError:
         return ""  # nothing reads it
     if not (there := [name for name in shards if (folder / name).is_file()]):
@@ -224,7 +224,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return {name: TensorInfo(path.name, *sizes[name], name, starts[name]) for name in sizes}
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
     """Return {tensor name: name of the file beside the index that it says holds the tensor}."""
     index = read_json(path, once=True)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
