@@ -232,6 +232,15 @@ class TestDamage:
         edit_weights(folder, lambda tensors: tensors["lm_head.weight"][7].fill_(torch.nan))
         self.refused(folder, r"copy-of-llama gives NaN or Inf in window 0, first in the logits", NonFiniteError)
 
+    @pytest.mark.parametrize("streamed", [False, True])
+    def test_numbers_beyond_the_type_name_it_and_why_it_was_taken(self, streamed, tiny_copy):
+        folder = tiny_copy("fp16")
+        edit_weights(folder, lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].fill_(6e4))
+        for asked, why in ((None, "in which .* is stored"), ("float16", "which --dtype asks for")):
+            with pytest.raises(NonFiniteError, match=f"NaN or Inf.* computed in float16, ({why}); --dtype float32"):
+                evaluate(str(folder), SOURCE, Protocol(context=32), dtype=asked, streamed=streamed)
+        assert evaluate(str(folder), SOURCE, Protocol(context=32), dtype="float32", streamed=streamed)["perplexity"]
+
     def test_a_missing_tensor(self, tiny_copy):
         folder = tiny_copy()
         edit_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
