@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from qectomy.calibrate import text
 from qectomy.calibrate.text import load_tokenizer
 from qectomy.errors import CheckpointError
+from qectomy.eval.same_tokenizer import check_same_tokenizer
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.config_files import copy_companions, reduced_config, write_config
 
@@ -62,6 +63,7 @@ def test_a_gpt2_whose_files_name_no_class(config, vocabulary, gpt2_files, tmp_pa
         assert ours(LINE)["input_ids"] == theirs(LINE)["input_ids"] != []
         assert (ours.bos_token, ours.eos_token) == ("<|endoftext|>", "<|endoftext|>")
         assert ours.eos_token_id == theirs.eos_token_id
+    check_same_tokenizer(source, out)
     named = json.loads((out / "tokenizer_config.json").read_text())
     assert named == {**(config or {}), "tokenizer_class": "GPT2Tokenizer"}
 
@@ -70,6 +72,29 @@ def test_a_class_that_is_named_is_left_as_it_is(tiny_checkpoint, tmp_path):
     source = tiny_checkpoint("gpt2")
     out = written_of(source, tmp_path / "out")
     assert (out / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
+
+
+class TestSameTokenizer:
+    def test_special_tokens_that_are_lost(self, tiny_copy, tmp_path):
+        source = tiny_copy()
+        out = written_of(source, tmp_path / "out")
+        check_same_tokenizer(source, out)
+        edit_json(out / "tokenizer_config.json", lambda config: config.pop("eos_token"))
+        with pytest.raises(CheckpointError, match=r"not the original's: eos_token_id differ"):
+            check_same_tokenizer(source, out)
+
+    def test_other_ids(self, tiny_copy, tmp_path):
+        source = tiny_copy()
+        out = written_of(source, tmp_path / "out")
+        edit_json(out / "tokenizer.json", lambda made: made["model"]["merges"].clear())
+        with pytest.raises(CheckpointError, match=r"the ids of a text from token [0-9]+ on differ"):
+            check_same_tokenizer(source, out)
+
+    def test_a_folder_without_a_tokenizer(self, tiny_copy, tmp_path):
+        source = tiny_copy()
+        for path in source.glob("tokenizer*"):
+            path.unlink()
+        check_same_tokenizer(source, written_of(source, tmp_path / "out"))
 
 
 class TestSentencepiece:
