@@ -213,6 +213,6 @@ def _measure(
         result["token_sample"] = token_sample(source.folder, held, before, after)
     since = watch.add("measuring", since)
     logits = reduced.all_logits(reduced.states(tokens)[0, -RELOAD_TOKENS:])
-    reload = check_reload(work, tokens, logits, source.folder if held else None)
+    reload = check_reload(work, tokens, logits, source.folder, writes=held is not None)
     watch.add("reload", since)
     return result | reload.record()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from qectomy.errors import CheckpointError, NonFiniteError, OutputError, QectomyError, Stopped
 from qectomy.eval.peak_memory import peak_memory_bytes
+from qectomy.eval.same_tokenizer import check_same_tokenizer
 from qectomy.eval.samples import generation_of
 from qectomy.eval.scores import SLICE
 from qectomy.eval.streamed import StreamedModel, relative_logit_error
@@ -57,12 +58,15 @@ class Reload:
         return {"reload_check": check, **({"generation": self.generation} if self.generation else {})}
 
 
-def check_reload(folder: Path, tokens: torch.Tensor, logits: torch.Tensor, original: Path | None = None) -> Reload:
+def check_reload(
+    folder: Path, tokens: torch.Tensor, logits: torch.Tensor, original: Path, writes: bool = True
+) -> Reload:
     """Return what a fresh process finds that loads `folder` and runs the model.
 
-    `tokens` (1, T), `logits` (n, V) float32: what the model in `folder` must give at the last n positions. `original`:
-    of the model that it is to write side by side with. Raises CheckpointError when the folder does not load there,
-    lacks a tensor, or gives other logits.
+    `tokens` (1, T), `logits` (n, V) float32: what the model in `folder` must give at the last n positions, in one pass.
+    `original`: of the model whose tokenizer it must have, and, with `writes`, with which it is to write side by side.
+    Raises CheckpointError when the folder does not load there, lacks a tensor, gives other logits or, from its cache,
+    others than in one pass, or has another tokenizer.
     """
     expected = folder / ".expected.safetensors"
     try:
@@ -70,13 +74,14 @@ def check_reload(folder: Path, tokens: torch.Tensor, logits: torch.Tensor, origi
     except SafetensorError as full:
         raise OutputError(f"the reload check could not be written: {full}") from full
     try:
-        command = [sys.executable, "-c", CHILD, str(Path(__file__).parents[2]), str(original or ""), str(folder)]
+        command = [sys.executable, "-c", CHILD, str(Path(__file__).parents[2])]
+        command += [str(original), "writes" if writes else "", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     finally:
         expected.unlink()
     told = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if told:  # the check was through, whatever became of the process afterwards
-        return _passed(Reload(**json.loads(told[-1])), done.returncode if len(told) == 1 and original else 0)
+        return _passed(Reload(**json.loads(told[-1])), done.returncode if len(told) == 1 and writes else 0)
     if done.returncode < 0:
         raise Stopped(
             f"the process that reloads the written checkpoint was killed (signal {-done.returncode}): most likely out "
@@ -123,12 +128,13 @@ def _reload(folder: Path) -> Reload:
     return Reload(error / float(wanted.abs().max()), cached_error, peak_memory_bytes())
 
 
-def _main(original: str, folder: str) -> None:
+def _main(original: str, writes: str, folder: str) -> None:
     try:
         found = _reload(Path(folder))
+        check_same_tokenizer(Path(original), Path(folder))
     except (QectomyError, SafetensorError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(REFUSED)
     print(json.dumps(asdict(found)), flush=True)  # at once: what follows is only to be looked at
-    if original:
+    if writes:
         print(json.dumps(asdict(replace(found, generation=generation_of(Path(original), Path(folder))))))

@@ -1,10 +1,12 @@
 """The reload check: what a fresh process must find before an output is published."""
 
+import shutil
 from functools import partial
 
 import pytest
 import torch
 from conversions import convert_tiny
+from damage import edit_json
 from healings import Pair, heal_tiny
 from tiny_models import EVERY_MAP, load_reduced, tokens
 
@@ -35,16 +37,27 @@ def test_a_cache_that_is_lost_is_found_by_a_fresh_process(tiny_reduced, name, mo
     folder, ids = tiny_reduced(EVERY_MAP, name), tokens(1, 40)
     model = StreamedModel(open_checkpoint(folder, reduced=True))
     logits = model.all_logits(model.states(ids)[0, -20:])
-    found = reload.check_reload(folder, ids, logits)
+    found = reload.check_reload(folder, ids, logits, folder, writes=False)
     assert found.error < 1e-5
     assert 0 < found.cached_error < 1e-5
     lose_caches(monkeypatch, name)
     if name == "mistral":  # its window's mask has the length of the keys that the cache should hold
         with pytest.raises(Stopped, match=r"in a fresh process: RuntimeError: .*shape"):
-            reload.check_reload(folder, ids, logits)
+            reload.check_reload(folder, ids, logits, folder, writes=False)
         return
     with pytest.raises(CheckpointError, match=r"would write gibberish: token by token, .* its logits are off by \d"):
-        reload.check_reload(folder, ids, logits)
+        reload.check_reload(folder, ids, logits, folder, writes=False)
+
+
+def test_another_tokenizer_is_found_by_a_fresh_process(tiny_reduced, tmp_path):
+    original, ids = tiny_reduced(EVERY_MAP), tokens(1, 20)
+    folder = shutil.copytree(original, tmp_path / "written")
+    model = StreamedModel(open_checkpoint(folder, reduced=True))
+    logits = model.all_logits(model.states(ids)[0, -4:])
+    reload.check_reload(folder, ids, logits, original, writes=False)
+    edit_json(folder / "tokenizer_config.json", lambda fields: fields.update(eos_token=fields["pad_token"]))
+    with pytest.raises(CheckpointError, match=r"the written tokenizer is not the original's: eos_token_id differ"):
+        reload.check_reload(folder, ids, logits, original, writes=False)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
