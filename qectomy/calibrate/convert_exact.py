@@ -74,7 +74,6 @@ def convert_exact(
         copy_model_code(source.family, work)
         since = watch.add("folding", since)
         measured = _measure(source, work, held, watch, since)
-        _check_error(measured["logit_error"], settings.stored_dtype or source.dtype)
         report = {
             **provenance(source, settings.command, unchanged.weights),
             "method": "exact",
@@ -199,12 +198,16 @@ def _windows(source: Checkpoint, settings: ConvertSettings) -> ScoringWindows | 
 def _measure(
     source: Checkpoint, work: Path, held: ScoringWindows | None, watch: Stopwatch, since: float
 ) -> dict[str, Any]:
-    """Compare the written model with the original, and with itself in a fresh process."""
+    """Compare the written model with the original, and with itself in a fresh process.
+
+    Raises QueryMapError where rounding left another model than the original.
+    """
     written = open_checkpoint(work, reduced=True)
     tokens = held.tokens[:1] if held else random_tokens(source.dims)
     double = [StreamedModel(checkpoint, torch.float64) for checkpoint in (source, written)]
     theirs, ours = (model.states(tokens)[0, -RELOAD_TOKENS:] for model in double)
     error = relative_logit_error(theirs, ours, *double)
+    _check_error(error, written.dtype)
     original, reduced = (StreamedModel(checkpoint) for checkpoint in (source, written))
     result: dict[str, Any] = {"logit_error": error, "logit_error_on": "text" if held else "random tokens"}
     if held is not None:
