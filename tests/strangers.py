@@ -1,7 +1,7 @@
 """The python of someone who has everything installed that is here, but not qectomy."""
 
 import os
-import sysconfig
+import sys
 import venv
 from pathlib import Path
 
@@ -11,7 +11,7 @@ def make_stranger(home: Path) -> Path:
     venv.create(home / "env", with_pip=False, symlinks=True)
     libraries = home / "libraries"
     libraries.mkdir()
-    for folder in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+    for folder in [path for path in sys.path if Path(path).name == "site-packages"]:  # the first of a name wins
         for entry in Path(folder).iterdir():
             ours = "qectomy" in entry.name or entry.name.startswith("__editable__")
             if not ours and not (libraries / entry.name).exists():

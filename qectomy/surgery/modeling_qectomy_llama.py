@@ -370,7 +370,7 @@ class ReducedAttention(LlamaAttention):
         key_states = self.k_proj(hidden_states)
         value_states = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         n_kv_heads, n_kv_here = self.config.num_key_value_heads, key_states.shape[-1] // self.head_dim
-        if value_states.shape[1] > n_kv_here:  # a gauged W_V has all heads on each process
+        if value_states.shape[1] > n_kv_here:  # each process has all values where the plan splits none
             value_states = value_states[:, local_heads(n_kv_heads, n_kv_heads, n_kv_here)]
         cos, sin = position_embeddings
         if self.query is None:
@@ -498,6 +498,8 @@ class ReducedModel:
             share_first(self.layers, "self_attn")
             self._tied_weights_keys = {f"layers.{i}.": "layers.0." for i in range(1, len(self.layers))}
         self.post_init()
+        if "gauge" in config.value_maps:  # tensor parallelism knows no such module: each process has all values
+            self._tp_plan = {name: how for name, how in self._tp_plan.items() if not name.endswith("v_proj")}
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict:
         return {}  # the shared modules are one object; transformers' own way to tie them would cut their biases

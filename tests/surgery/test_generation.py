@@ -1,9 +1,12 @@
 """The reduced models at work: caches, padding, several sequences at once; every family alike."""
 
+import sys
+
 import pytest
 import torch
+from foldings import fold
 from tiny_models import EVERY_MAP, GPT2_SHAPES, load_reduced, tokens
-from transformers import GenerationConfig, StaticCache
+from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache
 
 
 def relative(a, b):
@@ -32,6 +35,40 @@ def test_cache_gives_the_same_text(tiny_reduced, name):
         second = model(plain[:, 11:], past_key_values=first.past_key_values).logits
         assert relative(torch.cat([first.logits, second], 1), whole) < 1e-12
         assert relative(model(plain[:, 11:]).logits, whole[:, 11:]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("query", ["identity", "select", "key-shared", "low-rank:3", "dense", "exact"])
+def test_cached_text_of_a_padded_batch_is_the_uncached_one(
+    tiny_reduced, tiny_checkpoint, tmp_path, monkeypatch, name, query
+):
+    """As anybody loads and runs it, for each family and map; CI runs this with several versions of transformers."""
+    if query == "exact":
+        fold(tiny_checkpoint(name), folder := tmp_path / "exact")
+    else:
+        folder = tiny_reduced((query, query), name)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    ids = tokens(2, 9)
+    ids[1, :4] = 2
+    mask = (torch.arange(9) >= torch.tensor([[0], [4]])).long()
+    options = dict(attention_mask=mask, max_new_tokens=32, min_new_tokens=32, do_sample=False, pad_token_id=2)
+    options |= dict(output_logits=True, return_dict_in_generate=True)
+
+    def written(**changed):
+        found = model.generate(ids, **{**options, **changed})
+        return found.sequences, torch.stack(found.logits)
+
+    (plain, expected), (cached, logits) = written(use_cache=False), written()
+    assert plain.shape == (2, 41)
+    assert torch.equal(plain, cached)
+    assert relative(logits, expected) < 1e-6  # RMSNorm computes in float32
+    assert relative(written(attention_mask=torch.ones_like(mask))[1][:, 1], logits[:, 1]) > 1e-4
+    monkeypatch.setattr(sys.modules[type(model).__module__], "take_cache", lambda named, given=None: (None, {}))
+    if name == "mistral":  # its window's mask has the length of the keys that the cache should hold
+        with pytest.raises(RuntimeError, match="shape"):
+            written()
+    else:
+        assert relative(written()[1], logits) > 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -1,0 +1,94 @@
+"""Reduced models split over two processes by transformers: each layer's heads follow the keys that it holds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from foldings import fold
+from safetensors.torch import load_file
+from tiny_models import load_reduced, tokens
+
+from qectomy.surgery.modeling_qectomy_llama import local_heads
+
+SCRIPT = """
+import json, sys
+import torch
+from safetensors.torch import save_file
+from torch import distributed
+from transformers import AutoModelForCausalLM
+import qectomy
+
+job = json.loads(sys.argv[1])
+distributed.init_process_group("gloo")
+ids = torch.tensor(job["ids"])
+for name, folder in job["folders"].items():
+    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(ids).logits
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+    if distributed.get_rank() == 0:
+        held = model.model.layers[0].self_attn.k_proj.weight
+        held = held.to_local() if hasattr(held, "to_local") else held
+        tensors = {"logits": logits.contiguous(), "text": text, "held": torch.tensor(held.shape)}
+        save_file(tensors, f"{job['out']}/{name}")
+distributed.destroy_process_group()
+"""
+RECIPES = {name: (name, name) for name in ("identity", "select", "key-shared", "low-rank:3", "dense")}
+RECIPES |= {"mixed": ("select", "key-shared", "identity")}
+NAMES = [*RECIPES, "exact", "mistral", "biases"]
+IDS = tokens(2, 17)
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_reduced, tiny_checkpoint, tmp_path_factory) -> dict[str, Path]:
+    made = {name: tiny_reduced(recipe) for name, recipe in RECIPES.items()}
+    made |= {name: tiny_reduced(("key-shared", "select"), name) for name in ("mistral", "biases")}
+    made["exact"] = tmp_path_factory.mktemp("fold") / "exact"
+    fold(tiny_checkpoint(), made["exact"])
+    return made
+
+
+@pytest.fixture(scope="module")
+def split(folders, tmp_path_factory) -> Path:
+    """What two processes gave for each folder, a file each."""
+    out = tmp_path_factory.mktemp("split")
+    job = {"ids": IDS.tolist(), "out": str(out), "folders": {name: str(folder) for name, folder in folders.items()}}
+    (out / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, out / "script.py", json.dumps(job)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=out,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_give_what_one_gives(split, folders, name):
+    found, model = load_file(split / name), load_reduced(folders[name])
+    with torch.no_grad():
+        logits = model(IDS).logits
+        text = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False)
+    assert (found["logits"] - logits).abs().max() < 1e-5 * logits.abs().max()
+    assert torch.equal(found["text"], text)
+
+
+def test_the_keys_were_split(split, folders):
+    """Otherwise nothing was shown."""
+    whole = load_reduced(folders["identity"]).model.layers[0].self_attn.k_proj.weight.shape
+    assert load_file(split / "identity")["held"].tolist() == [whole[0] // 2, whole[1]]
+
+
+@pytest.mark.parametrize("here", [0, 3])
+def test_heads_that_part_from_their_keys_are_refused(here):
+    with pytest.raises(RuntimeError, match=f"{here} of 4 KV heads arrived .* the tensor-parallel size divides"):
+        local_heads(8, 4, here)
