@@ -1,6 +1,7 @@
 # make demo    take W_Q out of the sample GPT-2 and print what it cost
 # make test    run the tests
 # make numerics    run the tests that depend most on rounding, with torch's plainest kernels (KERNELS=avx2: with those)
+# make versions    run the tests of the model code with the oldest, vLLM's and the newest transformers (VERSIONS="5.4.0")
 # make lint types format
 # Each makes its own virtual environment in .venv first. Needs Python 3.10 or newer: PYTHON=python3.12 make test
 
@@ -8,6 +9,7 @@ PYTHON ?= python3
 JOBS ?= 2
 ARGS =
 KERNELS = default
+VERSIONS = 5.4.0 5.19.0 newest
 
 # What is bounded by rounding, and so by the order in which a processor's kernels add up.
 NUMERICS := $(addprefix tests/calibrate/test_,attention_kl.py distributed_convert.py forecast_work.py free_key_starts.py \
@@ -28,12 +30,16 @@ CONTEXT =
 OUT =
 DEMO_OUT := .cache/demo
 
+# What runs inside a reduced model, and what loads it.
+MODEL_CODE := $(addprefix tests/surgery/test_,modeling.py modeling_gpt2.py modeling_gpt2_life.py modeling_life.py \
+  modeling_variants.py generation.py stranger.py tensor_parallel.py) tests/eval/test_reload.py
+
 VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test numerics lint types format demo clean
+.PHONY: help venv test numerics versions lint types format demo clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -55,6 +61,20 @@ test: $(STAMP)
 
 numerics: $(STAMP)
 	ATEN_CPU_CAPABILITY=$(KERNELS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS) $(NUMERICS)
+
+# Each in an environment of its own, which finds all else in .venv: pip puts a transformers, and what it wants, before it.
+versions: $(VERSIONS:%=$(VENV)/transformers-%/.installed)
+	@for version in $(VERSIONS); do \
+	  echo "transformers $$version: $$($(VENV)/transformers-$$version/bin/python -c 'import transformers as t; print(t.__version__)')"; \
+	  PYTHONPATH=. OMP_NUM_THREADS=1 $(VENV)/transformers-$$version/bin/python -m pytest -n $(JOBS) --dist worksteal \
+	    -p no:cacheprovider $(ARGS) $(MODEL_CODE) || exit 1; \
+	done
+
+$(VENV)/transformers-%/.installed: $(STAMP)
+	$(BIN)/python -m venv $(@D)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo $(@D)/lib/python3.*/site-packages)/base.pth"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade transformers$(if $(filter newest,$*),,==$*)
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
