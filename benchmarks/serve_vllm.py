@@ -174,6 +174,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder for the models and results; kept")
     parser.add_argument("--families", nargs="+", default=["llama", "gpt2"], choices=["llama", "gpt2"])
     parser.add_argument("--maps", nargs="+", default=list(MAPS), choices=MAPS)
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS, help="how vLLM runs; empty: speed alone")
     parser.add_argument("--turns", type=int, default=9, help="timed rounds of each model")
     parser.add_argument("--port", type=int, default=8011, help="where the OpenAI server listens, on this machine alone")
     options = parser.parse_args()
@@ -185,7 +186,7 @@ def main() -> int:
     for family in options.families:
         folders = {query: str(make_folder(family, query, options.work)) for query in options.maps}
         expected = {query: reference(Path(folder), prompts) for query, folder in folders.items()}
-        for way, job in WAYS.items():
+        for way, job in ((way, WAYS[way]) for way in options.ways):
             if family == "gpt2" and job["tp"] > 1:
                 continue
             out = options.work / f"{family}-{way.replace(', ', '-').replace(' ', '-')}.json"

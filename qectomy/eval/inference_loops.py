@@ -14,6 +14,7 @@ import torch
 
 from qectomy.errors import QectomyError
 from qectomy.eval.inference_bytes import OperationCount
+from qectomy.eval.streamed import cache_keyword
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class InferenceLoop:
     def __init__(self, name: str, model: Any, compiled: bool = False, clock: Callable[[], float] | None = None):
         self.name, self.model = name, model
         self.device = next(model.parameters()).device
+        self._cache_name = cache_keyword(model)
         self._clock = clock or time.perf_counter
         self._compiled = compiled
         self._static: dict[tuple[int, int], Any] = {}  # a compiled step goes on with the cache it was compiled for
@@ -78,7 +80,7 @@ class InferenceLoop:
         more = {}
         if self._compiled:  # a graph must not ask the cache how full it is
             more["position_ids"] = torch.arange(start, start + tokens.shape[1], device=self.device)[None]
-        out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, **more)
+        out = model(input_ids=tokens, **{self._cache_name: cache}, use_cache=True, logits_to_keep=1, **more)
         return out.past_key_values
 
 
