@@ -22,7 +22,7 @@ from qectomy.eval.same_tokenizer import check_same_tokenizer
 from qectomy.eval.samples import generation_of
 from qectomy.eval.scores import SLICE
 from qectomy.eval.streamed import StreamedModel, relative_logit_error
-from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.finite import all_finite
 
 RELOAD_TOKENS = 64  # whose logits are compared
@@ -114,18 +114,28 @@ def _passed(found: Reload, ended: int) -> Reload:
 @torch.no_grad()
 def _reload(folder: Path) -> Reload:
     expected = load_file(folder / ".expected.safetensors")
-    wanted, error, text = expected["logits"], 0.0, expected["tokens"][:, : PROMPT + CACHED_STEPS]
-    n_prompt = max(1, text.shape[1] - CACHED_STEPS)
-    model = StreamedModel(open_checkpoint(folder, reduced=True))
-    pieces = [text[:, :n_prompt], *text[:, n_prompt:].split(1, dim=1)]
-    whole, short, *cached = (states[0] for states in model.states_of([expected["tokens"], text], continued=pieces))
+    tokens, wanted, error = expected["tokens"], expected["logits"], 0.0
+    checkpoint = open_checkpoint(folder, reduced=True)
+    model = StreamedModel(checkpoint)
+    states = model.states(tokens)[0, -len(wanted) :]
     for start in range(0, wanted.shape[1], SLICE):
-        logits = model.logits(whole[-len(wanted) :], start, min(start + SLICE, wanted.shape[1]))
+        logits = model.logits(states, start, min(start + SLICE, wanted.shape[1]))
         if not all_finite(logits):
             raise NonFiniteError("the written checkpoint gives NaN or Inf in a fresh process")
         error = max(error, float((logits - wanted[:, start : start + SLICE]).abs().max()))
-    cached_error = relative_logit_error(short, torch.cat(cached), model, model)
+    cached_error = _cached_error(checkpoint, tokens[:, : PROMPT + CACHED_STEPS])
     return Reload(error / float(wanted.abs().max()), cached_error, peak_memory_bytes())
+
+
+def _cached_error(checkpoint: Checkpoint, text: torch.Tensor) -> float:
+    """Return how far logits from the key/value cache are off those of one pass over a text (1, T), in float64.
+
+    An ill-conditioned model turns float32's rounding into errors as large as those that a lost cache makes.
+    """
+    model, n_prompt = StreamedModel(checkpoint, torch.float64), max(1, text.shape[1] - CACHED_STEPS)
+    pieces = [text[:, :n_prompt], *text[:, n_prompt:].split(1, dim=1)]
+    whole, *cached = (states[0] for states in model.states_of([text], continued=pieces))
+    return relative_logit_error(whole, torch.cat(cached), model, model)
 
 
 def _main(original: str, writes: str, folder: str) -> None:

@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny_models import EVERY_MAP
+from transformers import AutoModelForCausalLM
 
+import qectomy  # noqa: F401  registers the reduced classes
 from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, UnsupportedArchitecture
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.headers import INDEX, SINGLE
@@ -120,9 +122,21 @@ def test_index_beyond_the_model(tiny_reduced, tmp_path, channel):
     folder = shutil.copytree(tiny_reduced(EVERY_MAP), tmp_path / "reduced")
     name = "model.layers.1.self_attn.query.index"
     edit_weights(folder, lambda tensors: tensors[name].__setitem__(3, channel))
+    refused(folder, rf"tensor {name} names channels beyond the model's 32", reduced=True)
+    edit_json(folder / "config.json", lambda config: config.pop("index_sha256"))  # as older folders are
     checkpoint = open_checkpoint(folder, reduced=True)
     with pytest.raises(CheckpointError, match=rf"tensor {name} names channels beyond the model's 32"):
         checkpoint.read_layer(1)
+
+
+def test_index_that_was_averaged(tiny_reduced, tmp_path):
+    """Channels of the model, and not those that were written: what is left of two folders' mean."""
+    folder = shutil.copytree(tiny_reduced(EVERY_MAP), tmp_path / "reduced")
+    name = "model.layers.1.self_attn.query.index"
+    edit_weights(folder, lambda tensors: tensors.update({name: (tensors[name] + tensors[name].flip(0)) // 2}))
+    refused(folder, "the channel numbers of layer 1 .* are not those of which config.json has the sha256", reduced=True)
+    with pytest.raises(ValueError, match=r"layer 1: the channel numbers in memory .* not those that config.json"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("extra", ["model.layers.0.self_attn.rotary.weight", "model.layers.2.mlp.up_proj.weight"])
