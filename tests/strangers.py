@@ -9,15 +9,15 @@ from pathlib import Path
 def make_stranger(home: Path) -> Path:
     """Make an environment in `home` without qectomy; return its python."""
     venv.create(home / "env", with_pip=False, symlinks=True)
-    libraries = home / "libraries"
-    libraries.mkdir()
-    for folder in [path for path in sys.path if Path(path).name == "site-packages"]:  # the first of a name wins
+    folders = [path for path in sys.path if Path(path).name == "site-packages"]
+    for libraries in (places := [home / f"libraries-{place}" for place in range(len(folders))]):
+        libraries.mkdir()
+    for libraries, folder in zip(places, folders, strict=True):  # in their order: the first of a name wins
         for entry in Path(folder).iterdir():
-            ours = "qectomy" in entry.name or entry.name.startswith("__editable__")
-            if not ours and not (libraries / entry.name).exists():
+            if "qectomy" not in entry.name and not entry.name.startswith("__editable__"):
                 (libraries / entry.name).symlink_to(entry)
     (site,) = (home / "env").glob("lib/python*/site-packages")
-    (site / "libraries.pth").write_text(f"{libraries}\n")
+    (site / "libraries.pth").write_text("".join(f"{libraries}\n" for libraries in places))
     return home / "env/bin/python"
 
 

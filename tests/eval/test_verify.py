@@ -120,7 +120,7 @@ def test_other_pivots_are_found(made, tmp_path):
     shutil.copytree(folder, tmp_path / "tampered")
     name = "model.layers.0.self_attn.v_proj.pivots"
     edit_weights(tmp_path / "tampered", lambda tensors: tensors.update({name: tensors[name].flip(0).contiguous()}))
-    with pytest.raises(CheckpointError, match="the channel numbers of layer 0 .* are not those of which config.json"):
+    with pytest.raises(CheckpointError, match=r"the channel numbers of layer 0 .* are not those of which config.json"):
         certificate(tmp_path / "tampered", source)
     edit_json(tmp_path / "tampered/config.json", lambda config: config.pop("index_sha256"))  # as in older folders
     found = certificate(tmp_path / "tampered", source)
