@@ -26,6 +26,11 @@ def materialize(
         result = run(source, out, progress, resume=resume, clean=clean)
     if not _told(result, as_json):
         typer.echo(f"wrote {result['out']}: {result['parameters']['after']:,} parameters; {result['note']}")
+        for dropped in result["warnings"]:
+            typer.echo(
+                f"warning: {dropped['engine']} {dropped['does']} (config.json: {dropped['field']} {dropped['value']}); "
+                f"measured: {dropped['measured']}"
+            )
 
 
 def import_nanogpt(

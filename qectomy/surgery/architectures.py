@@ -243,11 +243,17 @@ class GPT2Family(Family):
         if scale is not None and not (isinstance(scale, int | float) and 0 < scale < float("inf")):
             raise ValueError(f"softmax_scale must be a positive number, got {shown(scale)}")
 
-    def query_factor(self, config: Any) -> float:
-        if config.softmax_scale is None:
-            return 1.0
-        own = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
-        return float(config.softmax_scale) / own
+    def query_factor(self, config: Any, layer: int) -> float:
+        default = (config.n_embd // config.n_head) ** -0.5
+        scale = default if config.scale_attn_weights else 1.0
+        if config.softmax_scale is not None:
+            scale = float(config.softmax_scale)
+        return scale / default / (layer + 1 if config.scale_attn_by_inverse_layer_idx else 1)
+
+    def stock_fields(self, dims: Dimensions) -> dict[str, Any]:
+        # llama.cpp and CTranslate2 always scale by 1/√K; llama.cpp asks for n_ctx, which transformers 5 does not write.
+        scale = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+        return {"n_ctx": dims.n_positions, **scale}
 
     def stock_layer(self, config: Any, layer: int) -> Any:
         return self._stock_module().GPT2Block(config, layer)

@@ -88,7 +88,7 @@ def with_code(family: Family, config: dict[str, Any], reduced: bool) -> dict[str
 
 def stock_config(source: Checkpoint, dtype: str) -> dict[str, Any]:
     """Return the config.json of the original family, for a materialised checkpoint."""
-    config = _base_config(source, dtype)
+    config = _base_config(source, dtype) | source.family.stock_fields(source.dims)
     config["model_type"] = source.family.model_type
     config["architectures"] = [f"{source.family.class_stem}{source.family.causal_suffix}"]
     return config

@@ -210,9 +210,13 @@ class Family:
         """Raise ValueError for what transformers takes in silence and fails on later; `config` is its object."""
         raise NotImplementedError
 
-    def query_factor(self, config: Any) -> float:
-        """The factor on W_Q with which the stock model's softmax scale gives a reduced model's logits."""
+    def query_factor(self, config: Any, layer: int) -> float:
+        """The factor on a layer's W_Q with which the family's default softmax scale gives a reduced model's logits."""
         return 1.0
+
+    def stock_fields(self, dims: Dimensions) -> dict[str, Any]:
+        """Return what a stock config.json must say beside, or in place of, the reduced one's for other engines."""
+        return {}
 
     # From here on torch and transformers are loaded.
 

@@ -1,7 +1,9 @@
 """Write W_Q back: a reduced checkpoint as the stock model of its family, with the same logits.
 
 Every query map is affine in x̂, so W_Qᵀ = q(I) - q(0) and the bias is q(0), in float64, cast once. The result
-saves nothing; it is for engines that know nothing of Qectomy.
+saves nothing; it is for engines that know nothing of Qectomy. Of a stock config they read less than transformers does,
+so what W_Q can hold lies there: GPT-2's softmax scale is the default one. Layers without W_Q or with identity blocks
+quantise badly as they are stored; `balance.py` says what becomes of them.
 """
 
 from functools import partial
@@ -11,11 +13,14 @@ from typing import Any
 import torch
 
 from qectomy.errors import NonFiniteError, UnsupportedArchitecture
+from qectomy.surgery.balance import balance_channels, balance_heads
 from qectomy.surgery.checkpoint import Checkpoint, expected_tensors
 from qectomy.surgery.config_files import copy_companions, load_config, stock_config, write_config
-from qectomy.surgery.family import Dimensions, Family, LinearView
+from qectomy.surgery.family import Dimensions, Family, LayerRoles, LinearView
+from qectomy.surgery.engines import dropped_fields
 from qectomy.surgery.finite import all_finite
-from qectomy.surgery.linear_views import Projection, read_maps, store_views, without_views
+from qectomy.surgery.gauge import join_heads, split_heads
+from qectomy.surgery.linear_views import Projection, read_maps, read_view, store_views, without_views
 from qectomy.surgery.output import check_room
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.source_watch import SourceWatch
@@ -23,13 +28,18 @@ from qectomy.surgery.step_writer import Progress, write_steps
 from qectomy.surgery.work_folder import WorkFolder, finished, without_report, work_folder
 from qectomy.surgery.writer import DTYPES, MAX_SHARD_BYTES, ShardWriter, TensorSpec
 
+LAYERS = "balanced, of the default softmax scale"  # so that no run goes on with layers of another form
+
 
 def dense_layer(
     checkpoint: Checkpoint, config: Any, layer: int, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return the stock layer's tensors, by name inside the layer, that a reduced layer's amount to; W_Q in float64."""
+    """Return the stock layer's tensors, by name inside the layer, that a reduced layer's amount to.
+
+    What is not copied is float64.
+    """
     family, dims, roles, spec = checkpoint.family, checkpoint.dims, checkpoint.family.roles, checkpoint.recipe[layer]
-    factor = family.query_factor(config)
+    factor = family.query_factor(config, layer)
     if spec == QueryMapSpec("dense") and factor == 1.0:
         return tensors
     maps = read_maps(tensors, roles, spec, dims.d_head)
@@ -37,11 +47,45 @@ def dense_layer(
         maps["query"] = _query_rows(family, dims, config, layer, tensors, maps["key"])
     W_Q, b_Q = maps["query"]
     maps["query"] = (W_Q.double() * factor, None if b_Q is None else b_Q.double() * factor)
+    changed: dict[str, torch.Tensor] = {}
+    if spec.gauged:
+        changed |= _balance_heads_(maps, spec, dims, roles, tensors)
+    if spec.name == "identity":
+        names = [name for name in (f"{roles.attention_norm}.weight", f"{roles.attention_norm}.bias") if name in tensors]
+        norm, maps = balance_channels({name: tensors[name] for name in names}, maps, of=("key", "value"))
+        changed |= norm
     if dims.attention_bias:  # those that lie elsewhere
         maps |= {role: (W, torch.zeros(W.shape[1]) if b is None else b) for role, (W, b) in maps.items()}
     stored = tuple(LinearView(module) for module in (roles.query_map, roles.gauge, roles.key.module))
     views = [(getattr(roles, role), projection) for role, projection in maps.items()]
-    return without_views(tensors, (*stored, roles.value)) | store_views(views)
+    return without_views(tensors, (*stored, roles.value)) | store_views(views) | changed
+
+
+def _balance_heads_(
+    maps: dict[str, Projection],
+    spec: QueryMapSpec,
+    dims: Dimensions,
+    roles: LayerRoles,
+    tensors: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Balance W_Q with W_K and W_V with W_O where a head has an identity block; return W_O's tensors."""
+    if "query" in spec.gauged:  # there is no RoPE then, one key for each query head, and softmax sees no key bias
+        (W_Q, b_Q), (W_K, b_K) = maps["query"], maps["key"]
+        rows = W_Q if b_Q is None else torch.cat([W_Q, b_Q[None]])  # the bias turns with them
+        query, key = balance_heads(split_heads(rows, dims.d_head), split_heads(W_K, dims.d_head).mT)
+        query_rows = join_heads(query)
+        maps["query"] = (query_rows[: dims.d_model], None if b_Q is None else query_rows[-1])
+        maps["key"] = (join_heads(key.mT), b_K)
+    if "value" not in spec.gauged:
+        return {}
+    (W_V, b_V), (W_O, b_O) = maps["value"], read_view(tensors, roles.output)
+    assert b_V is None, "a gauged W_V has its bias in W_O's"
+    shared = dims.n_heads // dims.n_kv_heads  # heads that read one value stand side by side
+    rows = W_O.unflatten(0, (dims.n_kv_heads, shared, dims.d_head)).transpose(1, 2).flatten(2)  # (G, K, shared * D)
+    value, output = balance_heads(split_heads(W_V, dims.d_head), rows)
+    W_O = output.unflatten(2, (shared, -1)).transpose(1, 2).flatten(0, 2)
+    maps["value"] = (join_heads(value), None)
+    return store_views([(roles.output, (W_O, b_O))])
 
 
 def _query_rows(
@@ -93,6 +137,7 @@ def materialize(
         name: TensorSpec(shape, checkpoint.tensors[name].dtype if name in checkpoint.tensors else dtype)
         for name, shape in shapes.items()
     }
+    config = load_config(family, checkpoint.config, reduced=True)
     report = {
         "out": str(out),
         "model_type": family.model_type,
@@ -101,11 +146,12 @@ def materialize(
             "after": sum(torch.Size(spec.shape).numel() for spec in specs.values()),
         },
         "bytes": {"before": checkpoint.nbytes, "after": sum(spec.nbytes for spec in specs.values())},
+        "warnings": dropped_fields(family.model_type, config),
         "note": "materialising saves nothing: W_Q is back, for engines that know nothing of Qectomy",
     }
 
     def told(watch: SourceWatch) -> dict[str, Any]:
-        return {"command": "materialize", "largest shard": max_shard_bytes} | watch.fingerprint
+        return {"command": "materialize", "layers": LAYERS, "largest shard": max_shard_bytes} | watch.fingerprint
 
     if (
         resume
@@ -113,7 +159,7 @@ def materialize(
     ):
         return done
     check_room(out, sum(spec.nbytes for spec in specs.values()) - WorkFolder(out).nbytes())
-    config, unchanged = load_config(family, checkpoint.config, reduced=True), SourceWatch(checkpoint)
+    unchanged = SourceWatch(checkpoint)
     with work_folder(out, told(unchanged), resume=resume, clean=clean) as work:
         layers = [partial(_write_layer, checkpoint, config, layer, specs) for layer in range(dims.n_layers)]
         steps = [partial(_write_outer, checkpoint), *layers]

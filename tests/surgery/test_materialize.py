@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, L
 
 from qectomy.errors import CheckpointError, NonFiniteError, OutputError, UnsupportedArchitecture
 from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.surgery.gauge import split_heads
+from qectomy.surgery.linear_views import read_view
 from qectomy.surgery.materialize import materialize
 
 HALF = ("bf16", "fp16", "gpt2-bf16")
@@ -59,24 +61,30 @@ def test_same_logits(tiny_reduced, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["llama", "wide-heads", "narrow-heads"])
 def test_weights_that_are_not_queries_are_copied_bit_for_bit(tiny_reduced, tmp_path, name):
+    """But those of an identity layer that read or make its rescaled x̂."""
     folder = tiny_reduced(EVERY_MAP, name)
     materialize(open_checkpoint(folder, reduced=True), tmp_path / "stock")
     reduced, stock = load_file(folder / "model.safetensors"), load_file(tmp_path / "stock/model.safetensors")
-    common = set(reduced) & set(stock)
+    rescaled = {f"model.layers.0.{part}.weight" for part in ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj")}
+    common = set(reduced) & set(stock) - rescaled
     assert len(common) > 30
     assert all(torch.equal(reduced[key], stock[key]) for key in common)
-    assert {key.rpartition(".self_attn.")[2].partition(".")[0] for key in set(stock) - common} == {"q_proj"}
+    assert not any(torch.equal(reduced[key], stock[key]) for key in rescaled)
+    rest = {key.rpartition(".self_attn.")[2].partition(".")[0] for key in set(stock) - common - rescaled}
+    assert rest == {"q_proj"}
 
 
-def test_identity_and_select_are_exact(tiny_reduced, tmp_path):
-    """identity's W_Q is ones and zeros; select's has one gain in each row; both without rounding."""
+def test_identity_and_select_have_one_number_in_each_row(tiny_reduced, tmp_path):
+    """identity's W_Q is what its channels' gains were divided by; select's has its own gains, without rounding."""
     for name, n_query in (("llama", 32), ("wide-heads", 48), ("narrow-heads", 24)):
         folder, out = tiny_reduced(EVERY_MAP, name), tmp_path / name
         materialize(open_checkpoint(folder, reduced=True), out)
         reduced, stock = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
+        gain = "model.layers.0.input_layernorm.weight"
         expected = torch.zeros(n_query, 32)
         expected[torch.arange(n_query), torch.arange(n_query) % 32] = 1
-        assert torch.equal(stock["model.layers.0.self_attn.q_proj.weight"], expected)
+        expected *= reduced[gain] / stock[gain]
+        torch.testing.assert_close(stock["model.layers.0.self_attn.q_proj.weight"], expected, rtol=1e-6, atol=0)
         query = "model.layers.1.self_attn.query."
         expected = torch.zeros(n_query, 32)
         expected[torch.arange(n_query), reduced[query + "index"].long()] = reduced[query + "gain"]
@@ -89,47 +97,59 @@ def test_identity_and_select_are_exact(tiny_reduced, tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-one-head"])
 def test_gpt2s_queries_stand_before_its_keys_and_values(tiny_reduced, tmp_path, name):
-    """identity's and select's columns of c_attn are ones and zeros; keys and values are copied, their biases 0."""
+    """select's columns of c_attn are ones and zeros; keys and values are copied, their biases 0."""
     folder = tiny_reduced(EVERY_MAP, name)
     materialize(open_checkpoint(folder, reduced=True), tmp_path / "stock")
     reduced, stock = load_file(folder / "model.safetensors"), load_file(tmp_path / "stock/model.safetensors")
     for layer in range(4):
         prefix = f"transformer.h.{layer}.attn.c_attn."
         weight, bias = stock[prefix + "weight"], stock[prefix + "bias"]
-        assert torch.equal(weight[:, 32:], reduced[prefix + "weight"])
+        assert torch.equal(weight[:, 32:], reduced[prefix + "weight"]) == (layer > 0)
         assert torch.equal(bias[32:], torch.zeros(64))
         assert torch.equal(bias[:32], reduced.get(prefix + "query.bias", torch.zeros(32)))
-    assert torch.equal(stock["transformer.h.0.attn.c_attn.weight"][:, :32], torch.eye(32))
+    norm, prefix = "transformer.h.0.ln_1.", "transformer.h.0.attn.c_attn.weight"
+    ratio = stock[norm + "weight"] / reduced[norm + "weight"]
+    torch.testing.assert_close(stock[norm + "bias"], reduced[norm + "bias"] * ratio, rtol=1e-6, atol=0)
+    torch.testing.assert_close(stock[prefix][:, :32], (1 / ratio).diag(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(stock[prefix][:, 32:], reduced[prefix] / ratio[:, None], rtol=1e-6, atol=0)
     chosen = torch.zeros(32, 32)
     chosen[reduced["transformer.h.1.attn.c_attn.query.index"].long(), torch.arange(32)] = 1
     torch.testing.assert_close(stock["transformer.h.1.attn.c_attn.weight"][:, :32], chosen, rtol=0, atol=1e-15)
     rest = {key for key in stock if ".attn.c_attn." not in key or ".h.4." in key}  # layer 4 is dense
+    rest -= {norm + "weight", norm + "bias"}
     assert len(rest) > 50
     assert all(torch.equal(stock[key], reduced[key]) for key in rest)
 
 
+@pytest.mark.parametrize("fields", [{}, {"softmax_scale": 0.15}], ids=str)
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-inverse", "gpt2-unscaled"])
-def test_softmax_scale_comes_back_in_the_queries(tiny_reduced, tmp_path, name):
-    """The stock model knows no such field: W_Q and b_Q take it, those of a dense layer too, and nothing else."""
+def test_softmax_scales_come_back_in_the_queries(tiny_reduced, tmp_path, name, fields):
+    """W_Q and b_Q take them, those of a dense layer too, and nothing else; the config has GPT-2's defaults."""
     plain, folder = tiny_reduced(EVERY_MAP, name), tmp_path / "reduced"
     shutil.copytree(plain, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "softmax_scale": 0.15}))
-    for source, out in ((folder, "scaled"), (plain, "plain")):
+    default = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+    for source, out, changed in ((folder, "scaled", fields), (plain, "plain", default)):
+        source = shutil.copytree(source, tmp_path / f"{out}-source")
+        (source / "config.json").write_text(json.dumps(config | changed))
         materialize(open_checkpoint(source, reduced=True), tmp_path / out)
-    assert "softmax_scale" not in json.loads((tmp_path / "scaled/config.json").read_text())
-    factor = 0.15 / (1.0 if name == "gpt2-unscaled" else 8**-0.5)  # four heads of 8 channels
+        written = json.loads((tmp_path / out / "config.json").read_text())
+        assert "softmax_scale" not in written
+        assert default.items() <= written.items()
+        assert written["n_ctx"] == written["n_positions"] == 128
+    factor = fields.get("softmax_scale", 1.0 if name == "gpt2-unscaled" else 8**-0.5) * 8**0.5  # heads of 8 channels
     scaled, unscaled = (load_file(tmp_path / out / "model.safetensors") for out in ("scaled", "plain"))
     for key, tensor in unscaled.items():
         expected = tensor.clone()
         if ".attn.c_attn." in key:
-            expected[..., :32] *= factor
+            expected[..., :32] *= factor / (int(key.split(".")[2]) + 1 if name == "gpt2-inverse" else 1)
         torch.testing.assert_close(scaled[key], expected, rtol=1e-6, atol=1e-12, msg=key)
     ids = tokens(2, 40)
     with torch.no_grad():
-        expected = load_reduced(folder, torch.float64)(ids).logits
+        expected = load_reduced(tmp_path / "scaled-source", torch.float64)(ids).logits
         assert relative(load_stock(tmp_path / "scaled")(ids).logits, expected) < 1e-5
-        assert relative(load_stock(tmp_path / "plain")(ids).logits, expected) > 1e-3
+        if name != "gpt2" or fields:
+            assert relative(load_stock(tmp_path / "plain")(ids).logits, expected) > 1e-3
 
 
 @pytest.mark.parametrize("name", HALF)
@@ -225,7 +245,7 @@ GAUGED = ["gpt2", "gpt2-untied", "gpt2-inverse", "llama", "attention-bias", "bia
 @pytest.mark.parametrize("name", GAUGED)
 @torch.no_grad()
 def test_gauged_projections_are_written_out(tmp_path, name):
-    """Identity blocks and all: a stock model with the folded one's logits, which are the original's."""
+    """A stock model with the folded one's logits, which are the original's, and no identity blocks."""
     source = save_tiny(tmp_path / "source", name, dtype="float64")
     fold(source, tmp_path / "folded")
     folded = open_checkpoint(tmp_path / "folded", reduced=True)
@@ -236,31 +256,21 @@ def test_gauged_projections_are_written_out(tmp_path, name):
     stock = in_float64(load_stock(tmp_path / "stock"))
     assert relative(stock(ids).logits, expected) < 1e-12
     assert relative(in_float64(load_reduced(tmp_path / "folded", torch.float64))(ids).logits, expected) < 1e-12
-    found, config = load_file(tmp_path / "stock/model.safetensors"), stock.config
-    d_head = config.hidden_size // config.num_attention_heads if name.startswith("gpt2") else config.head_dim
-    for layer, gauge in enumerate(folded.read_layer(i) for i in range(2)):
-        if name.startswith("gpt2"):
-            pivots = gauge["attn.c_attn.gauge.pivots"].long()
-            W = found[f"transformer.h.{layer}.attn.c_attn.weight"]
-            W = torch.cat([W[:, :32], W[:, 64:]], 1)
-            assert not found[f"transformer.h.{layer}.attn.c_attn.bias"][32:].any()
-            assert found[f"transformer.h.{layer}.attn.c_attn.bias"][:32].any()
-        else:
-            pivots = gauge["self_attn.v_proj.pivots"].long()
-            W = found[f"model.layers.{layer}.self_attn.v_proj.weight"].T
-            bias = found.get(f"model.layers.{layer}.self_attn.v_proj.bias")
-            assert (bias is None) == (not config.attention_bias if name != "mistral" else True)
-            assert bias is None or not bias.any()
-        assert len(pivots) * d_head == W.shape[1]
-        for head, own in enumerate(pivots):
-            assert torch.equal(W[own, head * d_head : (head + 1) * d_head], torch.eye(d_head).double())
+    layer, roles = open_checkpoint(tmp_path / "stock").read_layer(1), folded.family.roles
+    (W_V, b_V), (W_O, _) = (read_view(layer, view) for view in (roles.value, roles.output))
+    assert b_V is None or not b_V.any()
+    for head, block in enumerate(split_heads(W_V, folded.dims.d_head)):  # both have half of each singular value
+        shared = folded.dims.n_heads // folded.dims.n_kv_heads
+        rows = W_O.unflatten(0, (-1, shared, folded.dims.d_head))[head].transpose(0, 1).flatten(1)
+        torch.testing.assert_close(block.T @ block, rows @ rows.T, rtol=1e-9, atol=1e-9)
+        assert (block == 0).sum() == 0
     assert open_checkpoint(tmp_path / "stock").parameters == open_checkpoint(source).parameters
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "biases"])
 @torch.no_grad()
 def test_an_exact_identity_is_written_out(tmp_path, name):
-    """Layers whose W_Q went exactly, beside gauged values: W_Q is the identity."""
+    """Layers whose W_Q went exactly, beside gauged values: W_Q is diagonal."""
     model = tiny_model(name).double()
     if name == "gpt2":
         model.transformer.h[1].attn.c_attn.weight[:, :32] = torch.linspace(0.5, 2, 32).diag()
@@ -275,7 +285,8 @@ def test_an_exact_identity_is_written_out(tmp_path, name):
         W_Q = found["transformer.h.1.attn.c_attn.weight"][:, :32]
     else:
         W_Q = found["model.layers.1.self_attn.q_proj.weight"]
-    assert torch.equal(W_Q, torch.eye(32).double())
+    assert torch.equal(W_Q, W_Q.diag().diag())
+    assert W_Q.diag().all()
     expected = in_float64(model)(ids).logits
     assert relative(in_float64(load_stock(tmp_path / "stock"))(ids).logits, expected) < 1e-12
 
