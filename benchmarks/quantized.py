@@ -27,7 +27,10 @@ from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import Protocol, scoring_windows
 from qectomy.surgery.checkpoint import open_checkpoint
 
-MAPS = {"llama": ("key-shared", "select", "identity", "exact"), "gpt2": ("key-shared", "low-rank:8", "identity", "exact")}
+MAPS = {
+    "llama": ("key-shared", "select", "identity", "exact"),
+    "gpt2": ("key-shared", "low-rank:8", "identity", "exact"),
+}
 AGREES = 1e-3  # relative, of two float32 perplexities
 
 

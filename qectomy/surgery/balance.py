@@ -1,8 +1,8 @@
 """The same function in weights that quantise well: changes of scale and of basis that no output sees.
 
-A quantiser gives some 32 inputs of one output a common step, so it loses most where a block holds numbers of unlike size.
-Two maps leave such blocks: `identity` has its scales in the norm's gain, and their inverses in W_K and W_V; `exact`
-leaves ones and zeros in each head's block at its pivots.
+A quantiser gives some 32 inputs of one output a common step, so it loses most where a block's numbers are of unlike
+size. Two maps leave such blocks: `identity` has its scales in the norm's gain, and their inverses in W_K and W_V;
+`exact` leaves ones and zeros in each head's block at its pivots.
 
     channels   norm(x) γ W      = norm(x) (γ s) (W / s)      s > 0: one for each channel of x̂; a shift β becomes β s
     heads      (W_l A)(A⁻¹ W_r) = W_l W_r                    A: invertible, one for each head
@@ -19,7 +19,9 @@ from qectomy.surgery.linear_views import Projection
 Norm = dict[str, torch.Tensor]  # its gain, and its shift if it has one
 
 
-def balance_channels(norm: Norm, readers: dict[str, Projection], of: tuple[str, ...]) -> tuple[Norm, dict[str, Projection]]:
+def balance_channels(
+    norm: Norm, readers: dict[str, Projection], of: tuple[str, ...]
+) -> tuple[Norm, dict[str, Projection]]:
     """Return a norm and its readers, W (D, out), rescaled: each channel's rms over the readers named in `of` is one.
 
     If W's blocks run over D, their steps are max |W / s| and the error in an output is that times |s x̂|: the product is

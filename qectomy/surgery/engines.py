@@ -1,7 +1,8 @@
 """What other engines are known to drop, in silence, of a stock config.json that they read.
 
-What W_Q can hold `materialize` writes there; here is what stays. The effects are measured by `benchmarks/engine_fields.py`:
-the engine's mean KL from transformers' predictions on the sample models, with the field set as it says.
+What W_Q can hold `materialize` writes there; here is what stays. The effects are measured by
+`benchmarks/engine_fields.py`: the engine's mean KL from transformers' predictions on the sample models, with the field
+set as it says.
 """
 
 from collections.abc import Callable

@@ -16,8 +16,8 @@ from qectomy.errors import NonFiniteError, UnsupportedArchitecture
 from qectomy.surgery.balance import balance_channels, balance_heads
 from qectomy.surgery.checkpoint import Checkpoint, expected_tensors
 from qectomy.surgery.config_files import copy_companions, load_config, stock_config, write_config
-from qectomy.surgery.family import Dimensions, Family, LayerRoles, LinearView
 from qectomy.surgery.engines import dropped_fields
+from qectomy.surgery.family import Dimensions, Family, LayerRoles, LinearView
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.gauge import join_heads, split_heads
 from qectomy.surgery.linear_views import Projection, read_maps, read_view, store_views, without_views
