@@ -31,14 +31,14 @@ GPT2 = (
         field="activation_function",
         kept=lambda config: config.activation_function in TANH_GELU,
         does="computes GELU by tanh whatever the activation is",
-        measured="TODO",
+        measured="mean KL 0.67 nats for relu, on the sample GPT-2",
     ),
     DroppedField(
         engine=CTRANSLATE2,
         field="layer_norm_epsilon",
         kept=lambda config: config.layer_norm_epsilon == 1e-5,
         does="takes 1e-05 in every LayerNorm",
-        measured="TODO",
+        measured="mean KL 0.004 nats for 0.001 and 1.5 for 0.1, on the sample GPT-2",
     ),
 )
 LLAMA = tuple(
@@ -47,7 +47,7 @@ LLAMA = tuple(
         field="hidden_act",
         kept=lambda config: config.hidden_act in SILU,
         does="computes SiLU whatever the activation is",
-        measured="TODO",
+        measured="mean KL 0.072 nats for gelu, on the sample Llama",
     )
     for engine in (LLAMA_CPP, CTRANSLATE2)
 )
@@ -58,7 +58,7 @@ MISTRAL = (
         field="sliding_window",
         kept=lambda config: config.sliding_window is None or config.sliding_window >= config.max_position_embeddings,
         does="attends to all positions, not to the window's alone",
-        measured="TODO",
+        measured="not measured",
     ),
 )
 DROPPED = {"gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL}
