@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,20 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
         {"layer_norm_epsilon": 1e-1},
         {"scale_attn_by_inverse_layer_idx": True},
         {"scale_attn_weights": False},
+        {"activation_function": "silu"},
     ],
     "samples/llama": [
         {},
         {"hidden_act": "gelu"},
+        {"hidden_act": "relu"},
         {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64},
     ],
 }
 CONTEXT = 256
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FIELDS["samples/llama"] += [
+    {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": positions}} for positions in (8192, 128)
+]
 
 
 def with_fields(source: Path, out: Path, fields: dict[str, Any]) -> Path:
@@ -80,35 +87,45 @@ def ctranslate2_logits(folder: Path, work: Path) -> Callable[[list[int]], torch.
 
 @torch.no_grad()
 def divergence(stock: Path, folder: Path, engine: Any, windows: torch.Tensor, work: Path) -> float:
-    """Return the mean KL of an engine's predictions on `folder` from transformers' on `stock`."""
+    """Return the mean KL of an engine's predictions on `folder` from transformers' on `stock`; NaN: it gives none."""
     model, _, _ = load_model(str(stock), "float32", "cpu")
     work.mkdir()
-    logits, total = engine(folder, work), 0.0
-    for window in windows:
-        expected = model(window[None]).logits[0].double().log_softmax(-1)
-        found = logits(window.tolist()).double().log_softmax(-1)
-        total += (expected.exp() * (expected - found)).sum(-1).mean().item()
+    total = 0.0
+    try:
+        logits = engine(folder, work)
+        for window in windows:
+            expected = model(window[None]).logits[0].double().log_softmax(-1)
+            found = logits(window.tolist()).double().log_softmax(-1)
+            total += (expected.exp() * (expected - found)).sum(-1).mean().item()
+    except ValueError as error:  # CTranslate2's logits of a text longer than the sliding window cannot be read
+        print(f"{folder}: {error}", file=sys.stderr)
+        return float("nan")
     return total / len(windows)
+
+
+def _short(value: Any) -> Any:
+    return f"{value['rope_type']} {value['original_max_position_embeddings']}" if isinstance(value, dict) else value
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluation", type=Path, required=True, metavar="FILE", help="text that is measured on")
     parser.add_argument("--windows", type=int, default=8, help=f"of {CONTEXT} tokens; default: 8")
+    parser.add_argument("--sample", nargs="*", default=list(FIELDS), choices=list(FIELDS), help="default: both")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="must not exist")
     options = parser.parse_args()
     engines = {"llama.cpp": llama_cpp_logits, "CTranslate2": ctranslate2_logits}
     rows, place = [], 0
-    for sample, changes in FIELDS.items():
+    for sample in options.sample:
         tokenizer = load_tokenizer(Path(sample))
         ids = tokenizer(options.evaluation.read_text(encoding="utf-8"))["input_ids"][: options.windows * CONTEXT]
         windows = torch.tensor(ids).view(-1, CONTEXT)
-        for fields in changes:
+        for fields in FIELDS[sample]:
             work = options.work / str(place)
             place += 1
             stock = with_fields(Path(sample), work / "original", fields)
             folders = {"as it is": stock, "folded": materialised(stock, work / "materialised")}
-            named = ", ".join(f"{name} {value}" for name, value in fields.items() if name != "architectures")
+            named = ", ".join(f"{name} {_short(value)}" for name, value in fields.items() if name != "architectures")
             row = [f"{sample}, {named or 'unchanged'}"]
             for engine, logits in engines.items():
                 for kind, folder in folders.items():

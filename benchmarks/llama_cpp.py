@@ -56,7 +56,7 @@ def _add_gpt2_norms(writer: gguf.GGUFWriter, source: Checkpoint) -> None:
 def _add_llama_rope(writer: gguf.GGUFWriter, source: Checkpoint) -> None:
     rope = source.config.get("rope_parameters") or {"rope_theta": source.config.get("rope_theta", 10000.0)}
     if rope.get("rope_type", "default") != "default":
-        raise SystemExit(f"error: this benchmark writes plain RoPE alone, not {rope['rope_type']}")
+        raise ValueError(f"only plain RoPE is written as GGUF here, not {rope['rope_type']}")
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_rope_dimension_count(source.dims.d_head)
     writer.add_key_length(source.dims.d_head)

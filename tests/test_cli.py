@@ -365,6 +365,19 @@ def test_several_checkpoints_and_the_materialised_one(cli, tiny_checkpoint, rave
     assert "[/reduced]" in shown.err  # progress: no part of a name is taken as markup
 
 
+def test_what_an_engine_drops_of_a_materialised_config_is_printed(cli, tiny_reduced, tmp_path):
+    plain, relu = tiny_reduced(("select", "dense"), "gpt2"), tmp_path / "relu"
+    shutil.copytree(plain, relu)
+    config = json.loads((relu / "config.json").read_text())
+    (relu / "config.json").write_text(json.dumps(config | {"activation_function": "relu"}))
+    shown = " ".join(cli("materialize", relu, "--out", tmp_path / "stock").out.split())
+    assert "warning: llama.cpp computes GELU whatever the activation is" in shown
+    assert "activation_function relu); measured: mean KL 0.69 nats" in shown
+    written = cli("materialize", relu, "--out", tmp_path / "json", "--json").json()
+    assert [(one["engine"], one["value"]) for one in written["warnings"]] == [("llama.cpp", "relu")]
+    assert "warning" not in cli("materialize", plain, "--out", tmp_path / "plain").out
+
+
 def test_text_output_of_a_conversion(cli, tiny_checkpoint, raven, tmp_path):
     done = cli("convert", tiny_checkpoint(), "--out", tmp_path / "out", "--query", "select", "--text", raven, *QUICK)
     assert done.code == 0
