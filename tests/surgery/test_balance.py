@@ -61,15 +61,19 @@ def test_channels_without_gain_weights_or_range_stay(dtype):
         readers[role][0][1] = 0.0  # nothing but queries reads this one
         readers[role][0][2] = torch.finfo(dtype).tiny  # of gains that would vanish beside queries that overflow
     norm["weight"][2] = 2 * torch.finfo(dtype).tiny
+    norm["weight"][3] = 2 * torch.finfo(dtype).tiny  # a quarter of this lacks digits
+    for role, (W, _) in readers.items():
+        W[3] = W[4] * (0.1 if role in "kv" else 1)
     scaled, balanced = balance_channels(norm, readers, of=("k", "v"))
     for name, vector in scaled.items():
         assert vector.to(dtype).isfinite().all()
         assert (vector[0] == 0) == (name == "weight")
-        assert torch.equal(vector[1:3].to(dtype), norm[name][1:3])
+        assert torch.equal(vector[1:4].to(dtype), norm[name][1:4])
+    assert not torch.equal(scaled["bias"][0], norm["bias"][0].double())
     for role, (W, _) in balanced.items():
         assert W.to(dtype).isfinite().all()
-        assert torch.equal(W[1:3].to(dtype), readers[role][0][1:3])
-    assert not torch.equal(scaled["weight"][3:], norm["weight"][3:].double())
+        assert torch.equal(W[1:4].to(dtype), readers[role][0][1:4])
+    assert (scaled["weight"][4:] == norm["weight"][4:].double()).sum() <= 1  # the median channel
 
 
 def test_readers_that_are_all_zero_stay():
