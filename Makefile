@@ -66,7 +66,7 @@ numerics: $(STAMP)
 versions: $(VERSIONS:%=$(VENV)/transformers-%/.installed)
 	@for version in $(VERSIONS); do \
 	  echo "transformers $$version: $$($(VENV)/transformers-$$version/bin/python -c 'import transformers as t; print(t.__version__)')"; \
-	  PYTHONPATH=. OMP_NUM_THREADS=1 $(VENV)/transformers-$$version/bin/python -m pytest -n $(JOBS) --dist worksteal \
+	  PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 $(VENV)/transformers-$$version/bin/python -m pytest -n $(JOBS) --dist worksteal \
 	    -p no:cacheprovider $(ARGS) $(MODEL_CODE) || exit 1; \
 	done
 

@@ -21,6 +21,7 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qectomy.surgery.architectures import FAMILIES
 from qectomy.surgery.checkpoint import expected_tensors, open_checkpoint
@@ -112,6 +113,8 @@ ROPES: dict[str, dict[str, Any]] = {
     ),
     "proportional": dict(rope_type="proportional", rope_theta=500.0, partial_rotary_factor=0.5),
 }
+if "proportional" not in ROPE_INIT_FUNCTIONS:  # transformers 5.4 does not know it
+    del ROPES["proportional"]
 LLAMA_SHAPES |= {f"rope-{name}": dict(rope_parameters=parameters) for name, parameters in ROPES.items()}
 
 GPT2_SHAPES: dict[str, dict[str, Any]] = {
