@@ -19,6 +19,7 @@ Dimensions: B batch, T positions, D d_model, H n_heads, G n_kv_heads, K d_head, 
 
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -419,24 +420,58 @@ class ReducedLayer:
         return middle + thought if self.mlp_skip else thought
 
 
-def refuse_missing(model, info: dict[str, Any]) -> None:
-    """Raise ValueError where a tensor of a loaded model is in none of its files: random numbers would stand in."""
-    if missing := sorted(map(str, info["missing_keys"])):
-        raise ValueError(
-            f"{model.config._name_or_path}: {len(missing)} tensor(s) that config.json calls for are in none of the "
-            f"files, first {missing[0]}. Its query_maps, value_maps and output_maps name what each layer stores: the "
-            "weights are incomplete, or were saved with another config.json than theirs, and the model would compute "
-            "something else"
-        )
+# Tensors of a layer, by the names that these classes give them: not what quantizers store beside a weight.
+OWN = re.compile(r"(.*\.)?(layers|h)\.\d+\..*\.(weight|bias|index|gain|mix|down|up|pivots)")
+FIELDS = (  # by what a tensor's name holds: the field of config.json that decides whether and how it is stored
+    ("lm_head", "tie_word_embeddings and vocab_size"),
+    (".query.bias", "query_maps and attention_bias"),
+    (".query.", "query_maps"),
+    ("q_proj.", "query_maps"),
+    ("pivots", "value_maps"),
+    ("v_proj.weight", "value_maps"),
+    ("o_proj.weight", "output_maps"),
+    (".mlp.", "mlp_bias and sizes"),
+    (".bias", "attention_bias"),
+    ("", "num_hidden_layers, norms, shared_layers and sizes"),
+)
+
+
+def refuse_other(model, info: dict[str, Any], resized: bool) -> None:
+    """Raise ValueError where the files hold other tensors than config.json calls for.
+
+    Random numbers would stand in for what is missing or has another shape, and what has no place would be left out.
+    With `resized`, the caller lets tensors outside the layers have another shape.
+    """
+    shapes = {str(name): sizes for name, *sizes in info["mismatched_keys"]}
+    missing = sorted(map(str, info["missing_keys"]))
+    extra = sorted(name for name in map(str, info["unexpected_keys"]) if OWN.fullmatch(name))
+    shaped = sorted(name for name in shapes if not resized or OWN.fullmatch(name))
+    if not (missing or extra or shaped):
+        return
+    first = [name for name in missing if "lm_head" not in name] or extra or shaped or missing
+    field = next(field for part, field in FIELDS if part in first[0])
+    if first[0] in missing:
+        what = f"{len(missing)} tensor(s) that config.json calls for are in none of the files, first {first[0]}"
+    elif first is extra:
+        what = f"config.json leaves no place for {len(extra)} tensor(s) of the files, first {first[0]}"
+    else:
+        stored, built = (tuple(size) for size in shapes[first[0]])
+        what = f"{first[0]} is {stored} in the files and {built} by config.json"
+    raise ValueError(
+        f"{model.config._name_or_path}: {what}. Look at config.json's {field}: the weights are incomplete, or are not "
+        "this config.json's, and the model would compute something else. Take both from one folder, as it was written"
+    )
 
 
 class ReducedPreTrained:
     """How models of reduced layers start and load."""
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        refuse_missing(model, info)
+    def from_pretrained(cls, *args, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **kwargs):
+        model, info = super().from_pretrained(
+            *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )  # transformers would name no tensor in its error
+        refuse_other(model, info, ignore_mismatched_sizes)
         model.write_out_gauges_()
         return (model, info) if output_loading_info else model
 
