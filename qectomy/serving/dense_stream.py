@@ -7,7 +7,7 @@ that the engine builds, shards and quantizes the projections as the original's; 
 
 import copy
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ IN_LAYER = re.compile(r"(?P<stack>(?:.*\.)?(?:layers|h))\.(?P<layer>\d+)\.(?P<re
 def dense_config(stored: Any) -> Any:
     """Return the config of the same model with nothing gauged and nothing shared; `stored` is left as it is."""
     config = copy.deepcopy(stored)
+    if config.index_sha256 is not None:  # of a gauged layer it is that of channel numbers which the dense one has not
+        pairs = zip(config.index_sha256, config.value_maps, strict=True)
+        config.index_sha256 = [None if name == "gauge" else digest for digest, name in pairs]
     config.value_maps = ["dense"] * len(config.value_maps)
     config.query_maps = ["dense" if name == "gauge" else name for name in config.query_maps]
     return config
@@ -44,9 +47,11 @@ def for_every_layer(weights: Tensors, config: Any) -> Iterator[tuple[str, torch.
 def written_out(weights: Tensors, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors, those of a projection with identity blocks as the dense one's of the same outputs.
 
-    Raises ValueError where they are not all there, as after a tool that wrote dense weights beside another config.json.
+    Raises ValueError where they are not all there, as after a tool that wrote dense weights beside another config.json,
+    and for pivots other than config.json's `index_sha256` tells of.
     """
-    within, gauged = gauged_projections(config)
+    within, attentions, check_indices_ = gauged_attentions(config)
+    gauged = {layer: attention.get_submodule(within.split(".")[1]) for layer, attention in attentions.items()}
     held: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in gauged}
     for name, tensor in weights:
         found = IN_LAYER.fullmatch(name)
@@ -58,6 +63,7 @@ def written_out(weights: Tensors, config: Any) -> Iterator[tuple[str, torch.Tens
         if held[layer].keys() == gauged[layer].state_dict().keys():
             module = gauged.pop(layer)
             module.load_state_dict(held.pop(layer), assign=True)
+            check_indices_(attentions[layer])  # but where Llama's query map has channel numbers that are not here yet
             dense_module: nn.Module = module.written_out()  # type: ignore[operator]
             for part, dense in dense_module.state_dict().items():
                 yield f"{found['stack']}.{layer}.{within}{part}", dense
@@ -69,18 +75,20 @@ def written_out(weights: Tensors, config: Any) -> Iterator[tuple[str, torch.Tens
         )
 
 
-def gauged_projections(config: Any) -> tuple[str, dict[int, nn.Module]]:
-    """Return the name of the projection that can have identity blocks, and of each stored layer that has, its module.
+def gauged_attentions(config: Any) -> tuple[str, dict[int, nn.Module], Callable[[nn.Module], None]]:
+    """Return the name of the projection that can have identity blocks, and the attention of each stored layer that has.
 
-    The modules lie on the meta device.
+    Beside them the family's check of channel numbers. The modules lie on the meta device.
     """
-    is_gpt2 = config.model_type == "qectomy_gpt2"
     stored = config.value_maps[:1] if config.shared_layers else config.value_maps
     layers = [layer for layer, name in enumerate(stored) if name == "gauge"]
+    made: dict[int, nn.Module]
     with torch.device("meta"):
-        if is_gpt2:
-            return "attn.c_attn.", {i: modeling_qectomy_gpt2.ReducedGPT2Attention(config, i).c_attn for i in layers}
-        return "self_attn.v_proj.", {i: modeling_qectomy_llama.ReducedAttention(config, i).v_proj for i in layers}
+        if config.model_type == "qectomy_gpt2":
+            made = {layer: modeling_qectomy_gpt2.ReducedGPT2Attention(config, layer) for layer in layers}
+            return "attn.c_attn.", made, modeling_qectomy_gpt2.check_indices_
+        made = {layer: modeling_qectomy_llama.ReducedAttention(config, layer) for layer in layers}
+        return "self_attn.v_proj.", made, modeling_qectomy_llama.check_indices_
 
 
 def own_tensors(model: nn.Module) -> Iterator[str]:

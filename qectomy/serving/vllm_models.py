@@ -31,13 +31,18 @@ class TransformersForCausalLM(Backend):
         return {**super()._from_config_kwargs, "trust_remote_code": False}
 
     def load_weights(self, weights: Tensors) -> set[str]:
-        """Load a checkpoint's tensors; return their names. Raises ValueError naming what a query map lacks."""
+        """Load a checkpoint's tensors; return their names.
+
+        Raises ValueError naming what a query map lacks, and for channel numbers that are not the checkpoint's: vLLM
+        compiles the model, so that its first pass checks nothing.
+        """
         loaded: set[str] = super().load_weights(dense_tensors(weights, self.stored_config))
         if missing := sorted(set(own_tensors(self)) - loaded):
             raise ValueError(
                 f"the checkpoint lacks {', '.join(missing[:3])}{' and others' * (len(missing) > 3)}, of which the "
                 "queries are made: it is damaged, or its config.json is another model's"
             )
+        self.model.check_indices()
         return loaded
 
 

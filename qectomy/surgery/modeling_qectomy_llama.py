@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch._guards import detect_fake_mode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
@@ -237,10 +238,12 @@ def check_indices_(attention: nn.Module) -> None:
     """Hold a layer's channel numbers against the config's `index_sha256`, once. Raises ValueError for other ones.
 
     Engines that load parameters alone leave them as they were drawn, and tools that average checkpoints average them.
+    What has no values, on the meta device or in a FakeTensorMode, is not checked.
     """
     wanted, indices = attention.config.index_sha256, attention.indices()
-    on_cuda = any(tensor.is_cuda for tensor in indices)
-    if any(tensor.is_meta for tensor in indices) or (on_cuda and torch.cuda.is_current_stream_capturing()):
+    if detect_fake_mode(indices) is not None or any(tensor.is_meta for tensor in indices):
+        return
+    if any(tensor.is_cuda for tensor in indices) and torch.cuda.is_current_stream_capturing():
         return
     if wanted is not None and indices and wanted[attention.layer_idx] not in (None, index_digest(indices)):
         raise ValueError(
@@ -351,6 +354,10 @@ class ReducedAttention(LlamaAttention):
     def project_query(self, hidden_states: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Queries before RoPE, (B, T, H*K), from x̂ (B, T, D) and the keys before RoPE (B, T, G*K)."""
         return self.q_proj(hidden_states) if self.query is None else self.query(hidden_states, key)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.indices_checked = False
+        super()._load_from_state_dict(*args, **kwargs)
 
     def indices(self) -> list[torch.Tensor]:
         """The channel numbers that the layer stores."""
@@ -475,21 +482,31 @@ class ReducedPreTrained:
         model.write_out_gauges_()
         return (model, info) if output_loading_info else model
 
+    def reduced_attentions(self) -> list[ReducedAttention]:
+        return [module for module in self.modules() if isinstance(module, ReducedAttention)]
+
+    def check_indices(self) -> None:
+        """Raise ValueError unless all channel numbers are those of config.json's `index_sha256`.
+
+        `from_pretrained` and a first pass do so themselves. Call it where neither runs: after other ways of loading,
+        before the model is compiled or exported.
+        """
+        for attention in self.reduced_attentions():
+            check_indices_(attention)
+
     def write_out_gauges_(self) -> None:
         """Write the identity blocks out in memory, so that every layer runs one dense product, as in the stock model.
 
         The config then says `dense`, and what is saved from here on is. Nothing happens to weights that are quantized,
         partitioned, or on the meta device.
         """
-        reduced = [module for module in self.modules() if isinstance(module, ReducedAttention)]
-        for attention in reduced:
-            check_indices_(attention)
+        self.check_indices()
         if getattr(self, "hf_quantizer", None) is not None:
             return
         for field in ("value_maps", "query_maps", "index_sha256"):  # the caller's config keeps its own
             setattr(self.config, field, getattr(self.config, field) and [*getattr(self.config, field)])
         dense: dict[nn.Module, nn.Module] = {}  # layers that share a module go on sharing it
-        for attention in reduced:
+        for attention in self.reduced_attentions():
             gauged = attention.v_proj
             if isinstance(gauged, GaugedValue) and gauged.weight.device.type != "meta" and len(gauged.weight):
                 dense[gauged] = dense.get(gauged) or gauged.written_out()

@@ -9,6 +9,7 @@ from tiny_models import tokens, variant_model
 from variant_reference import ungauge
 
 from qectomy.serving.dense_stream import dense_config, dense_tensors, own_tensors
+from qectomy.surgery.modeling_qectomy_llama import index_digest
 
 GAUGES = {  # family, query maps, value maps, what else differs
     "llama": ("llama", ["dense", "key-shared", "select"], ["gauge", "gauge", "dense"], {}),
@@ -106,6 +107,25 @@ def test_dense_weights_beside_a_config_with_identity_blocks_are_refused(name):
     dense = dict(dense_tensors(state.items(), model.config))
     with pytest.raises(ValueError, match="The config and the weights are of two models"):
         list(dense_tensors(dense.items(), model.config))
+
+
+def test_pivots_that_the_config_does_not_tell_of_are_refused():
+    """As config.json has their sha256; with the right ones the dense model is told of the other layers' alone."""
+    for name, gauged in (("llama", [True, True, False]), ("gpt2", [True, True, False])):
+        model, state = stored_model(name)
+        attentions = model.reduced_attentions()
+        model.config.index_sha256 = [index_digest(attention.indices()) for attention in attentions]
+        kept = dense_config(model.config).index_sha256
+        assert kept == [None if own else model.config.index_sha256[i] for i, own in enumerate(gauged)]
+        stream = dict(dense_tensors(state.items(), model.config))
+        type(model)(dense_config(model.config)).load_state_dict(stream, strict=False)
+        for layer in (0, 1):
+            model.config.index_sha256[layer] = "0" * 64
+            with pytest.raises(ValueError, match=f"layer {layer}: the channel numbers in memory"):
+                list(dense_tensors(state.items(), model.config))
+            model.config.index_sha256[layer] = index_digest(attentions[layer].indices())
+        model.config.index_sha256 = None
+        assert dense_config(model.config).index_sha256 is None
 
 
 def test_own_tensors_are_those_of_the_query_maps_and_their_buffers():

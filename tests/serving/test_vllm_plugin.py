@@ -11,6 +11,8 @@ import pytest
 from tiny_models import save_variant
 
 from qectomy.surgery.architectures import FAMILIES
+from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.surgery.config_files import write_reduced_config
 
 ROOT = Path(__file__).parents[2]
 REGISTRY = """
@@ -151,6 +153,31 @@ except ValueError as error:
 """
     said = run(stand_in, script, str(folder), lost)
     assert said.startswith(f"the checkpoint lacks model.layers.0.self_attn.query.{lost}, of which the queries are made")
+
+
+@pytest.mark.parametrize("part", ["query.index", "pivots"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_other_channel_numbers_than_the_config_s_are_refused(stand_in, tmp_path, family, part):
+    maps = dict(query_maps=["gauge" if family == "gpt2" else "dense", "select"], value_maps=["gauge", "dense"])
+    folder = save_variant(tmp_path / "m", family, "float32", **maps)
+    write_reduced_config(folder, open_checkpoint(folder, reduced=True).config)
+    script = """
+import json
+folder, part = sys.argv[1:]
+said = []
+for change in (0, 1):
+    model, _ = model_of(folder)
+    try:
+        model.load_weights((name, tensor.flip(-1) if change and name.endswith(part) else tensor)
+                           for name, tensor in tensors_of(folder).items())
+        said.append("loaded")
+    except ValueError as error:
+        said.append(str(error))
+print(json.dumps(said))
+"""
+    right, wrong = run(stand_in, script, str(folder), part)
+    assert right == "loaded"
+    assert wrong.startswith(f"layer {int(part != 'pivots')}: the channel numbers in memory")
 
 
 @pytest.mark.parametrize(

@@ -56,16 +56,8 @@ STEMS = dict.fromkeys(("llama", "biases", "wide-heads", "tied", "bf16"), "Llama"
 STEMS |= {"mistral": "Mistral", "gpt2": "GPT2", "gpt2-untied": "GPT2"}
 NAMES = tuple(STEMS)
 MANY = tokens(2, 24)
-ALONE = (
-    "torch",
-    "transformers",
-    "collections",
-    "contextlib",
-    "hashlib",
-    "inspect",
-    "re",
-    "typing",
-)  # what it may import
+# What it may import.
+ALONE = ("torch", "transformers", "collections", "contextlib", "hashlib", "inspect", "re", "typing")
 GAIN = {  # of low-rank, layer 3
     "modeling_qectomy_llama": "model.layers.3.self_attn.query.gain",
     "modeling_qectomy_gpt2": "transformer.h.3.attn.c_attn.query.gain",
