@@ -15,6 +15,9 @@ mlx-lm quantises the embedding and the projections. What stands in W_Q's place i
 Dimensions: B batch, T positions, D d_model, H n_heads, G n_kv_heads, K d_head, R rank.
 """
 
+import hashlib
+import re
+import struct
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -72,6 +75,7 @@ class ModelArgs(BaseModelArgs):
     sliding_window: int | None = 4096
     query_maps: list[str] | None = None
     output_maps: list[str] | None = None
+    index_sha256: list[str | None] | None = None
     norms: bool = True
     attention_skip: bool = True
     mlp_skip: bool = True
@@ -81,12 +85,19 @@ class ModelArgs(BaseModelArgs):
     def from_dict(cls, params: dict[str, Any]) -> "ModelArgs":
         """Read a parsed config.json. Raises ValueError naming a field with which this file cannot run the model.
 
-        `value_maps` leaves the dict, which mlx-lm saves beside converted weights: `sanitize` has written gauges out.
+        `value_maps` leaves the dict, which mlx-lm saves beside converted weights, and so does what it says of gauged
+        layers' channel numbers: `sanitize` has written gauges out.
         """
         values = params.pop("value_maps", None) or []
         if unknown := set(values) - {"dense", "gauge"}:
             raise ValueError(f"value_maps: unknown {sorted(unknown)[0]!r}; known: dense, gauge")
-        return super().from_dict(params)
+        args = super().from_dict(params)
+        if values and len(values) != args.num_hidden_layers:
+            raise ValueError(f"value_maps names {len(values)} layers, the model has {args.num_hidden_layers}")
+        if args.index_sha256 and values:
+            pairs = zip(args.index_sha256, values, strict=True)
+            params["index_sha256"] = [None if name == "gauge" else digest for digest, name in pairs]
+        return args
 
     def __post_init__(self) -> None:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
@@ -106,6 +117,9 @@ class ModelArgs(BaseModelArgs):
         self.query_maps = self.query_maps or ["dense"] * self.num_hidden_layers
         if len(self.query_maps) != self.num_hidden_layers:
             raise ValueError(f"query_maps names {len(self.query_maps)} layers, the model has {self.num_hidden_layers}")
+        if len(self.index_sha256 or self.query_maps) != self.num_hidden_layers:
+            told = len(self.index_sha256)
+            raise ValueError(f"index_sha256 tells of {told} layers, the model has {self.num_hidden_layers}")
 
 
 def build_rope(args: ModelArgs) -> nn.Module:
@@ -293,7 +307,8 @@ class Model(nn.Module):
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Return the tensors by the names above: W_V's identity blocks written out, a tied head left out.
 
-        Raises ValueError for channel numbers that name no channel, which mlx would read from anywhere.
+        Raises ValueError for channel numbers that name no channel, which mlx would read from anywhere, and for others
+        than config.json's `index_sha256` tells of.
         """
         d_model = self.args.hidden_size
         weights = {name: tensor for name, tensor in weights.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -301,9 +316,12 @@ class Model(nn.Module):
             weights.pop("lm_head.weight", None)
         for name in [name for name in weights if name.endswith("query.index")]:
             check_channels(name, weights[name], d_model)
-        for name in [name for name in weights if name.endswith("v_proj.pivots")]:
+        gauged = [name for name in weights if name.endswith("v_proj.pivots")]
+        for name in gauged:
+            check_channels(name, weights[name], d_model)
+        check_digests(weights, self.args.index_sha256)
+        for name in gauged:
             pivots, stored = weights.pop(name), name.replace("pivots", "weight")
-            check_channels(name, pivots, d_model)
             weights[stored] = written_out(name, weights[stored], pivots.tolist(), d_model)
             if self.args.attention_bias:  # W_O holds that of gauged values
                 weights[name.replace("pivots", "bias")] = mx.zeros(weights[stored].shape[0], weights[stored].dtype)
@@ -314,6 +332,23 @@ def check_channels(name: str, channels: mx.array, d_model: int) -> None:
     """Raise ValueError unless all are whole numbers from 0 to d_model - 1."""
     if not mx.issubdtype(channels.dtype, mx.integer) or channels.min().item() < 0 or channels.max().item() >= d_model:
         raise ValueError(f"{name} must hold channel numbers from 0 to {d_model - 1}")
+
+
+def check_digests(weights: dict[str, mx.array], wanted: list[str | None] | None) -> None:
+    """Raise ValueError where a layer's channel numbers are not those of which `wanted` has the sha256, if any."""
+    numbers: dict[int, bytes] = {}
+    for part in (r"query\.index", r"v_proj\.pivots"):  # in this order
+        for name, tensor in weights.items():
+            if found := re.fullmatch(rf"model\.layers\.(\d+)\.self_attn\.{part}", name):
+                flat, layer = tensor.flatten().tolist(), int(found[1])
+                numbers[layer] = numbers.get(layer, b"") + struct.pack(f"<{len(flat)}i", *flat)
+    for layer, digest in enumerate(wanted or ()):
+        if digest is not None and layer in numbers and hashlib.sha256(numbers[layer]).hexdigest() != digest:
+            raise ValueError(
+                f"layer {layer}: the channel numbers in the files (query.index or pivots) are not those that "
+                "config.json's index_sha256 tells of, so the model would compute something else: they were averaged "
+                "with another model's, or the config is another checkpoint's. Load the folder as it was written"
+            )
 
 
 def written_out(name: str, weight: mx.array, pivots: list[list[int]], d_model: int) -> mx.array:

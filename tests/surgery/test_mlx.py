@@ -115,6 +115,10 @@ def test_gauged_values_are_written_out(tiny_checkpoint, tmp_path, name):
     assert "value_maps" not in saved
     weights = mx.load(str(tmp_path / "exact/model.safetensors"))
     pivots = "model.layers.0.self_attn.v_proj.pivots"
+    with pytest.raises(ValueError, match=r"layer 0: the channel numbers in the files .* index_sha256 tells of"):
+        model.sanitize({**weights, pivots: weights[pivots][:, ::-1]})
+    assert saved["index_sha256"] == [None, None]
+    model.args.index_sha256 = None
     wrong = model.sanitize({**weights, pivots: weights[pivots][:, ::-1]})
     model.load_weights(list(wrong.items()))
     assert relative(logits(model, ids), torch_logits(tmp_path / "exact", ids)) > 10 * SMALL
@@ -167,6 +171,7 @@ REFUSED = {
     "unknown map": (dict(query_maps=["dense", "gauge"]), "layer 1: unknown query map 'gauge'; known: identity, select"),
     "too few maps": (dict(query_maps=["dense"]), "query_maps names 1 layers, the model has 2"),
     "value_maps": (dict(value_maps=["dense", "x"]), "value_maps: unknown 'x'; known: dense, gauge"),
+    "too few values": (dict(value_maps=["dense"]), "value_maps names 1 layers, the model has 2"),
     "model_type": (dict(model_type="llama"), "model_type 'llama'; this file runs qectomy_llama and qectomy_mistral"),
     "longrope": (dict(rope_parameters=ROPES["longrope"]), "rope_type 'longrope': mlx-lm does not compute it as"),
     "unknown rope": (dict(rope_scaling=dict(type="mrope")), "rope_type 'mrope': mlx-lm does not compute it as"),
@@ -205,6 +210,19 @@ def test_channel_numbers_that_name_no_channel_are_refused(tiny_reduced):
     for bad in (weights[index] + 32, weights[index] - 32, weights[index].astype(mx.float32)):
         with pytest.raises(ValueError, match=f"{index} must hold channel numbers from 0 to 31"):
             model.sanitize({**weights, index: bad})
+
+
+def test_channel_numbers_that_the_config_does_not_tell_of_are_refused(tiny_reduced, tmp_path):
+    folder = tiny_reduced(("select", "dense"))
+    out = edited(folder, tmp_path / "edited")
+    weights = mx.load(str(folder / "model.safetensors"))
+    index = "model.layers.0.self_attn.query.index"
+    mx.save_safetensors(str(out / "model.safetensors"), {**weights, index: weights[index][::-1]}, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"layer 0: the channel numbers in the files .* index_sha256 tells of"):
+        load(out)
+    load(edited(out, tmp_path / "untold", index_sha256=None))
+    with pytest.raises(ValueError, match="index_sha256 tells of 1 layers, the model has 2"):
+        load(edited(folder, tmp_path / "short", index_sha256=[None]))
 
 
 def test_tensors_that_the_config_does_not_mean_are_refused(tiny_reduced, tmp_path):
