@@ -86,18 +86,55 @@ def split_heads(rows: torch.Tensor, d_head: int) -> torch.Tensor:
     return rows.view(*rows.shape[:-1], -1, d_head).transpose(1, 2)
 
 
-def local_heads(n_heads: int, n_kv_heads: int, n_kv_here: int) -> slice:
-    """The heads of n_heads whose KV heads this process holds under tensor parallelism; all where it holds all."""
+def count_heads(key: torch.Tensor, d_head: int) -> int:
+    """How many KV heads lie in keys (B, T, n*K). Raises RuntimeError where they are no whole number of heads."""
+    if key.shape[-1] % d_head:
+        raise RuntimeError(
+            f"keys of {key.shape[-1]} channels are no whole number of heads of {d_head} each: a model without W_Q can "
+            "be split only into groups of whole KV heads, so that the tensor-parallel size divides num_key_value_heads"
+        )
+    return key.shape[-1] // d_head
+
+
+def local_heads(n_heads: int, n_kv_heads: int, n_kv_here: int, projection: nn.Module) -> slice:
+    """The heads of n_heads whose KV heads this process holds under tensor parallelism; all where it holds all.
+
+    `projection` is what gave the keys, which knows this process's place among those that share the heads.
+    """
     if n_kv_here == n_kv_heads:
         return slice(None)
-    if n_kv_here == 0 or n_kv_heads % n_kv_here or not torch.distributed.is_initialized():
+    if n_kv_here == 0 or n_kv_heads % n_kv_here:
         raise RuntimeError(
             f"{n_kv_here} of {n_kv_heads} KV heads arrived at a query map: a model without W_Q can be split only into "
             "equal groups of whole KV heads, one a process, so that the tensor-parallel size divides n_kv_heads"
         )
     n_ranks = n_kv_heads // n_kv_here
-    rank = torch.distributed.get_rank() % n_ranks
+    size, rank = place(projection)
+    if size != n_ranks:
+        raise RuntimeError(
+            f"{n_kv_here} of {n_kv_heads} KV heads arrived at a query map, a share for {n_ranks} processes, and {size} "
+            "are told of: which heads these are is not known, so queries would be other heads'. Split the model by "
+            "transformers' tp_plan or by vLLM, or let the tensor-parallel processes be all there are"
+        )
     return slice(rank * n_heads // n_ranks, (rank + 1) * n_heads // n_ranks)
+
+
+def place(projection: nn.Module) -> tuple[int, int]:
+    """(how many processes share a projection's outputs, which of them this is), as whoever split it says.
+
+    Where nobody does, all processes share them.
+    """
+    mesh = getattr(projection, "_hf_device_mesh", None)  # transformers, as long as it splits modules
+    if mesh is None:
+        mesh = getattr(getattr(projection, "weight", None), "device_mesh", None)  # as it splits tensors
+    if mesh is not None:
+        mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+        return mesh.size(), mesh.get_local_rank()
+    if hasattr(projection, "tp_rank"):  # vLLM
+        return projection.tp_size, projection.tp_rank
+    if not torch.distributed.is_initialized():
+        return 1, 0
+    return torch.distributed.get_world_size(), torch.distributed.get_rank()
 
 
 def turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -112,29 +149,25 @@ def turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 class QueryMap(nn.Module):
     """What stands where W_Q stood: (x̂ (B, T, D), keys before RoPE (B, T, G*K)) -> queries (B, T, H*K).
 
-    With `heads`, the queries come as attention reads them, (B, H, T, K): those of the keys that are given, which under
-    tensor parallelism are a part.
+    With `heads`, the queries come as attention reads them, (B, H, T, K), and of these heads alone: under tensor
+    parallelism, those of the keys that are given.
     """
 
     def __init__(self, config, rank: int = 0):
         super().__init__()
         self.d_head = config.head_dim
         self.n_query = config.num_attention_heads * config.head_dim
-        self.n_kv_heads = config.num_key_value_heads
         self.bias = nn.Parameter(torch.zeros(self.n_query)) if config.attention_bias else None
 
     def reset_parameters(self) -> None:
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, hidden: torch.Tensor, key: torch.Tensor, heads: bool = False) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, key: torch.Tensor, heads: slice | None = None) -> torch.Tensor:
         query = self.project(hidden, key)
         if self.bias is not None:
             query = query + self.bias
-        if not heads:
-            return query
-        query = split_heads(query, self.d_head)
-        return query[:, local_heads(query.shape[1], self.n_kv_heads, key.shape[-1] // self.d_head)]
+        return query if heads is None else split_heads(query, self.d_head)[:, heads]
 
     def project(self, hidden: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """The queries before the bias."""
@@ -190,18 +223,17 @@ class KeySharedQuery(QueryMap):
         with torch.no_grad():
             self.mix.copy_(torch.eye(self.d_head).expand_as(self.mix))
 
-    def forward(self, hidden, key, heads=False):
-        n_kv_here = key.shape[-1] // self.d_head
-        here = local_heads(len(self.mix), self.n_kv_heads, n_kv_here)
+    def forward(self, hidden, key, heads=None):
+        here = slice(None) if heads is None else heads
         mix = self.mix[here]
-        n_heads = len(mix)
+        n_heads, n_kv_here = len(mix), key.shape[-1] // self.d_head
         shared = key.reshape(-1, n_kv_here, self.d_head).transpose(0, 1)  # (G, B*T, K)
         if n_heads > n_kv_here:  # copying the keys is less than bringing the mixes into another order
             shared = shared[:, None].expand(-1, n_heads // n_kv_here, -1, -1).reshape(n_heads, -1, self.d_head)
         query = torch.bmm(shared, mix)  # (H, B*T, K)
         if self.bias is not None:
             query = query + self.bias.view(-1, 1, self.d_head)[here]
-        if heads:
+        if heads is not None:
             return query.view(n_heads, *key.shape[:-1], self.d_head).transpose(0, 1)
         return query.transpose(0, 1).reshape(*key.shape[:-1], -1)
 
@@ -376,17 +408,18 @@ class ReducedAttention(LlamaAttention):
         cache, how = take_cache(kwargs)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         key_states = self.k_proj(hidden_states)
+        n_kv_heads, n_kv_here = self.config.num_key_value_heads, count_heads(key_states, self.head_dim)
         value_states = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        n_kv_heads, n_kv_here = self.config.num_key_value_heads, key_states.shape[-1] // self.head_dim
         if value_states.shape[1] > n_kv_here:  # each process has all values where the plan splits none
-            value_states = value_states[:, local_heads(n_kv_heads, n_kv_heads, n_kv_here)]
+            value_states = value_states[:, local_heads(n_kv_heads, n_kv_heads, n_kv_here, self.k_proj)]
         cos, sin = position_embeddings
         if self.query is None:
             query_states = self.q_proj(hidden_states).view(shape).transpose(1, 2)
             key_states = key_states.view(shape).transpose(1, 2)
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
         else:
-            query_states = turn(self.query(hidden_states, key_states, heads=True), cos, sin)
+            here = local_heads(self.config.num_attention_heads, n_kv_heads, n_kv_here, self.k_proj)
+            query_states = turn(self.query(hidden_states, key_states, heads=here), cos, sin)
             key_states = turn(key_states.view(shape).transpose(1, 2), cos, sin)
 
         if cache is not None:

@@ -11,6 +11,9 @@ import torch
 from foldings import fold
 from safetensors.torch import load_file
 from tiny_models import load_reduced, tokens
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qectomy.surgery.modeling_qectomy_llama import local_heads
 
@@ -91,4 +94,47 @@ def test_the_keys_were_split(split, folders):
 @pytest.mark.parametrize("here", [0, 3])
 def test_heads_that_part_from_their_keys_are_refused(here):
     with pytest.raises(RuntimeError, match=f"{here} of 4 KV heads arrived .* the tensor-parallel size divides"):
-        local_heads(8, 4, here)
+        local_heads(8, 4, here, nn.Linear(1, 1))
+
+
+@pytest.fixture
+def third_of_four():
+    """This process as the third of four that two dimensions part, the tensor-parallel one not the innermost."""
+    distributed.init_process_group("fake", rank=2, world_size=4, store=FakeStore())
+    yield distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "dp"))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["module", "module of two dimensions", "tensor", "vllm"])
+def test_the_heads_are_those_of_the_tensor_parallel_rank(third_of_four, kind):
+    """As transformers keeps it on the modules that it splits, or on their tensors, or vLLM on its own."""
+    keys, mesh = nn.Linear(8, 16, bias=False), third_of_four["tp"]
+    if kind == "tensor":
+        keys.weight = nn.Parameter(DTensor.from_local(keys.weight.data, mesh, [Shard(0)], run_check=False))
+    elif kind == "vllm":
+        keys.tp_rank, keys.tp_size = 1, 2
+    else:
+        keys._hf_device_mesh = mesh if kind == "module" else third_of_four
+    assert local_heads(8, 4, 2, keys) == slice(4, 8)
+    assert local_heads(8, 4, 4, keys) == slice(None)
+    with pytest.raises(RuntimeError, match=r"1 of 4 KV heads arrived .* for 4 processes, and 2 are told of"):
+        local_heads(8, 4, 1, keys)
+
+
+def test_a_share_of_nobody_knows_which_heads_is_refused(third_of_four):
+    keys = nn.Linear(8, 16)
+    with pytest.raises(
+        RuntimeError, match=r"2 of 4 KV heads arrived .* for 2 processes, and 4 are told of: which heads"
+    ):
+        local_heads(8, 4, 2, keys)
+    assert local_heads(8, 4, 1, keys) == slice(4, 6)  # where all processes share them
+
+
+@pytest.mark.parametrize("recipe", [("key-shared", "dense"), ("dense", "select")])
+def test_parts_of_heads_are_refused(tiny_reduced, recipe):
+    """As a plan gives them that splits two KV heads over four processes."""
+    model = load_reduced(tiny_reduced(recipe))
+    keys = model.model.layers[0].self_attn.k_proj
+    keys.weight = nn.Parameter(keys.weight[:4])
+    with pytest.raises(RuntimeError, match=r"keys of 4 channels are no whole number of heads of 8 each"):
+        model(IDS)
