@@ -119,7 +119,7 @@ def local_heads(n_heads: int, n_kv_heads: int, n_kv_here: int, projection: nn.Mo
     return slice(rank * n_heads // n_ranks, (rank + 1) * n_heads // n_ranks)
 
 
-def place(projection: nn.Module) -> tuple[int, int]:
+def place(projection: Any) -> tuple[int, int]:
     """(how many processes share a projection's outputs, which of them this is), as whoever split it says.
 
     Where nobody does, all processes share them.

@@ -1,9 +1,11 @@
 """The reduced models at work: caches, padding, several sequences at once; every family alike."""
 
+import inspect
 import sys
 
 import pytest
 import torch
+import transformers
 from foldings import fold
 from tiny_models import EVERY_MAP, GPT2_SHAPES, load_reduced, tokens
 from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache
@@ -81,6 +83,28 @@ def test_static_cache(tiny_reduced, name):
     static = model.generate(ids, attention_mask=mask, generation_config=options, **{cache_keyword(model): cache})
     assert plain.shape == (2, 21)
     assert torch.equal(plain, static)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2-untied"])
+def test_requests_that_are_served_together(tiny_reduced, name):
+    """transformers' continuous batching, with its paged cache, writes what each request gets alone."""
+    settings = getattr(transformers, "ContinuousBatchingConfig", None)
+    if settings is None or "page_size" not in inspect.signature(settings).parameters:
+        pytest.skip("this transformers has no paged cache of a size that can be told")
+    model = AutoModelForCausalLM.from_pretrained(tiny_reduced(("key-shared", "key-shared"), name))
+    model.generation_config.eos_token_id = None
+    options = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=2)
+    requests = [tokens(1, length, length)[0].tolist() for length in (9, 5, 13)]
+    # Without num_blocks the cache takes most of the memory that is free.
+    bounded = settings(num_blocks=8, page_size=16, max_batch_tokens=32, use_cuda_graph=False, use_async_batching=False)
+    served = model.generate_batch(requests, generation_config=options, continuous_batching_config=bounded, warmup=False)
+    found = {tuple(answer.prompt_ids): answer.generated_tokens for answer in served.values()}
+    for request in requests:
+        ids = torch.tensor([request])
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=options)
+        assert found[tuple(request)] == alone[0, len(request) :].tolist()
+        assert len(found[tuple(request)]) == 12
+    assert len({tuple(text) for text in found.values()}) == 3
 
 
 @pytest.mark.parametrize("name", ["llama", "narrow-heads", "mistral", "gpt2", "gpt2-inverse"])
