@@ -493,6 +493,7 @@ def refuse_other(model, info: dict[str, Any], resized: bool) -> None:
     if first[0] in missing:
         what = f"{len(missing)} tensor(s) that config.json calls for are in none of the files, first {first[0]}"
     elif first is extra:
+        field = f"shared_layers and {field}" if model.config.shared_layers else field
         what = f"config.json leaves no place for {len(extra)} tensor(s) of the files, first {first[0]}"
     else:
         stored, built = (tuple(size) for size in shapes[first[0]])
@@ -514,6 +515,12 @@ class ReducedPreTrained:
         refuse_other(model, info, ignore_mismatched_sizes)
         model.write_out_gauges_()
         return (model, info) if output_loading_info else model
+
+    def mark_tied_weights_as_initialized(self, loading_info):
+        if self.config.shared_layers:  # a later layer's tensors would be read over the first one's: they have no place
+            later = {name for name in self.state_dict() if re.search(r"(^|\.)layers\.[1-9]", name)}
+            loading_info.unexpected_keys |= later - loading_info.missing_keys
+        super().mark_tied_weights_as_initialized(loading_info)
 
     def reduced_attentions(self) -> list[ReducedAttention]:
         return [module for module in self.modules() if isinstance(module, ReducedAttention)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from foldings import fold
 from safetensors.torch import load_file, save_file
-from tiny_models import EVERY_MAP, load_reduced, tokens
+from tiny_models import EVERY_MAP, load_reduced, save_variant, tokens
 from transformers import AutoModel, AutoModelForCausalLM
 
 import qectomy
@@ -97,6 +97,18 @@ def test_gauges_that_the_config_does_not_tell_of(tiny_checkpoint, tmp_path, name
     dense = dict(value_maps=["dense"] * 2, query_maps=["dense"] * 2)
     said = refusal(edited(tmp_path / "exact", tmp_path / "edited", **dense), ignore_mismatched_sizes=True)
     assert "value_maps" in said
+
+
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, AutoModel])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_layers_of_their_own_where_the_config_shares_one(tiny_reduced, tmp_path, name, loader):
+    """The last one would be read over the first; a folder that stores one layer for all loads."""
+    folder = edited(tiny_reduced(("key-shared",) * 2, name), tmp_path / "edited", shared_layers=True)
+    with pytest.raises(ValueError, match=r"leaves no place for .*(layers|h)\.1\..* config.json's .*shared_layers"):
+        loader.from_pretrained(folder)
+    shared = save_variant(tmp_path / "shared", name, "float32", query_maps=["key-shared"] * 2, shared_layers=True)
+    _, info = loader.from_pretrained(shared, output_loading_info=True)
+    assert not [key for key in info["unexpected_keys"] if key != "lm_head.weight"]
 
 
 def test_a_head_that_is_missing_is_named(tiny_reduced, tmp_path):
