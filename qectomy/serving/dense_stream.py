@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qectomy.surgery import modeling_qectomy_gpt2, modeling_qectomy_llama
+from qectomy.surgery.architectures import FAMILIES
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 IN_LAYER = re.compile(r"(?P<stack>(?:.*\.)?(?:layers|h))\.(?P<layer>\d+)\.(?P<rest>.+)")
@@ -28,6 +29,39 @@ def dense_config(stored: Any) -> Any:
     config.value_maps = ["dense"] * len(config.value_maps)
     config.query_maps = ["dense" if name == "gauge" else name for name in config.query_maps]
     return config
+
+
+def stock_config(stored: Any) -> Any | None:
+    """Return the stock model's config where `dense_config` leaves one that engines are known to compute; else None.
+
+    Engines' own classes take fields that few models set for their defaults, without a word: such a model is not theirs.
+    """
+    dense, family = dense_config(stored), _family(stored)
+    if {*dense.query_maps, *dense.value_maps, *dense.output_maps} != {"dense"} or stored.shared_layers:
+        return None
+    fields = dense.to_dict()
+    ours = {name: fields.pop(name, None) for name in (*vars(family.config_class(reduced=True)), "auto_map", "model_file")}
+    config = family.config_class().from_dict(fields | {"architectures": [family.causal_class().__name__]})
+    return config if _as_engines_compute(config, ours) else None
+
+
+def _as_engines_compute(config: Any, ours: dict[str, Any]) -> bool:
+    """Whether a model has what every engine's class of its family has: no other norms, skips, scales, biases or angles."""
+    usual = {"norms": True, "attention_skip": True, "mlp_skip": True, "softmax_scale": None}
+    if any(ours.get(name, value) != value for name, value in usual.items()):
+        return False
+    if config.model_type == "gpt2":
+        upcast = config.reorder_and_upcast_attn or config.scale_attn_by_inverse_layer_idx
+        return config.scale_attn_weights and not upcast and config.activation_function in ("gelu_new", "gelu")
+    rope = config.rope_parameters
+    plain = rope["rope_type"] in ("default", "llama3") and rope.get("partial_rotary_factor", 1.0) == 1.0
+    biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+    return plain and config.hidden_act == "silu" and not biased
+
+
+def _family(config: Any) -> Any:
+    (family,) = (family for family in FAMILIES.values() if family.reduced_model_type == config.model_type)
+    return family
 
 
 def dense_tensors(weights: Tensors, config: Any) -> Iterator[tuple[str, torch.Tensor]]:

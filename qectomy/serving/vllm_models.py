@@ -1,6 +1,6 @@
-"""Reduced models on vLLM's Transformers backend.
+"""Reduced models in vLLM: in its own class where nothing but identity blocks differ from stock, else on its backend.
 
-The backend rebuilds a model of transformers: it exchanges linear layers, norms and embeddings for its own, shards them,
+Such a model (`exact`) runs at the original's own speed; vLLM's Transformers backend costs a tenth of it. The backend rebuilds a model of transformers: it exchanges linear layers, norms and embeddings for its own, shards them,
 and hands attention over to its kernels. What is left to do here: write the identity blocks of `exact` out while the
 weights stream in, so that the model is built as the stock one is; refuse ways of sharding that would compute something
 else; and take nothing for loaded that was not in the folder. Checked with vLLM 0.32.
@@ -12,12 +12,29 @@ from typing import Any
 
 from vllm.model_executor.models.transformers import TransformersForCausalLM as Backend  # type: ignore[import-not-found]
 
-from qectomy.serving.dense_stream import Tensors, dense_config, dense_tensors, own_tensors
+from vllm.model_executor.models.registry import ModelRegistry  # type: ignore[import-not-found]
+
+from qectomy.serving.dense_stream import Tensors, dense_config, dense_tensors, own_tensors, stock_config
 from qectomy.surgery.architectures import FAMILIES
 
 
 class TransformersForCausalLM(Backend):
     """A reduced model in vLLM, which knows by this class's name that it is one of transformers."""
+
+    def __new__(cls, *, vllm_config: Any, prefix: str = "") -> Any:
+        stored = current_config(vllm_config.model_config.hf_config)
+        config = stock_config(stored)
+        if config is None:
+            return super().__new__(cls)
+        model_class = ModelRegistry.models[config.architectures[0]].load_model_cls()
+
+        class WrittenOut(model_class):  # type: ignore[misc, valid-type]
+            def load_weights(self, weights: Tensors) -> set[str]:
+                loaded: set[str] = super().load_weights(dense_tensors(weights, stored))
+                return loaded
+
+        WrittenOut.__name__ = model_class.__name__
+        return WrittenOut(vllm_config=with_config(vllm_config, config), prefix=prefix)
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         stored = current_config(vllm_config.model_config.hf_config)

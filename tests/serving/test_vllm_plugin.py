@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tiny_models import save_variant
 
+from qectomy.serving.dense_stream import stock_config
 from qectomy.surgery.architectures import FAMILIES
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.config_files import write_reduced_config
@@ -22,7 +23,12 @@ class Registry:
     def register_model(self, model_arch, model_cls):
         self.models[model_arch] = model_cls
         self.calls += 1
+class Own:
+    def load_model_cls(self):
+        from vllm.model_executor.models.transformers import OwnModel
+        return OwnModel
 ModelRegistry = Registry()
+ModelRegistry.models |= {name: Own() for name in ("LlamaForCausalLM", "GPT2LMHeadModel")}
 """
 # As vLLM's backend does, it builds what the config says, loads by name, and says which names it loaded.
 BACKEND = """
@@ -44,6 +50,17 @@ class TransformersForCausalLM(torch.nn.Module):
                 mine[name].data.copy_(tensor)
                 loaded.add(name)
         return loaded
+# As vLLM's own classes do, it knows stock models by stock names alone.
+class OwnModel(torch.nn.Module):
+    def __init__(self, *, vllm_config, prefix=""):
+        super().__init__()
+        from transformers import AutoModelForCausalLM
+        self.config = vllm_config.model_config.hf_config
+        self.stock = AutoModelForCausalLM.from_config(self.config)
+    def load_weights(self, weights):
+        weights = dict(weights)
+        print(self.stock.load_state_dict(weights, strict=False))
+        return set(weights)
 """
 START = """
 import sys
@@ -54,7 +71,7 @@ assert not [name for name in sys.modules if name.startswith("vllm")], "vLLM is i
 plugin.register()
 plugin.register()
 from vllm.model_executor.models.registry import ModelRegistry
-registered = ModelRegistry.models
+registered = {name: where for name, where in ModelRegistry.models.items() if isinstance(where, str)}
 def model_of(folder, trust=False, ranks=1):
     from transformers import AutoConfig
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
@@ -136,6 +153,48 @@ print(json.dumps([type(model.model).__module__, model.config.value_maps, config.
     module, dense, stored, left = run(stand_in, script, str(folder), str(trust))
     assert module == f"qectomy.surgery.{FAMILIES[family].modeling}"
     assert (dense, stored, left) == (["dense"] * 2, ["gauge", "dense"], [])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_only_has_identity_blocks_runs_in_vllms_own_class(stand_in, tmp_path, family):
+    maps = ["gauge", "dense"]
+    folder = save_variant(
+        tmp_path / "m",
+        family,
+        "float32",
+        query_maps=maps if family == "gpt2" else ["dense"] * 2,  # one tensor holds GPT-2's queries and values
+        value_maps=maps,
+    )
+    script = """
+import json, torch
+from transformers import AutoModelForCausalLM
+folder = sys.argv[1]
+model, config = model_of(folder)
+model.load_weights(tensors_of(folder).items())
+ids = torch.arange(1, 9)[None]
+expected, got = AutoModelForCausalLM.from_pretrained(folder)(ids).logits, model.stock.eval()(ids).logits
+apart = float((got - expected).abs().max() / expected.abs().max())
+print(json.dumps([type(model).__mro__[1].__name__, model.config.model_type, config.value_maps, apart]))
+"""
+    own, kind, stored, apart = run(stand_in, script, str(folder))
+    assert (own, kind, stored) == ("OwnModel", family, ["gauge", "dense"])
+    assert apart < 1e-5
+
+
+UNUSUAL = {  # fields that engines' own classes drop, or of which they compute something else
+    "llama": [dict(attention_skip=False), dict(norms=False), dict(mlp_bias=True), dict(hidden_act="relu")],
+    "gpt2": [dict(softmax_scale=0.3), dict(scale_attn_by_inverse_layer_idx=True), dict(scale_attn_weights=False)],
+}
+
+
+@pytest.mark.parametrize(("family", "field"), [(family, field) for family in UNUSUAL for field in UNUSUAL[family]])
+def test_a_model_that_is_not_as_usual_stays_on_the_backend(family, field):
+    config = FAMILIES[family].config_class(reduced=True)
+    query = "gauge" if family == "gpt2" else "dense"
+    usual = config(query_maps=[query] * 12, value_maps=["gauge"] * 12, num_hidden_layers=12)
+    assert stock_config(usual).model_type == family
+    assert stock_config(config(**(usual.to_dict() | field))) is None
+    assert stock_config(config(**(usual.to_dict() | {"query_maps": ["identity"] * 12, "value_maps": ["dense"] * 12}))) is None
 
 
 @pytest.mark.parametrize("lost", ["index", "gain"])
