@@ -2,7 +2,8 @@
 
 import os
 import sys
-from typing import Annotated
+from contextlib import AbstractContextManager, nullcontext
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -14,8 +15,9 @@ from qectomy.cli_heal import heal
 from qectomy.cli_renew import renew
 from qectomy.cli_report import report
 from qectomy.cli_rewrites import fold_norms, import_nanogpt, materialize
-from qectomy.errors import QectomyError, clean
-from qectomy.terminal import Json, print_json, progress_bar
+from qectomy.errors import STOPPED_SAFELY, QectomyError, clean
+from qectomy.launch import launch
+from qectomy.terminal import Json, command_to_go_on, print_json, progress_bar, resumed
 from qectomy.versions import check_transformers
 
 app = typer.Typer(
@@ -149,6 +151,7 @@ app.command(
 
 
 LONGEST = 4000  # characters of a message
+INTERRUPTED = 130  # typer makes this of Ctrl-C, without a word; shells count so too
 
 
 def complain(message: str) -> None:
@@ -158,17 +161,42 @@ def complain(message: str) -> None:
 
 
 def main() -> None:
-    """Run the command line: errors a user can mend become one line on stderr and exit code 1."""
+    """Run the command line: errors a user can mend become one line on stderr and exit code 1, or STOPPED_SAFELY.
+
+    A second line then says the command that goes on.
+    """
     try:
-        app()
+        with _signals_as_ctrl_c():
+            app()
     except QectomyError as error:
         complain(str(error))
-        sys.exit(1)
-    except SystemExit as stop:
-        if stop.code == 130:  # typer makes this of Ctrl-C, without a word
-            complain("interrupted; nothing was left behind")
+        if not error.resumable:
             sys.exit(1)
+        _stopped_safely(error.go_on or command_to_go_on(), str(error))
+    except SystemExit as stop:
+        if stop.code != INTERRUPTED:
+            raise
+        if resumed():  # before it had entered the run's folder
+            complain("interrupted; what there was to go on from is as it was")
+            _stopped_safely(command_to_go_on())
+        complain("interrupted; nothing of this run is kept")
         raise
+
+
+def _stopped_safely(command: str, said: str = "") -> NoReturn:
+    """Say how to go on, unless that was said, and end with the exit code that asks for it."""
+    if command and command not in said:
+        typer.echo(f"to go on: {clean(command)}", err=True)
+    sys.exit(STOPPED_SAFELY)
+
+
+def _signals_as_ctrl_c() -> AbstractContextManager[None]:
+    """Let SIGTERM end a run that goes on with another as Ctrl-C does, also before it has entered that one's folder."""
+    if not resumed() or launch().count > 1:
+        return nullcontext()
+    from qectomy.surgery.output import interruptible
+
+    return interruptible()
 
 
 if __name__ == "__main__":

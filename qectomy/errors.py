@@ -3,7 +3,7 @@
 import os
 import reprlib
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 CONTROLS = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)}  # as pictures: ␀, ␇, ␍
 CONTROLS |= dict.fromkeys((*range(0x7F, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF), "\ufffd")
@@ -47,6 +47,9 @@ def reason_of(error: BaseException, most: int = 200) -> str:
     return f"{whole[: max(0, most - len(last) - 5)].rstrip()} ... {last}"
 
 
+STOPPED_SAFELY = 75  # exit code: EX_TEMPFAIL of sysexits.h, which asks to try again later
+AnyError = TypeVar("AnyError", bound="QectomyError")
+
 _NOTED: set[str] = set()
 
 
@@ -61,7 +64,16 @@ def note(text: str) -> None:
 
 
 class QectomyError(Exception):
-    """Base of everything the command line prints without a traceback (exit code 1)."""
+    """Base of everything the command line prints without a traceback; exit code 1, or STOPPED_SAFELY if `resumable`."""
+
+    resumable = False  # whether what was done is on the disk, and what ended the run can pass
+    go_on = ""  # the command that goes on, where it is not the same one with --resume
+
+
+def resumable(error: AnyError, go_on: str = "") -> AnyError:
+    """Return an error, marked as the end of a run that can be gone on with."""
+    error.resumable, error.go_on = True, go_on
+    return error
 
 
 class CheckpointError(QectomyError):

@@ -87,5 +87,18 @@ def command_line() -> str:
     return shlex.join(["qectomy", *sys.argv[1:]])
 
 
+def resumed() -> bool:
+    """Whether the command that runs was told to go on with an earlier one."""
+    return "--resume" in sys.argv[2:]
+
+
+def command_to_go_on() -> str:
+    """Return the command that goes on with what this one has left; "" where a launcher started it, which knows more."""
+    if launch().count > 1:
+        return ""
+    given = [word for word in sys.argv[2:] if word != "--clean"]
+    return shlex.join(["qectomy", sys.argv[1], *([] if resumed() else ["--resume"]), *given])
+
+
 def print_json(result: Any) -> None:
     typer.echo(json.dumps(result, indent=2))

@@ -1,9 +1,11 @@
 """The command line as people use it: exit codes, streams, JSON, and that its own examples work."""
 
+import errno
 import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from qectomy import __version__
 from qectomy.cli import app, main
+from qectomy.errors import CheckpointError, NonFiniteError, Stopped, Untrusted
 from qectomy.eval.fresh_start import FreshStart
 
 QUICK = ["--tokens", "320", "--context", "32", "--eval-tokens", "160"]
@@ -432,24 +435,79 @@ def test_what_was_stopped_is_resumed_or_cleaned(
     with monkeypatch.context() as patch:
         patch.setattr(place, stop)
         done = cli(*command)
-    assert (done.code, done.out) == (1, "")
-    assert done.err.splitlines()[-1] == f"error: interrupted. {tmp_path}/{LEFT}"
+    assert (done.code, done.out) == (75, "")
+    *_, said, then = done.err.splitlines()
+    assert said == f"error: interrupted. {tmp_path}/{LEFT}"
+    goes_on = shlex.split(then.removeprefix("to go on: qectomy "))
+    assert goes_on == [command[0], "--resume", *map(str, command[1:])]
     done = cli(*command)
     assert done.code == 1
     assert done.err.endswith("holds a run that was not finished: go on with --resume, or start anew with --clean\n")
     both = cli(*command, "--resume", "--clean")
     assert both.code == 2
     assert "--resume goes on with what --clean removes" in both.err
-    assert cli(*command, "--resume").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(place, stop)
+        assert cli(*command, "--resume").code == 75
+    assert cli(*goes_on).code == 0
     done = cli(*command, "--resume")
     assert done.code == 1
     assert "out exists; nothing is overwritten" in done.err
     shutil.rmtree(tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(place, stop)
-        assert cli(*command).code == 1
+        assert cli(*command, "--clean").err.endswith(then + "\n")  # which no longer says --clean
     assert cli(*command, "--clean").code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interruption_before_anything_is_kept(cli, tiny_checkpoint, raven, tmp_path, monkeypatch):
+    """130, as shells have it; 75 where an earlier run lies there still, which `--resume` had not entered yet."""
+    command = ["convert", tiny_checkpoint(), "--out", tmp_path / "out", "--query", "select", "--text", raven, *QUICK]
+    with monkeypatch.context() as patch:
+        patch.setattr("qectomy.calibrate.convert.SourceWatch", stop)
+        done = cli(*command)
+    assert (done.code, done.err) == (130, "error: interrupted; nothing of this run is kept\n")
+    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr("qectomy.calibrate.convert.check_reload", stop)
+        assert cli(*command).code == 75
+        patch.setattr("qectomy.calibrate.convert.SourceWatch", lambda *_: signal.raise_signal(signal.SIGTERM))
+        done = cli(*command, "--resume")
+    assert done.code == 75
+    assert done.err.startswith("error: interrupted; what there was to go on from is as it was\nto go on: qectomy ")
+    assert cli(*command, "--resume").code == 0
+
+
+def test_a_disk_that_fails_asks_to_try_again_and_a_result_that_is_refused_does_not(
+    cli, tiny_checkpoint, raven, tmp_path, monkeypatch
+):
+    command = ["convert", tiny_checkpoint(), "--out", tmp_path / "out", "--query", "select", "--text", raven, *QUICK]
+    for error, code in {
+        OSError(errno.ENOSPC, "No space left on device"): 75,
+        Stopped("the process that reloads was killed"): 75,
+        CheckpointError("it gives other logits"): 1,
+        Untrusted("the journal lacks it"): 1,
+        NonFiniteError("NaN"): 1,
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setattr("qectomy.calibrate.convert.check_reload", raising(error))
+            done = cli(*command, "--resume")
+        assert done.code == code, done.err
+        assert ("\nto go on: qectomy convert " in done.err) == (code == 75), done.err
+        assert [path.name for path in tmp_path.iterdir()] == ["out.converting"]
+    with monkeypatch.context() as patch:  # before a step is kept
+        patch.setattr("qectomy.calibrate.states.WindowFile.__setitem__", raising(OSError(errno.EIO, "I/O error")))
+        done = cli(*command, "--clean")
+    assert (done.code, list(tmp_path.iterdir())) == (1, [])
+    assert done.err.endswith("out could not be written: I/O error. Nothing was left behind.\n")
+
+
+def raising(error):
+    def act(*_, **__):
+        raise error
+
+    return act
 
 
 def test_a_run_of_other_settings_is_not_gone_on_with(cli, tiny_checkpoint, raven, tmp_path, monkeypatch):
@@ -458,7 +516,7 @@ def test_a_run_of_other_settings_is_not_gone_on_with(cli, tiny_checkpoint, raven
     command = ["convert", tiny_checkpoint(), "--out", tmp_path / "out", "--query", "select", "--text", raven, *QUICK]
     with monkeypatch.context() as patch:
         patch.setattr("qectomy.calibrate.convert.check_reload", stop)
-        assert cli(*command).code == 1
+        assert cli(*command).code == 75
     for changed, message in {
         ("--seed", 1): "seed was 0, is 1.",
         ("--tokens", 352): "tokens was 320, is 352.",

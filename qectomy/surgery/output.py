@@ -60,7 +60,7 @@ def new_folder(out: Path, work: Path) -> Iterator[Path]:
                 shutil.rmtree(work, ignore_errors=True)
                 raise
     except OSError as error:
-        raise OutputError(f"{out} could not be written: {cause(error)}. Nothing was left behind.") from error
+        raise OutputError(f"{out} could not be written: {cause(error)}") from error
 
 
 def move(work: Path, out: Path) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qectomy import __version__
-from qectomy.errors import OutputError, QectomyError, Stopped, Untrusted
+from qectomy.errors import OutputError, QectomyError, Stopped, Untrusted, resumable
 from qectomy.surgery.journal import Journal
 from qectomy.surgery.locked_folder import LOCK, RECORD, LockedFolder
 from qectomy.surgery.output import cause, check_absent, interruptible, make_parents, move, remove_empty
@@ -189,21 +189,26 @@ def _explained(folder: WorkFolder) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{folder.out} could not be written: {cause(error)}. {_left(folder)}") from error
+        raise _ended(folder, OutputError, f"{folder.out} could not be written: {cause(error)}") from error
     except Untrusted as error:
         raise Untrusted(f"{error}: {folder.anew}") from error
     except QectomyError as error:
         if not isinstance(error, OutputError | Stopped) and not folder.whole:
             raise
-        raise type(error)(f"{str(error).rstrip('.')}. {_left(folder)}") from error
+        raise _ended(folder, type(error), str(error).rstrip(".")) from error
     except KeyboardInterrupt as error:
         if not folder.journal.entries:
             raise
-        raise Stopped(f"interrupted. {_left(folder)}") from error
+        raise _ended(folder, Stopped, "interrupted") from error
 
 
-def _left(folder: WorkFolder) -> str:
-    """Say what lies on the disk when a run has ended early."""
+def _ended(folder: WorkFolder, kind: type[QectomyError], why: str) -> QectomyError:
+    """Return the error of a run that ended early, which says what lies on the disk and whether to go on from it.
+
+    A result that was refused would be again: what was done is there, but nothing passes by itself.
+    """
     if not folder.path.exists():
-        return f"{folder.out} is whole." if folder.out.exists() else "Nothing was left behind."
-    return f"{folder.path} holds what was done: go on with --resume, or {folder.anew}."
+        left = f"{folder.out} is whole." if folder.out.exists() else "Nothing was left behind."
+        return kind(f"{why}. {left}")
+    error = kind(f"{why}. {folder.path} holds what was done: go on with --resume, or {folder.anew}.")
+    return resumable(error) if issubclass(kind, OutputError | Stopped) else error

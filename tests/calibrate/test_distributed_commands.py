@@ -51,8 +51,9 @@ def test_an_interruption_of_one_process_alone_ends_all(tiny_checkpoint, raven, t
         "--eval-tokens",
         "160",
     ]
-    assert commanded(monkeypatch, *command, "--tokens", "320", before=before) == [1, 1]
+    assert commanded(monkeypatch, *command, "--tokens", "320", before=before) == [75, 1]
     told = capfd.readouterr().err
+    assert "to go on: " not in told  # it is not known how the launcher was called
     assert told.count("error: ") == 1
     assert f"{out}.converting holds what was done: go on with --resume" in told
 

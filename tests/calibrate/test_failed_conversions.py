@@ -514,10 +514,12 @@ def test_a_signal_in_the_middle_of_the_command(tiny_checkpoint, raven, tmp_path,
         stdout, stderr = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 1
+    assert process.returncode == 75
     assert [str(path.relative_to(place)) for path in place.glob("*/*")] == ["deep/out.converting"]
     assert "Traceback" not in stderr
-    assert stderr.strip().splitlines()[-1].endswith("go on with --resume, or start anew with --clean.")
+    *_, said, then = stderr.strip().splitlines()
+    assert said.endswith("go on with --resume, or start anew with --clean.")
+    assert then.startswith(f"to go on: qectomy convert --resume {source} ")
     assert stdout == ""
 
 

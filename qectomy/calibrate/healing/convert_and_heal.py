@@ -14,7 +14,7 @@ from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.processes import Processes
 from qectomy.calibrate.settings import ConvertSettings
-from qectomy.errors import OutputError, QectomyError, TextError
+from qectomy.errors import OutputError, QectomyError, Stopped, TextError, resumable
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.work_folder import check_free
@@ -55,11 +55,13 @@ def convert_and_heal(
     convert(source, fitted, recipe, settings, progress, resume=resume, clean=clean)
     try:
         report = heal(str(fitted), str(source.folder), out, heal_settings, progress=progress)
-    except QectomyError as error:
-        raise type(error)(
-            f"{error}\nThe fitted checkpoint is whole, in {fitted}. Go on with it, also with other settings once "
+    except (QectomyError, KeyboardInterrupt) as error:
+        ended = error if isinstance(error, QectomyError) else resumable(Stopped("interrupted"))
+        told = type(ended)(
+            f"{ended}\nThe fitted checkpoint is whole, in {fitted}. Go on with it, also with other settings once "
             f"{RunFolder(out).path} is removed, by\n  {command}"
-        ) from error
+        )
+        raise (resumable(told, command) if ended.resumable else told) from error
     assert report is not None, "one process"
     shutil.rmtree(fitted)
     return report

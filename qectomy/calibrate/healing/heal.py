@@ -9,7 +9,7 @@ Everything until the last two steps lies in OUT.healing, from which `resume` goe
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from qectomy.errors import CheckpointError, TextError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.surgery.checkpoint import Checkpoint, sha256
 from qectomy.surgery.locked_folder import read_record
-from qectomy.surgery.output import check_absent, check_room
+from qectomy.surgery.output import check_absent, check_room, interruptible
 
 BYTES_A_WEIGHT, BYTES_A_TRAINED_ONE = 4, 8  # float32, and AdamW's two means of it
 KEPT_CHECKPOINTS = 3  # the best, the last, and one that is being written
@@ -100,7 +100,7 @@ def heal(
         resumed = processes.first_alone(lambda: job.folder.start(told(), resume))
         if resume and not resumed:
             job.say(f"nothing to resume in {job.folder.path}: starting anew")
-        with explained(settings, job.folder), _undone_if_refused(job, resumed):
+        with _signals(processes), explained(settings, job.folder), _undone_if_refused(job, resumed):
             outcome, packed, held = _run(job, device, resumed)
             _free_memory(device)
             if not processes.is_first:
@@ -110,6 +110,11 @@ def heal(
         return report
     finally:
         job.folder.release()
+
+
+def _signals(processes: Processes) -> AbstractContextManager[None]:
+    """Treat the signals that end a process as Ctrl-C; one of several may be deep in a call that never returns then."""
+    return interruptible() if processes.count == 1 else nullcontext()
 
 
 def _free_memory(device: str) -> None:

@@ -9,29 +9,34 @@ from safetensors import SafetensorError
 
 from qectomy.calibrate.healing.run_folder import RunFolder
 from qectomy.calibrate.healing.settings import HealSettings
-from qectomy.errors import OutputError, QectomyError
+from qectomy.errors import OutputError, QectomyError, Stopped, resumable
+from qectomy.surgery.output import cause
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 @contextmanager
 def explained(settings: HealSettings, folder: RunFolder) -> Iterator[None]:
-    """Turn running out of memory or of disk, and Ctrl-C, into errors that say what to do."""
+    """Turn running out of memory, a disk that is full or fails, and Ctrl-C, into errors that say what to do."""
     try:
         yield
     except KeyboardInterrupt as error:
-        raise QectomyError(f"interrupted; {folder.path} holds the run, --resume goes on with it") from error
-    except OutputError as error:  # of the result, whose own words are that nothing is left
-        said = str(error).removesuffix(" Nothing was left behind.")
-        raise OutputError(f"{said} {folder.path} holds what was trained; --resume goes on from there") from error
+        raise resumable(Stopped(f"interrupted; {folder.path} holds the run, --resume goes on with it")) from error
+    except OutputError as error:  # of the result
+        said = f"{error}. {folder.path} holds what was trained; --resume goes on from there"
+        raise resumable(OutputError(said)) from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise QectomyError(_memory(settings)) from error
     except (RuntimeError, SafetensorError, OSError) as error:
         text = str(error)
         # torch.save names no disk: its container finds that fewer bytes were written than it gave.
         unwritten = "No space left" in text or ("inline_container" in text and "unexpected pos" in text)
-        if unwritten or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
-            raise OutputError(
-                f"the disk is full; {folder.path} holds the last whole checkpoint. Free some room, then --resume"
-            ) from error
+        failing = isinstance(error, OSError) and error.errno in DISK
+        if unwritten or failing:
+            what = cause(error) if isinstance(error, OSError) else "the disk is full"
+            then = "Free some room" if what == "the disk is full" else "Mend the disk"
+            said = f"{what}; {folder.path} holds the last whole checkpoint. {then}, then --resume"
+            raise resumable(OutputError(said)) from error
         if "can't allocate memory" in text or "not enough memory" in text:
             raise QectomyError(_memory(settings)) from error
         raise

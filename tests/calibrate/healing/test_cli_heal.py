@@ -195,6 +195,25 @@ def test_healing_that_fails_keeps_what_was_fitted_and_says_the_command(
     assert hashes(tmp_path / "new.fitted") == before
 
 
+@pytest.mark.parametrize("place", ["heal.open_pair", "trainer.HealTrainer.training_step"])
+def test_an_interruption_of_the_healing_names_the_command_that_goes_on(
+    cli, place, monkeypatch, tiny_checkpoint, raven, tmp_path
+):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"qectomy.calibrate.healing.{place}", interrupt)
+        code, _, err = cli("convert", tiny_checkpoint(), "--out", "new", "--text", raven, *FIT, "--heal", "500")
+    assert code == 75
+    assert "error: interrupted" in err
+    assert "to go on: " not in err  # the same command with --resume would not
+    command = shlex.split(err.strip().splitlines()[-1])
+    assert command[:2] == ["qectomy", "heal"]
+    assert cli(*command[1:])[0] == 0
+    assert (tmp_path / "new/qectomy.json").is_file()
+
+
 @pytest.mark.parametrize("name", ["new.fitted", "new.healing"])
 def test_what_lies_in_the_way_is_said_before_the_fit(cli, name, monkeypatch, tiny_checkpoint, raven, tmp_path):
     (tmp_path / name).mkdir()

@@ -22,7 +22,7 @@ from qectomy.calibrate.healing import export as export_module
 from qectomy.calibrate.healing import heal as heal_module
 from qectomy.calibrate.healing import packing, plan, trainer
 from qectomy.calibrate.healing.run_folder import RunFolder, is_complete
-from qectomy.errors import NonFiniteError, OutputError, QectomyError
+from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped
 
 STEPS = {"tokens": 6 * STEP, "evaluations": 3}  # a checkpoint after steps 2, 4 and 6
 COMPARED = ("model.safetensors", "healing.csv", "config.json")
@@ -158,7 +158,8 @@ def test_a_checkpoint_that_lost_something_is_not_gone_on_from(damage, run, goes_
     goes_on()
 
 
-def test_the_command_killed_from_outside(pair, raven, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_command_killed_from_outside(number, pair, raven, tmp_path):
     """A real process of the command, killed once a checkpoint is there, and the command again."""
     found, settings = pair(), {"tokens": 60 * STEP, "evaluations": 20, "patience": 0}
     command = [sys.executable, "-m", "qectomy", "heal", str(found.reduced), "--teacher", str(found.original)]
@@ -170,11 +171,17 @@ def test_the_command_killed_from_outside(pair, raven, tmp_path):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == -signal.SIGKILL
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 75
+        said, then = stderr.splitlines()[-2:]
+        assert said == f"error: interrupted; {tmp_path / 'out.healing'} holds the run, --resume goes on with it"
+        assert then.startswith(f"to go on: qectomy heal --resume {found.reduced} ")
     assert not (tmp_path / "out").exists()
     refused = "holds a run that was not finished: go on with --resume, or remove it to start anew"
     with pytest.raises(QectomyError, match=refused):
@@ -385,8 +392,25 @@ def test_ctrl_c_says_how_to_go_on(run, goes_on, monkeypatch):
     with monkeypatch.context() as patch:
         step = trainer.HealTrainer.training_step
         patch.setattr(trainer.HealTrainer, "training_step", at_call(4, interrupt, step))
-        with pytest.raises(QectomyError, match=r"interrupted; .*out\.healing holds the run, --resume goes on with it"):
+        with pytest.raises(
+            Stopped, match=r"interrupted; .*out\.healing holds the run, --resume goes on with it"
+        ) as caught:
             run()
+    assert caught.value.resumable
+    goes_on()
+
+
+def test_a_disk_that_fails_in_a_checkpoint(run, goes_on, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "mark_complete", at_call(2, fail, trainer.mark_complete))
+        with pytest.raises(
+            OutputError, match=r"^Input/output error; .*checkpoint\. Mend the disk, then --resume"
+        ) as caught:
+            run()
+    assert caught.value.resumable
     goes_on()
 
 
