@@ -90,8 +90,6 @@ class LayerPass:
             streams = Streams(scratch, shape, fitted=self.n_fitted, batch=self.batch, share=self.share)
             stack.callback(streams.close)
             writer = stack.enter_context(SharedWriter(self.share.together, self.work, self.specs, streams))
-            if writer.lost:
-                tell(0, dims.n_layers, writer.loss)
             if writer.steps:
                 self._go_on_from(writer.steps, streams)
                 tell(len(self.layers), dims.n_layers, "done before: going on from there")

@@ -81,14 +81,12 @@ class SharedWriter:
                 opened.enter_context(self._writer)
             while (layer := self._asked(None)) is not None:
                 together.gather(streams.checksums_on_disk(layer))
-            known = together.first_alone(self._known)
+            self.steps: list[dict[str, Any]] = together.first_alone(self._known)
             opened.pop_all()  # whoever has this closes it
-        self.steps: list[dict[str, Any]] = known[0]
-        self.lost: int = known[1]
 
-    def _known(self) -> tuple[list[dict[str, Any]], int]:
+    def _known(self) -> list[dict[str, Any]]:
         assert self._writer is not None
-        return self._writer.steps, self._writer.lost
+        return self._writer.steps
 
     def _holds(self, count: int, entry: dict[str, Any]) -> bool:
         """Whether all processes have the states after so many steps; the others answer in their `__init__`."""
@@ -103,10 +101,6 @@ class SharedWriter:
     @property
     def writes(self) -> bool:
         return self._writer is not None
-
-    @property
-    def loss(self) -> str:
-        return self._writer.loss if self._writer else ""
 
     @property
     def digests(self) -> dict[str, str]:

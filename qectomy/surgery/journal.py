@@ -19,17 +19,19 @@ MAX_BYTES = 100_000_000  # 10,000 layers of a conversion have 40 MB
 
 
 class Journal:
-    """The steps of one run in a file; `entries` are those that can be trusted."""
+    """The steps of one run in a file; `entries` are those that can be trusted, `damaged` the number of lines after."""
 
     def __init__(self, path: Path):
         self.path = path
         self.entries: list[dict[str, Any]] = []
         self._marks = [(0, "")]  # where each entry's line ends in the file, and its digest; first, before all of them
-        for line in _content(path).splitlines(keepends=True):
+        lines = _content(path).splitlines(keepends=True)
+        for line in lines:
             entry = _read(line, self._marks[-1][1])
             if entry is None:
                 break
             self._added(entry, line)
+        self.damaged = len(lines) - len(self.entries)
 
     def append(self, **entry: Any) -> None:
         """Add a step; when this returns neither a kill nor a power cut loses it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qectomy.errors import Stopped, Untrusted
+from qectomy.errors import Stopped, Untrusted, note
 from qectomy.surgery.locked_folder import sync
 from qectomy.surgery.source_watch import FileWatch
 from qectomy.surgery.work_folder import WorkFolder
@@ -23,7 +23,7 @@ class StepWriter(ShardWriter):
     A step of the journal counts as long as its tensors, and those of all steps before, lie on the disk as they were
     written, as `whole(its number, its entry)` says that it has all that its run noted, and as `holds(how many steps,
     the last one's entry)` says so of what else the run needs to go on from.
-    What cannot be trusted is made anew; `lost` is the number of such steps.
+    What cannot be trusted is made anew, which a note tells; `lost` is the number of such steps whose entries are sound.
     """
 
     def __init__(
@@ -40,6 +40,9 @@ class StepWriter(ShardWriter):
         known = [entry for _, entry in sound]
         self.steps = _trusted(folder.result, known, tensors, max_shard_bytes, holds)
         self.lost = sum("report" not in entry for entry in entries) - len(self.steps)
+        if again := self.lost + folder.journal.damaged:
+            back = f"going back to step {len(self.steps)}" if self.steps else "starting anew"
+            note(f"{again} step(s) in {folder.path} were damaged on the disk: {back}")
         written = {name: digest for step in self.steps for name, digest in step["tensors"].items()}
         if self.steps:
             folder.journal.cut(len(self.steps))
@@ -47,11 +50,6 @@ class StepWriter(ShardWriter):
             folder.begin()
         super().__init__(folder.result, tensors, max_shard_bytes, written if self.steps else None)
         self._before, self._kept = frozenset(written), len(written)
-
-    @property
-    def loss(self) -> str:
-        """What to tell of steps that are lost."""
-        return f"{self.lost} step(s) were damaged on the disk: they are made anew"
 
     def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
         """Write a tensor's rows as ShardWriter does. Raises Untrusted for one that an earlier process' steps hold."""
@@ -87,8 +85,6 @@ def write_steps(
 ) -> dict[str, str]:
     """Write an output's tensors step by step, going on from those of an earlier process; return their sha256."""
     with StepWriter(work, tensors, max_shard_bytes) as writer:
-        if writer.lost and progress:
-            progress(0, len(steps), writer.loss)
         for number in range(len(writer.steps), len(steps)):
             steps[number](writer)
             unchanged.check()

@@ -1,5 +1,6 @@
 """A conversion that is killed, at any moment and however often, goes on to the bytes of one that never was."""
 
+import itertools
 import json
 import os
 import random
@@ -273,13 +274,25 @@ def test_states_that_are_damaged(model, again):
     assert again(lambda copy: shutil.rmtree(copy / "scratch")) == 0
 
 
-def test_what_was_damaged_is_said(left, tmp_path):
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda copy: None, ""),
+        (
+            lambda copy: os.truncate(copy / "journal", len((copy / "journal").read_bytes()) - 9),
+            "1 {}going back to step 3",
+        ),
+        (lambda copy: flipped(copy / "scratch/student-1", 1000), "1 {}going back to step 3"),
+        (lambda copy: (copy / SHARD).unlink(), "4 {}starting anew"),
+    ],
+)
+def test_what_was_damaged_is_said(damage, said, left, tmp_path, capsys):
     run, folder = left
-    shutil.copytree(folder, tmp_path / "out.converting")
-    (tmp_path / "out.converting" / SHARD).unlink()
-    said = []
-    run.convert(tmp_path / "out", resume=True, progress=lambda *call: said.append(call))
-    assert said[0] == (0, 4, "4 step(s) were damaged on the disk: they are made anew")
+    copy = shutil.copytree(folder, tmp_path / "out.converting")
+    damage(copy)
+    run.convert(tmp_path / "out", resume=True)
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes == ([f"note: {said.format(f'step(s) in {copy} were damaged on the disk: ')}"] if said else [])
 
 
 # What fits nothing
@@ -346,6 +359,43 @@ def test_what_fits_nothing_goes_on_wherever_it_was_killed(write, source_of, rave
         assert not WorkFolder(out).path.exists()
         same_output(out, tmp_path / "whole")
     assert len(kills) > 8
+
+
+@pytest.mark.parametrize("write", [exactly, to_stock])
+def test_what_fits_nothing_goes_back_to_the_step_before_the_damage(
+    write, source_of, raven, tmp_path, monkeypatch, capsys
+):
+    """A byte flips in what each step wrote, or in its line of the journal: all the steps before it are taken over."""
+    source = source_of(write)
+    write(source, tmp_path / "whole", raven)
+    with monkeypatch.context() as patch:
+        patch.setattr(StepWriter, "finish", lambda self: os.kill(os.getpid(), signal.SIGKILL))
+        assert in_a_child(lambda: write(source, tmp_path / "left", raven)) == "killed"
+    left = tmp_path / "left.converting"
+    steps = [json.loads(line[65:])["tensors"] for line in lines(left)]
+    assert len(steps) >= 3
+    keep, made = StepWriter.keep, []
+    monkeypatch.setattr(StepWriter, "keep", lambda self, **more: made.append(1) or keep(self, **more))
+    for number, place in itertools.product(range(len(steps)), ("journal", "weights")):
+        out = tmp_path / f"out-{number}-{place}"
+        copy = shutil.copytree(left, WorkFolder(out).path)
+        if place == "journal":
+            flipped(copy / "journal", sum(map(len, lines(copy)[:number])) + 100)
+        else:
+            name = list(steps[number])[-1]
+            path = next(
+                path for path in (copy / "result").glob("*.safetensors") if f'"{name}"'.encode() in path.read_bytes()
+            )
+            data = path.read_bytes()
+            header = int.from_bytes(data[:8], "little")
+            flipped(path, 8 + header + json.loads(data[8 : 8 + header])[name]["data_offsets"][1] - 1)
+        made.clear()
+        capsys.readouterr()
+        write(source, out, raven, resume=True)
+        assert len(made) == len(steps) - number
+        back = f"going back to step {number}" if number else "starting anew"
+        assert capsys.readouterr().err == f"note: {len(made)} step(s) in {copy} were damaged on the disk: {back}\n"
+        same_output(out, tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("nothing_is_lost")
