@@ -46,7 +46,7 @@ from qectomy.surgery.locked_folder import read_record
 from qectomy.surgery.output import check_absent, check_room, interruptible
 
 BYTES_A_WEIGHT, BYTES_A_TRAINED_ONE = 4, 8  # float32, and AdamW's two means of it
-KEPT_CHECKPOINTS = 3  # the best, the last, and one that is being written
+KEPT_CHECKPOINTS = 4  # the best, the last two, and one that is being written
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,7 @@ class HealTrainer(Trainer):
         if self.is_world_process_zero():
             folder = self._folder.checkpoints / f"checkpoint-{self.state.global_step}"
             mark_complete(folder)
-            best = self.state.best_model_checkpoint
-            self._folder.keep_only(folder, Path(best) if best else None)
+            self._folder.keep_latest(folder)
         self.accelerator.wait_for_everyone()
 
 

@@ -147,15 +147,46 @@ def test_a_checkpoint_that_lost_something_is_not_gone_on_from(damage, run, goes_
     with pytest.MonkeyPatch.context() as patch:
         in_the_middle(patch, (trainer.HealTrainer, "training_step"), 6)
         killed(run)
-    assert checkpoints(tmp_path) == {"checkpoint-2": True, "checkpoint-4": True} or checkpoints(tmp_path) == {
-        "checkpoint-4": True
-    }
+    assert checkpoints(tmp_path) == {"checkpoint-2": True, "checkpoint-4": True}
     path = tmp_path / "out.healing/checkpoints/checkpoint-4" / damage
     if damage == "complete.json":
         path.unlink()
     else:
         os.truncate(path, path.stat().st_size // 2)
     goes_on()
+
+
+@pytest.mark.parametrize(
+    "damaged, back",
+    [
+        ({4: "model.safetensors"}, 2),
+        ({4: "optimizer.pt"}, 2),
+        ({4: "rng_state.pth"}, 2),
+        ({4: "complete.json"}, 2),
+        ({2: "model.safetensors"}, 4),
+        ({2: "model.safetensors", 4: "scheduler.pt"}, 0),
+    ],
+)
+def test_a_byte_that_flips_in_a_checkpoint(damaged, back, run, goes_on, tmp_path, monkeypatch, capsys):
+    """It is noticed, said, and made good from the checkpoint before, down to the start."""
+    with pytest.MonkeyPatch.context() as patch:
+        in_the_middle(patch, (trainer.HealTrainer, "training_step"), 6)
+        killed(run)
+    for step, name in damaged.items():
+        path = tmp_path / f"out.healing/checkpoints/checkpoint-{step}" / name
+        data = bytearray(path.read_bytes())
+        data[2 * len(data) // 3] ^= 1
+        path.write_bytes(data)
+    trained, step = [], trainer.HealTrainer.training_step
+    monkeypatch.setattr(trainer.HealTrainer, "training_step", lambda *a, **k: trained.append(1) or step(*a, **k))
+    capsys.readouterr()
+    goes_on()
+    assert len(trained) == 6 - back
+    told = " and ".join(f"checkpoint-{step}" for step in damaged)
+    then = f"going on from checkpoint-{back}" if back else "training anew"
+    [noted] = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    assert noted.endswith(f" in {tmp_path / 'out.healing'} was damaged on the disk: {then}")
+    assert all(f"checkpoint-{step}" in noted for step in damaged), told
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -496,7 +527,7 @@ def test_a_checkpoint_now_and_then_besides_those_of_validations(run, whole, cloc
     assert saved == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
-def test_old_checkpoints_are_removed_but_the_best_and_the_last(run, monkeypatch, tmp_path):
+def test_old_checkpoints_are_removed_but_the_best_and_the_last_two(run, monkeypatch, tmp_path):
     seen = []
 
     def look(*_, **__):
@@ -512,8 +543,8 @@ def test_old_checkpoints_are_removed_but_the_best_and_the_last(run, monkeypatch,
     monkeypatch.setattr(trainer.HealTrainer, "prediction_step", step)
     monkeypatch.setattr(heal_module, "export", look)
     with pytest.raises(ZeroDivisionError):
-        run(patience=0)
-    assert seen == [{"checkpoint-2", "checkpoint-6"}]
+        run(patience=0, evaluations=6)
+    assert seen == [{"checkpoint-2", "checkpoint-5", "checkpoint-6"}]
 
 
 # What may change, and who may enter

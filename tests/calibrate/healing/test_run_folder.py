@@ -1,5 +1,6 @@
 """The folder of a run: entered anew or again, and which of its checkpoints count."""
 
+import hashlib
 import json
 import os
 
@@ -133,21 +134,63 @@ def test_half_written_ones_are_removed_and_do_not_count(started):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "inner/state.json"])
-@pytest.mark.parametrize("damage", ["missing", "short", "long"])
+@pytest.mark.parametrize("damage", ["missing", "short", "long", "flipped"])
 def test_one_damaged_file_takes_a_checkpoint_away(started, name, damage):
     checkpoint(started, 2)
     path = checkpoint(started, 4) / name
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes(path.read_bytes()[:-1] if damage == "short" else path.read_bytes() + b"0")
+        data = path.read_bytes()
+        path.write_bytes({"short": data[:-1], "long": data + b"0", "flipped": bytes([data[0] ^ 1]) + data[1:]}[damage])
     assert started.last_checkpoint() == started.checkpoints / "checkpoint-2"
     assert kept(started) == ["checkpoint-2"]
 
 
-def test_the_mark_names_every_file_and_its_size(started):
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"{}", b'{"model.safetensors": 21}', b'{"inner": "0"}'])
+def test_a_mark_that_is_damaged_takes_a_checkpoint_away(damage, started, capsys):
+    whole, other = checkpoint(started, 2), checkpoint(started, 4)
+    (other / COMPLETE).write_bytes(damage)
+    assert started.last_checkpoint() == whole
+    said = "note: checkpoint-4 in {} was damaged on the disk: going on from checkpoint-2\n"
+    assert capsys.readouterr().err == said.format(started.path)
+
+
+def with_best(path, step):
+    (path / "trainer_state.json").write_text(json.dumps({"best_global_step": step}))
+    mark_complete(path)
+    return path
+
+
+def test_a_checkpoint_counts_with_the_best_one_until_then_alone(started):
+    """Its weights may become the result."""
+    for step, best in {2: 2, 4: 4, 6: 4, 8: 4}.items():
+        with_best(checkpoint(started, step, complete=False), best)
+    assert started.last_checkpoint() == started.checkpoints / "checkpoint-8"
+    (started.checkpoints / "checkpoint-4/model.safetensors").write_bytes(b"other")
+    assert started.last_checkpoint() == started.checkpoints / "checkpoint-2"
+    assert kept(started) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    "bests, left",
+    [({2: 2, 4: 4, 6: 6}, [4, 6]), ({2: 2, 4: 2, 6: 2, 8: 2}, [2, 6, 8]), ({2: 2, 4: 2, 6: 2, 8: 8}, [2, 6, 8])],
+)
+def test_the_last_two_stay_with_the_best_of_each(bests, left, started):
+    for step, best in bests.items():
+        started.keep_latest(with_best(checkpoint(started, step, complete=False), best))
+    assert kept(started) == [f"checkpoint-{step}" for step in left]
+    for step in left[:0:-1]:  # each time the newest is damaged there is one to go back to, as long as two are left
+        (started.checkpoints / f"checkpoint-{step}/model.safetensors").unlink()
+        assert started.last_checkpoint() == started.checkpoints / f"checkpoint-{left[left.index(step) - 1]}"
+
+
+def test_the_mark_names_every_file_and_its_sha256(started):
     path = checkpoint(started, 3)
-    assert read_record(path / COMPLETE) == {"inner/state.json": 2, "model.safetensors": 21}
+    assert read_record(path / COMPLETE) == {
+        "inner/state.json": hashlib.sha256(b"{}").hexdigest(),
+        "model.safetensors": hashlib.sha256(b"weights" * 3).hexdigest(),
+    }
     mark_complete(path)  # the mark itself is none of them
     assert COMPLETE not in read_record(path / COMPLETE)
     assert is_complete(path)
