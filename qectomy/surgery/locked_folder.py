@@ -8,6 +8,7 @@ What a kind of run keeps there besides is its own: `healing/run_folder.py`, `sur
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from qectomy.surgery.headers import MAX_JSON_BYTES, parse_json, read_regular
 LOCK = "lock"
 RECORD = "run.json"
 DRAFT = ".draft"
+DIGEST = "sha256 of the rest"  # in a record
 
 
 class LockedFolder:
@@ -82,7 +84,7 @@ class LockedFolder:
         """Make what a new run needs; nothing of it stays where that fails."""
         try:
             self.prepare()
-            write_json(self.path / RECORD, {"fingerprint": fingerprint})
+            write_record(self.path / RECORD, {"fingerprint": fingerprint})
         except OSError:
             self.remove()
             raise
@@ -141,7 +143,7 @@ class LockedFolder:
 
     def note(self, **values: Any) -> None:
         """Keep values in run.json."""
-        write_json(self.path / RECORD, self.record() | values)
+        write_record(self.path / RECORD, self.record() | values)
 
     def clear(self, kept: tuple[str, ...] = (RECORD, LOCK)) -> None:
         """Remove all but these."""
@@ -208,7 +210,19 @@ def read_record(path: Path) -> dict[str, Any]:
         raise QectomyError(f"{path} cannot be read ({error}); remove the folder to start anew") from error
     if not isinstance(found, dict):
         raise QectomyError(f"{path} is not what a run writes; remove the folder to start anew")
+    digest = found.pop(DIGEST, None)
+    if digest is not None and digest != _digest(found):
+        raise QectomyError(f"{path} was damaged on the disk after it was written; remove the folder to start anew")
     return found
+
+
+def write_record(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object as `write_json` does, so that `read_record` notices when a byte of it flips."""
+    write_json(path, value | {DIGEST: _digest(value)})
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

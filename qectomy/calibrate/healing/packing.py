@@ -10,6 +10,7 @@ when it is asked for.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,9 +25,9 @@ from torch.utils.data import Dataset
 from qectomy.calibrate.documents import documents, grouped, is_plain
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.text import JOIN, adds_bos, token_ids
-from qectomy.errors import CheckpointError, QectomyError, TextError
+from qectomy.errors import CheckpointError, QectomyError, TextError, note
 from qectomy.surgery.checkpoint import sha256
-from qectomy.surgery.locked_folder import read_record, write_json
+from qectomy.surgery.locked_folder import read_record, write_record
 
 CHARACTERS = 1 << 18  # tokenized at a time
 BLOCK = 4096  # windows held at a time
@@ -87,13 +88,22 @@ class Packed:
 
     @staticmethod
     def kept(folder: Path) -> "Packed | None":
-        """Return what `pack` wrote to a folder before, if it got to its end."""
+        """Return what `pack` wrote to a folder before, if it got to its end and the disk has it as it was written."""
         if not (folder / RECORD).is_file():
             return None
-        texts = read_record(folder / RECORD).get("texts")
-        if not isinstance(texts, list):
+        record = read_record(folder / RECORD)
+        texts, digests = record.get("texts"), record.get("files")
+        if not isinstance(texts, list) or not isinstance(digests, dict):
             raise QectomyError(f"{folder / RECORD} is not what a run writes; remove the folder to start anew")
-        return Packed(folder / "train.bin", folder / "validation.bin", texts)
+        found = Packed(folder / "train.bin", folder / "validation.bin", texts)
+        if damaged := [name for name, digest in found.digests().items() if digest != digests.get(name)]:
+            note(f"{' and '.join(damaged)} in {folder} was damaged on the disk: the texts are packed again")
+            return None
+        return found
+
+    def digests(self) -> dict[str, str]:
+        """Return the sha256 of both files, by name; of one that is gone, none."""
+        return {path.name: sha256(path) if path.is_file() else "" for path in (self.train, self.validation)}
 
 
 def pack(
@@ -111,7 +121,8 @@ def pack(
     """Write train.bin and validation.bin to `folder`: at most `tokens` and `validation_tokens`, evenly from the texts.
 
     Where a text is short, an eighth of it at most is for validation. `reserved`: by a text's name. Raises TextError for
-    a text that is too short to train on, CheckpointError for ids beyond the embedding.
+    a text that is too short to train on, CheckpointError for ids beyond the embedding, QectomyError where the folder
+    tells of an earlier packing that came to something else.
     """
     report: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -127,8 +138,15 @@ def pack(
         for file in parts.values():
             file.flush()
             os.fsync(file.fileno())
-    write_json(folder / RECORD, {"texts": report})
-    return Packed(folder / "train.bin", folder / "validation.bin", report)
+    packed = Packed(folder / "train.bin", folder / "validation.bin", report)
+    record = {"texts": report, "files": packed.digests()}
+    if (folder / RECORD).is_file() and read_record(folder / RECORD) != json.loads(json.dumps(record)):
+        raise QectomyError(
+            f"{', '.join(names)}: packed again, this is not the text that the run in {folder} began with, as a dataset "
+            "may change. Remove the folder to start anew"
+        )
+    write_record(folder / RECORD, record)
+    return packed
 
 
 def _pack_one(

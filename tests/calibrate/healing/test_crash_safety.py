@@ -84,7 +84,7 @@ def in_the_middle(patch, place, number):
 MOMENTS = {
     "before anything is planned": ((heal_module, "make_plan"), 1),
     "while the text is packed": ((packing, "_pack_one"), 1),
-    "when the text is packed but not noted": ((packing, "write_json"), 1),
+    "when the text is packed but not noted": ((packing, "write_record"), 1),
     "in the first step": ((trainer.HealTrainer, "training_step"), 1),
     "in the first checkpoint": ((torch, "save"), 1),
     "after the first checkpoint": ((trainer.HealTrainer, "training_step"), 4),
@@ -173,10 +173,7 @@ def test_a_byte_that_flips_in_a_checkpoint(damaged, back, run, goes_on, tmp_path
         in_the_middle(patch, (trainer.HealTrainer, "training_step"), 6)
         killed(run)
     for step, name in damaged.items():
-        path = tmp_path / f"out.healing/checkpoints/checkpoint-{step}" / name
-        data = bytearray(path.read_bytes())
-        data[2 * len(data) // 3] ^= 1
-        path.write_bytes(data)
+        flip(tmp_path / f"out.healing/checkpoints/checkpoint-{step}" / name)
     trained, step = [], trainer.HealTrainer.training_step
     monkeypatch.setattr(trainer.HealTrainer, "training_step", lambda *a, **k: trained.append(1) or step(*a, **k))
     capsys.readouterr()
@@ -222,6 +219,33 @@ def test_the_command_killed_from_outside(number, pair, raven, tmp_path):
     for name in COMPARED:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert not (tmp_path / "out.healing").exists()
+
+
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin"])
+def test_a_byte_that_flips_in_the_packed_text(name, run, goes_on, tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        in_the_middle(patch, (trainer.HealTrainer, "training_step"), 4)
+        killed(run)
+    flip(tmp_path / "out.healing" / name)
+    capsys.readouterr()
+    goes_on()
+    told = f"note: {name} in {tmp_path / 'out.healing'} was damaged on the disk: the texts are packed again"
+    assert told in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("name", ["run.json", "data.json"])
+def test_a_byte_that_flips_in_a_record_is_refused(name, unfinished, run, tmp_path):
+    path = tmp_path / "out.healing" / name
+    path.write_text(path.read_text().replace('"tokens', '"t0kens', 1))
+    with pytest.raises(QectomyError, match=rf"{name} was damaged on the disk after it was written; remove the folder"):
+        run(resume=True)
+    assert checkpoints(tmp_path)["checkpoint-6"]
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[2 * len(data) // 3] ^= 1
+    path.write_bytes(data)
 
 
 # What may not change on the way

@@ -14,7 +14,7 @@ from qectomy.calibrate.documents import documents
 from qectomy.calibrate.healing import packing
 from qectomy.calibrate.healing.packing import Packed, PackedWindows, Reserved, Shuffled, pack, text_from
 from qectomy.calibrate.text import JOIN
-from qectomy.errors import CheckpointError, TextError
+from qectomy.errors import CheckpointError, QectomyError, TextError
 from qectomy.surgery.checkpoint import sha256
 
 C = 16
@@ -280,6 +280,23 @@ def test_an_unfinished_packing_does_not_count(write, tmp_path):
         pack(
             tiny_tokenizer(), names, tmp_path / "run", context=C, tokens=999, validation_tokens=C, vocab_size=VOCAB_SIZE
         )
+    assert Packed.kept(tmp_path / "run") is None
+
+
+def test_a_packing_that_was_damaged_is_made_again_and_must_come_to_the_same(write, tmp_path):
+    (tmp_path / "run").mkdir()
+    told = dict(context=C, tokens=10**9, validation_tokens=C, vocab_size=VOCAB_SIZE)
+    path = write(LINES)
+    found = pack(tiny_tokenizer(), [path], tmp_path / "run", **told)
+    before = found.train.read_bytes()
+    for damaged in (b"", before[:-1] + b"x"):
+        found.train.write_bytes(damaged)
+        assert Packed.kept(tmp_path / "run") is None
+        assert pack(tiny_tokenizer(), [path], tmp_path / "run", **told) == Packed.kept(tmp_path / "run") == found
+        assert found.train.read_bytes() == before
+    write(LINES[::-1])
+    with pytest.raises(QectomyError, match=r"text.txt: packed again, this is not the text that the run in .*run began"):
+        pack(tiny_tokenizer(), [path], tmp_path / "run", **told)
     assert Packed.kept(tmp_path / "run") is None
 
 
