@@ -10,7 +10,7 @@ import typer
 
 from qectomy.cli_heal import count, show
 from qectomy.errors import QectomyError
-from qectomy.terminal import Clean, Json, Resume, check_out, command_line, print_json, progress_bar
+from qectomy.terminal import Clean, Json, Resume, ResumeOnly, check_out, command_line, go_on, print_json, progress_bar
 
 CONTEXT_HELP = "Tokens a window. Default: 512, or what the model was made for if that is less."
 NoProbe = Annotated[
@@ -64,6 +64,7 @@ def convert(
     ] = False,
     no_probe: NoProbe = False,
     resume: Resume = False,
+    resume_only: ResumeOnly = False,
     clean: Clean = False,
     as_json: Json = False,
 ) -> None:
@@ -76,7 +77,7 @@ def convert(
     from qectomy.surgery.query_maps import parse_exact, parse_recipe
 
     with _together(device) as together:
-        together.first_alone(lambda: check_out(out, resume, clean))
+        together.first_alone(lambda: check_out(out, go_on(resume, resume_only), clean))
         source = open_checkpoint(checkpoint)
         settings = ConvertSettings(
             texts=tuple(text or ()),
@@ -97,7 +98,7 @@ def convert(
             heal=heal,
             dry_run=dry_run,
             probe=not no_probe,
-            resume=resume,
+            resume=go_on(resume, resume_only),
             clean=clean,
             as_json=as_json,
         )
@@ -118,7 +119,7 @@ class _Asked:
     heal: int | None  # tokens
     dry_run: bool
     probe: bool
-    resume: bool
+    resume: Any  # as go_on returns it
     clean: bool
     as_json: bool
 

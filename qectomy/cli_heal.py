@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qectomy.terminal import Json, command_line, print_json, progress_bar
+from qectomy.terminal import Json, ResumeOnly, command_line, go_on, print_json, progress_bar
 
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
@@ -112,6 +112,7 @@ def heal(
         str, typer.Option(help="Where Trainer logs to besides: tensorboard, wandb, ... (to be installed), or none.")
     ] = "none",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.healing.")] = False,
+    resume_only: ResumeOnly = False,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu",
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")] = 0,
     as_json: Json = False,
@@ -122,13 +123,15 @@ def heal(
     (DDP, FSDP, DeepSpeed as configured there).
     """
     from qectomy.calibrate.healing.heal import heal as run
-    from qectomy.calibrate.healing.run_folder import check_unhealed
+    from qectomy.calibrate.healing.run_folder import RunFolder, check_unhealed
     from qectomy.calibrate.healing.settings import HealSettings
     from qectomy.calibrate.settings import default_context
     from qectomy.surgery.checkpoint import open_checkpoint
 
-    if not resume:  # one that is resumed may be in its place already
+    if not (resume or resume_only):  # one that is resumed may be in its place already
         check_unhealed(out)
+    elif resume_only and not out.exists():
+        RunFolder(out).check_there()
     settings = HealSettings(
         texts=(*(text or ()), *(dataset or ())),
         self_generated=self_generated,
@@ -160,7 +163,7 @@ def heal(
         command=command_line(),
     )
     with progress_bar("healing") as progress:
-        report = run(reduced, teacher, out, settings, resume=resume, progress=progress)
+        report = run(reduced, teacher, out, settings, resume=go_on(resume, resume_only), progress=progress)
     if report is not None:
         show(report, out, as_json)
 

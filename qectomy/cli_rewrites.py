@@ -5,13 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
-from qectomy.terminal import Clean, Json, Resume, check_out, one_process, print_json, progress_bar
+from qectomy.terminal import Clean, Json, Resume, ResumeOnly, check_out, go_on, one_process, print_json, progress_bar
 
 
 def materialize(
     reduced: Annotated[str, typer.Argument(help="Folder of a reduced checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
     resume: Resume = False,
+    resume_only: ResumeOnly = False,
     clean: Clean = False,
     as_json: Json = False,
 ) -> None:
@@ -20,10 +21,10 @@ def materialize(
     from qectomy.surgery.materialize import materialize as run
 
     one_process()
-    check_out(out, resume, clean)
+    check_out(out, go_on(resume, resume_only), clean)
     source = open_checkpoint(reduced, reduced=True)
     with progress_bar("materializing") as progress:
-        result = run(source, out, progress, resume=resume, clean=clean)
+        result = run(source, out, progress, resume=go_on(resume, resume_only), clean=clean)
     if not _told(result, as_json):
         typer.echo(f"wrote {result['out']}: {result['parameters']['after']:,} parameters; {result['note']}")
         for dropped in result["warnings"]:
@@ -41,6 +42,7 @@ def import_nanogpt(
         typer.Option(help="Folder or hub id whose tokenizer files go along: a nanoGPT checkpoint holds none."),
     ] = None,
     resume: Resume = False,
+    resume_only: ResumeOnly = False,
     clean: Clean = False,
     as_json: Json = False,
 ) -> None:
@@ -51,11 +53,11 @@ def import_nanogpt(
     from qectomy.surgery.nanogpt import import_nanogpt as run
 
     one_process()
-    check_out(out, resume, clean)
+    check_out(out, go_on(resume, resume_only), clean)
     folder = locate(tokenizer, TOKENIZER_FILES) if tokenizer else None
     if folder is not None:
         load_tokenizer(folder)  # one that does not load is refused before anything is written
-    result = run(checkpoint, out, folder, resume=resume, clean=clean)
+    result = run(checkpoint, out, folder, resume=go_on(resume, resume_only), clean=clean)
     if not _told(result, as_json):
         typer.echo(
             f"wrote {result['out']}: {result['model_type']}, {result['parameters']:,} parameters, from queries of mode "
@@ -73,6 +75,7 @@ def fold_norms(
         typer.Option(help="gain, shift or mean; may be repeated. Default: all that the family's norms have."),
     ] = None,
     resume: Resume = False,
+    resume_only: ResumeOnly = False,
     clean: Clean = False,
     as_json: Json = False,
 ) -> None:
@@ -81,10 +84,10 @@ def fold_norms(
     from qectomy.surgery.norm_folding import fold_norms as run
 
     one_process()
-    check_out(out, resume, clean)
+    check_out(out, go_on(resume, resume_only), clean)
     source = open_checkpoint(checkpoint)
     with progress_bar("folding norms") as progress:
-        result = run(source, out, only, progress, resume=resume, clean=clean)
+        result = run(source, out, only, progress, resume=go_on(resume, resume_only), clean=clean)
     if not _told(result, as_json):
         left = f"; left as they are: {', '.join(result['left'])}" if result["left"] else ""
         typer.echo(f"wrote {result['out']}: folded {', '.join(result['folded']) or 'nothing'}{left}")

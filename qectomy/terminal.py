@@ -13,18 +13,28 @@ import typer
 from qectomy.launch import launch
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped, in OUT.converting.")]
+ResumeOnly = Annotated[
+    bool, typer.Option("--resume-only", help="The same, but refuse where there is nothing to go on from.")
+]
 Clean = Annotated[bool, typer.Option("--clean", help="First remove what a run before left in OUT.converting.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
-def check_out(out: Path, resume: bool, clean: bool) -> None:
+def go_on(resume: bool, only: bool) -> Any:
+    """Return what the functions take as `resume`."""
+    return "only" if only else resume
+
+
+def check_out(out: Path, resume: Any, clean: bool) -> None:
     """Refuse an output that exists before anything is loaded; one that is resumed may be in its place already."""
-    from qectomy.surgery.work_folder import check_free
+    from qectomy.surgery.work_folder import WorkFolder, check_free
 
     if resume and clean:
         raise typer.BadParameter("--resume goes on with what --clean removes; give one or the other")
     if not resume:
         check_free(out)
+    elif resume == "only" and not out.exists():
+        WorkFolder(out).check_there()
 
 
 def one_process() -> None:
@@ -89,7 +99,7 @@ def command_line() -> str:
 
 def resumed() -> bool:
     """Whether the command that runs was told to go on with an earlier one."""
-    return "--resume" in sys.argv[2:]
+    return not {"--resume", "--resume-only"}.isdisjoint(sys.argv[2:])
 
 
 def command_to_go_on() -> str:

@@ -432,6 +432,11 @@ def test_what_was_stopped_is_resumed_or_cleaned(
     files["reduced"] = tiny_reduced(("select", "dense"))
     files["nanogpt"] = made().save(tmp_path_factory.mktemp("nanogpt") / "ckpt.pt")
     command = [*(files.get(word, word) for word in arguments), "--out", tmp_path / "out"]
+    done = cli(*command, "--resume-only")
+    assert done.code == 1
+    assert done.err.endswith(
+        "out.converting holds no run to go on with, and --resume-only begins none (--resume would)\n"
+    )
     with monkeypatch.context() as patch:
         patch.setattr(place, stop)
         done = cli(*command)
@@ -443,16 +448,19 @@ def test_what_was_stopped_is_resumed_or_cleaned(
     done = cli(*command)
     assert done.code == 1
     assert done.err.endswith("holds a run that was not finished: go on with --resume, or start anew with --clean\n")
+    assert cli(*command, "--resume-only", "--clean").code == 2
     both = cli(*command, "--resume", "--clean")
     assert both.code == 2
     assert "--resume goes on with what --clean removes" in both.err
     with monkeypatch.context() as patch:
         patch.setattr(place, stop)
-        assert cli(*command, "--resume").code == 75
+        done = cli(*command, "--resume-only")
+    assert (done.code, "--resume-only" in done.err.splitlines()[-1]) == (75, True)
     assert cli(*goes_on).code == 0
-    done = cli(*command, "--resume")
-    assert done.code == 1
-    assert "out exists; nothing is overwritten" in done.err
+    for way in ("--resume", "--resume-only"):
+        done = cli(*command, way)
+        assert done.code == 1
+        assert "out exists; nothing is overwritten" in done.err
     shutil.rmtree(tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(place, stop)

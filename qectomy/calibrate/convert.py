@@ -31,6 +31,7 @@ from qectomy.eval.summary import cost
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.config_files import copy_companions, copy_model_code
 from qectomy.surgery.headers import read_json
+from qectomy.surgery.locked_folder import GoOn
 from qectomy.surgery.output import check_room
 from qectomy.surgery.plan import scratch_bytes, totals
 from qectomy.surgery.query_maps import QueryMapSpec, written
@@ -47,7 +48,7 @@ def convert(
     settings: ConvertSettings,
     progress: Progress | None = None,
     *,
-    resume: bool = False,
+    resume: GoOn = False,
     clean: bool = False,
     together: Together | None = None,
 ) -> dict[str, Any] | None:
@@ -89,7 +90,7 @@ def _convert(
     settings: ConvertSettings,
     progress: Progress | None,
     together: Together,
-    resume: bool,
+    resume: GoOn,
     clean: bool,
 ) -> dict[str, Any] | None:
     watch = Stopwatch()

@@ -26,6 +26,7 @@ from qectomy.surgery.config_files import copy_companions, copy_model_code, reduc
 from qectomy.surgery.exact import ExactPlan, Progress, fold_checkpoint, plan_exact
 from qectomy.surgery.folding import usable_error
 from qectomy.surgery.headers import TORCH_NAMES, read_json
+from qectomy.surgery.locked_folder import GoOn
 from qectomy.surgery.output import check_room
 from qectomy.surgery.query_maps import QueryMapSpec, ranges
 from qectomy.surgery.source_watch import SourceWatch
@@ -40,7 +41,7 @@ def convert_exact(
     kept: frozenset[int] = frozenset(),
     progress: Progress | None = None,
     *,
-    resume: bool = False,
+    resume: GoOn = False,
     clean: bool = False,
 ) -> dict[str, Any]:
     """Write what exact folding leaves of a checkpoint to `out`, and return its report (also in `out`/qectomy.json).

@@ -12,7 +12,7 @@ from qectomy.calibrate.pass_steps import is_whole
 from qectomy.calibrate.states import Streams
 from qectomy.calibrate.together import Together
 from qectomy.errors import QectomyError
-from qectomy.surgery.locked_folder import differences
+from qectomy.surgery.locked_folder import GoOn, differences
 from qectomy.surgery.step_writer import StepWriter
 from qectomy.surgery.work_folder import WorkFolder, work_folder
 from qectomy.surgery.writer import TensorSpec
@@ -20,7 +20,7 @@ from qectomy.surgery.writer import TensorSpec
 
 @contextmanager
 def shared_folder(
-    together: Together, out: Path, fingerprint: dict[str, Any], *, resume: bool, clean: bool
+    together: Together, out: Path, fingerprint: dict[str, Any], *, resume: GoOn, clean: bool
 ) -> Iterator[WorkFolder]:
     """Yield the folder of a run to all processes; only the first one holds it, and says what is left of it at the end.
 

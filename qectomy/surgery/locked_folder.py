@@ -16,15 +16,16 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import Any, ClassVar, Literal, TextIO
 
-from qectomy.errors import QectomyError, shown
+from qectomy.errors import QectomyError, Untrusted, shown
 from qectomy.surgery.headers import MAX_JSON_BYTES, parse_json, read_regular
 
 LOCK = "lock"
 RECORD = "run.json"
 DRAFT = ".draft"
 DIGEST = "sha256 of the rest"  # in a record
+GoOn = bool | Literal["only"]  # with a run that is there: refuse it; go on with it, or begin one; go on, never begin
 
 
 class LockedFolder:
@@ -41,13 +42,17 @@ class LockedFolder:
         self.out = out.absolute()
         self.path = self.out.with_name(f"{self.out.name}.{self.suffix}")
         self._lock: TextIO | None = None
+        self.must_go_on = False  # a run that is there, and what it has done
 
-    def start(self, fingerprint: dict[str, Any], resume: bool) -> bool:
+    def start(self, fingerprint: dict[str, Any], resume: GoOn) -> bool:
         """Make the folder, or with `resume` enter it again; return whether a run is resumed.
 
         Raises QectomyError when a run is there and `resume` is not asked for, when it was another run, and when another
-        process holds it.
+        process holds it; where none is and `resume` is "only".
         """
+        self.must_go_on = resume == "only"
+        if self.must_go_on:
+            self.check_there()
         self.take()
         try:
             return self._enter(fingerprint, resume)
@@ -55,7 +60,7 @@ class LockedFolder:
             self.release()
             raise
 
-    def _enter(self, fingerprint: dict[str, Any], resume: bool) -> bool:
+    def _enter(self, fingerprint: dict[str, Any], resume: GoOn) -> bool:
         if not (self.path / RECORD).exists():
             self._found(fingerprint)
             return False
@@ -78,6 +83,18 @@ class LockedFolder:
             raise QectomyError(
                 f"{self.out} is whole, and another run made it: {'; '.join(differing)}. Give what that run was given, "
                 "or another --out"
+            )
+
+    def check_there(self) -> None:
+        """Raise Untrusted where there is no run to go on with."""
+        if not (self.path / RECORD).exists():
+            raise Untrusted(f"{self.path} holds no run to go on with, and --resume-only begins none (--resume would)")
+
+    def check_may_begin(self) -> None:
+        """Raise Untrusted where nothing of a run can be gone on from, and it has to be."""
+        if self.must_go_on:
+            raise Untrusted(
+                f"{self.path} holds nothing sound to go on from, and --resume-only does not begin anew (--resume would)"
             )
 
     def _found(self, fingerprint: dict[str, Any]) -> None:

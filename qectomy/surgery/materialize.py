@@ -21,6 +21,7 @@ from qectomy.surgery.family import Dimensions, Family, LayerRoles, LinearView
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.gauge import join_heads, split_heads
 from qectomy.surgery.linear_views import Projection, read_maps, read_view, store_views, without_views
+from qectomy.surgery.locked_folder import GoOn
 from qectomy.surgery.output import check_room
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.source_watch import SourceWatch
@@ -117,7 +118,7 @@ def materialize(
     progress: Progress | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     *,
-    resume: bool = False,
+    resume: GoOn = False,
     clean: bool = False,
 ) -> dict[str, Any]:
     """Write the stock checkpoint that a reduced one amounts to; return what was written.

@@ -41,6 +41,7 @@ from qectomy.surgery.family import Dimensions, flag, size
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.headers import TORCH_NAMES, open_regular
 from qectomy.surgery.linear_views import add_through, read_view, with_query
+from qectomy.surgery.locked_folder import GoOn
 from qectomy.surgery.output import check_room
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.source_watch import FileWatch
@@ -83,7 +84,7 @@ class ModelArgs:
 
 
 def import_nanogpt(
-    path: Path, out: Path, tokenizer: Path | None = None, *, resume: bool = False, clean: bool = False
+    path: Path, out: Path, tokenizer: Path | None = None, *, resume: GoOn = False, clean: bool = False
 ) -> dict[str, Any]:
     """Write the checkpoint in `path` to the folder `out`; return what was written.
 

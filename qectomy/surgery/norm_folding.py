@@ -20,6 +20,7 @@ from qectomy.surgery.config_files import copy_companions, copy_model_code, with_
 from qectomy.surgery.family import LayerRoles
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.linear_views import Projection, read_view, store_views
+from qectomy.surgery.locked_folder import GoOn
 from qectomy.surgery.output import check_room
 from qectomy.surgery.source_watch import SourceWatch
 from qectomy.surgery.step_writer import Progress, write_steps
@@ -92,7 +93,7 @@ def fold_norms(
     only: Sequence[str] | None = None,
     progress: Progress | None = None,
     *,
-    resume: bool = False,
+    resume: GoOn = False,
     clean: bool = False,
 ) -> dict[str, Any]:
     """Write a stock checkpoint with the same logits whose norms have `only` these parts folded; one layer at a time.

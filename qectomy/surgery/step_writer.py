@@ -47,6 +47,7 @@ class StepWriter(ShardWriter):
         if self.steps:
             folder.journal.cut(len(self.steps))
         else:
+            folder.check_may_begin()
             folder.begin()
         super().__init__(folder.result, tensors, max_shard_bytes, written if self.steps else None)
         self._before, self._kept = frozenset(written), len(written)

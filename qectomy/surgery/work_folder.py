@@ -21,7 +21,7 @@ from typing import Any
 from qectomy import __version__
 from qectomy.errors import OutputError, QectomyError, Stopped, Untrusted, resumable
 from qectomy.surgery.journal import Journal
-from qectomy.surgery.locked_folder import LOCK, RECORD, LockedFolder
+from qectomy.surgery.locked_folder import LOCK, RECORD, GoOn, LockedFolder
 from qectomy.surgery.output import cause, check_absent, interruptible, make_parents, move, remove_empty
 
 JOURNAL = "journal"
@@ -46,7 +46,7 @@ class WorkFolder(LockedFolder):
         self.journal = Journal(self.path / JOURNAL)
         self.whole = False  # whether every tensor is written: what fails after that costs none of them
 
-    def start(self, fingerprint: dict[str, Any], resume: bool) -> bool:
+    def start(self, fingerprint: dict[str, Any], resume: GoOn) -> bool:
         """Hold the folder, new or, with `resume`, as it was left; return whether a run is resumed."""
         told = {
             MARK: __version__,
@@ -148,7 +148,7 @@ def check_free(out: Path) -> None:
 
 @contextmanager
 def work_folder(
-    out: Path, fingerprint: dict[str, Any], *, resume: bool = False, clean: bool = False
+    out: Path, fingerprint: dict[str, Any], *, resume: GoOn = False, clean: bool = False
 ) -> Iterator[WorkFolder]:
     """Yield the folder of a run, new or, with `resume`, as it was left; `clean` removes one that is there.
 
@@ -178,7 +178,7 @@ def _kept_or_removed(folder: WorkFolder) -> Iterator[None]:
         yield
     except BaseException as error:
         refused = isinstance(error, QectomyError) and not isinstance(error, OutputError | Stopped)
-        if (refused and not folder.whole) or not folder.journal.entries:
+        if (refused and not folder.whole) or not (folder.journal.entries or folder.must_go_on):
             folder.remove()
         raise
 
@@ -191,7 +191,7 @@ def _explained(folder: WorkFolder) -> Iterator[None]:
     except OSError as error:
         raise _ended(folder, OutputError, f"{folder.out} could not be written: {cause(error)}") from error
     except Untrusted as error:
-        raise Untrusted(f"{error}: {folder.anew}") from error
+        raise Untrusted(str(error) if folder.must_go_on else f"{error}: {folder.anew}") from error
     except QectomyError as error:
         if not isinstance(error, OutputError | Stopped) and not folder.whole:
             raise

@@ -15,7 +15,9 @@ from interruptions import PowerCut, in_a_child
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped
 from qectomy.surgery import work_folder as module
 from qectomy.surgery.locked_folder import LockedFolder
+from qectomy.surgery.step_writer import StepWriter
 from qectomy.surgery.work_folder import WorkFolder, finished, work_folder
+from qectomy.surgery.writer import TensorSpec
 
 TOLD = {"seed": 0, "text 1": "a.txt (sha256 00)"}
 
@@ -262,6 +264,30 @@ def test_resuming_or_cleaning_nothing_is_starting(out, tmp_path):
     make(out, resume=True)
     make(tmp_path / "other", clean=True)
     assert names(tmp_path) == ["other", "out"]
+
+
+def test_a_run_that_must_go_on_never_begins(out, tmp_path):
+    for _ in range(2):
+        with pytest.raises(QectomyError) as caught:
+            make(out, resume="only")
+        assert str(caught.value) == (
+            f"{out}.converting holds no run to go on with, and --resume-only begins none (--resume would)"
+        )
+        assert not isinstance(caught.value, OutputError)
+        assert not caught.value.resumable
+        assert names(tmp_path) == []
+    unfinished(out)
+    with work_folder(out, TOLD, resume="only") as work:
+        assert work.journal.entries == [{"step": 0}]
+    (out.with_name("out.converting") / "journal").write_bytes(b"torn")
+    with (
+        pytest.raises(QectomyError, match=r"holds nothing sound to go on from, and --resume-only does not .*would\)$"),
+        work_folder(out, TOLD, resume="only") as work,
+    ):
+        StepWriter(work, {"w": TensorSpec((1,), "F32")})
+    assert names(out.with_name("out.converting")) == ["journal", "lock", "result", "run.json", "scratch"]
+    assert (out.with_name("out.converting") / "result/weights").is_file()
+    make(out, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from qectomy.calibrate.processes import Processes
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.errors import OutputError, QectomyError, Stopped, TextError, resumable
 from qectomy.surgery.checkpoint import Checkpoint
+from qectomy.surgery.locked_folder import GoOn
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.work_folder import check_free
 
@@ -28,7 +29,7 @@ def convert_and_heal(
     heal_settings: HealSettings,
     progress: Progress | None = None,
     *,
-    resume: bool = False,
+    resume: GoOn = False,
     clean: bool = False,
 ) -> dict[str, Any]:
     """Write the fitted checkpoint to OUT.fitted, heal it to `out`, remove the first; return the report.

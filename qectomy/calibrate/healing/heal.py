@@ -42,7 +42,7 @@ from qectomy.calibrate.processes import Processes
 from qectomy.errors import CheckpointError, TextError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.surgery.checkpoint import Checkpoint, sha256
-from qectomy.surgery.locked_folder import read_record
+from qectomy.surgery.locked_folder import GoOn, read_record
 from qectomy.surgery.output import check_absent, check_room, interruptible
 
 BYTES_A_WEIGHT, BYTES_A_TRAINED_ONE = 4, 8  # float32, and AdamW's two means of it
@@ -72,7 +72,7 @@ def heal(
     out: Path,
     settings: HealSettings,
     *,
-    resume: bool = False,
+    resume: GoOn = False,
     progress: Progress | None = None,
 ) -> dict[str, Any] | None:
     """Write the healed checkpoint to `out`; return its report (also in `out`/qectomy.json).
@@ -216,6 +216,8 @@ def _train(job: Job, model: Any, criterion: Distillation, plan: Plan, packed: Pa
     rate = job.settings.learning_rate(job.student.dims.d_model, plan.tokens_a_step)
     settings = replace(job.settings, lr=rate)
     last = processes.first_alone(lambda: folder.last_checkpoint() if resumed else None)
+    if last is None:
+        processes.first_alone(folder.check_may_begin)
     ended = processes.first_alone(lambda: ended_at(last, folder, settings) if last is not None else None)
     steps = ended or plan.steps
     windows = PackedWindows(packed.train, settings.context)

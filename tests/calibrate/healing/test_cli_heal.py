@@ -104,6 +104,15 @@ def test_what_a_user_can_mend_exits_with_1(cli, arguments, message, pair, raven,
     assert not (tmp_path / "new").exists()
 
 
+def test_a_run_that_must_go_on_never_begins(cli, pair, raven, tmp_path):
+    found = pair()
+    command = ["heal", found.reduced, "--teacher", found.original, "--out", "new", "--text", raven, "--resume-only"]
+    code, _, err = cli(*command)
+    assert code == 1
+    assert "new.healing holds no run to go on with, and --resume-only begins none (--resume would)" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_mistake_leaves_no_run_behind(cli, pair, tmp_path):
     """Else the command with the right name would be refused as another run."""
     found = pair()

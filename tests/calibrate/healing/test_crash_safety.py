@@ -48,7 +48,7 @@ def goes_on(run, whole, tmp_path):
 
     def finish(**settings):
         assert not (tmp_path / "out").exists()
-        report = run(resume=True, **settings)
+        report = run(**{"resume": True, **settings})
         for name in COMPARED:
             assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes(), name
         assert [path.name for path in tmp_path.iterdir() if "partial" not in path.name] == ["out"]
@@ -177,7 +177,13 @@ def test_a_byte_that_flips_in_a_checkpoint(damaged, back, run, goes_on, tmp_path
     trained, step = [], trainer.HealTrainer.training_step
     monkeypatch.setattr(trainer.HealTrainer, "training_step", lambda *a, **k: trained.append(1) or step(*a, **k))
     capsys.readouterr()
-    goes_on()
+    if back:
+        goes_on(resume="only")
+    else:
+        with pytest.raises(QectomyError, match=r"out\.healing holds nothing sound to go on from, and --resume-only"):
+            run(resume="only")
+        assert not trained
+        goes_on()
     assert len(trained) == 6 - back
     told = " and ".join(f"checkpoint-{step}" for step in damaged)
     then = f"going on from checkpoint-{back}" if back else "training anew"
