@@ -179,7 +179,7 @@ def main() -> None:
         if resumed():  # before it had entered the run's folder
             complain("interrupted; what there was to go on from is as it was")
             _stopped_safely(command_to_go_on())
-        complain("interrupted; nothing of this run is kept")
+        complain("interrupted; what was not finished is not kept")
         raise
 
 

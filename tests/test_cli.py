@@ -475,7 +475,7 @@ def test_an_interruption_before_anything_is_kept(cli, tiny_checkpoint, raven, tm
     with monkeypatch.context() as patch:
         patch.setattr("qectomy.calibrate.convert.SourceWatch", stop)
         done = cli(*command)
-    assert (done.code, done.err) == (130, "error: interrupted; nothing of this run is kept\n")
+    assert (done.code, done.err) == (130, "error: interrupted; what was not finished is not kept\n")
     assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patch:
         patch.setattr("qectomy.calibrate.convert.check_reload", stop)

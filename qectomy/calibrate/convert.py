@@ -60,7 +60,8 @@ def convert(
     Until it is whole it lies in OUT.converting, whence `resume` goes on and which `clean` removes first. Raises a
     QectomyError, and leaves nothing behind, for text that is too short, weights or states that are not finite, an
     output folder that exists. A full or failing disk, a source that changes, an interruption, and whatever goes wrong
-    after the last layer, as a result that a fresh process cannot reload, leave what was done.
+    after the last layer, as a result that a fresh process cannot reload, leave what was done; an error whose cause can
+    pass is marked as `resumable`.
     """
     together = together or Together(settings.device)
     with together.one_end():
