@@ -16,6 +16,8 @@ from qectomy.errors import OutputError
 from qectomy.surgery.checkpoint import BYTES_A_READ
 from qectomy.surgery.writer import write_all
 
+KEPT = 3  # layers whose states are there: the one that is being written, and two to go on from
+
 
 class WindowFile:
     """n_windows tensors of one shape and type in a file: read and written by runs [start:stop], read by lists too.
@@ -94,7 +96,8 @@ class Streams:
     """Hidden states of both models as they enter a layer, and as they leave it.
 
     Windows [0, fitted) are fitted on, the rest only measured. All have the shape (n_windows, T, D), float32.
-    What enters a layer is not overwritten before the next one: two files a model take turns, and outlive the process.
+    Files of three layers take turns for each model, and outlive the process: what entered the layer before is whole as
+    long as a layer runs, so that a step that is damaged then costs that step alone.
     These are the windows of this process; `share` says which of the run's they are.
     """
 
@@ -108,15 +111,15 @@ class Streams:
                 stack.callback(made.close)
                 return made
 
-            self._pairs = [(file(f"teacher-{i}", shape[0]), file(f"student-{i}", shape[0])) for i in range(2)]
+            self._pairs = [(file(f"teacher-{i}", shape[0]), file(f"student-{i}", shape[0])) for i in range(KEPT)]
             self.teacher_mid = file("teacher-mid", fitted)  # after the attention; only the refit asks for it
             self._stack = stack.pop_all()
         self.enter(0)
 
     def enter(self, layer: int) -> None:
         """Let what left the layer before be what enters this one."""
-        self.teacher, self.student = self._pairs[layer % 2]
-        self.teacher_after, self.student_after = self._pairs[(layer + 1) % 2]
+        self.teacher, self.student = self._pairs[layer % KEPT]
+        self.teacher_after, self.student_after = self._pairs[(layer + 1) % KEPT]
 
     def sync(self) -> list[int]:
         """Bring both models' states that enter the layer to the disk; return their checksums."""
@@ -126,7 +129,7 @@ class Streams:
 
     def checksums_on_disk(self, layer: int) -> list[int]:
         """Return those of the states that enter a layer, as the files hold them; `sync` told what they should be."""
-        return [states.checksum_on_disk() for states in self._pairs[layer % 2]]
+        return [states.checksum_on_disk() for states in self._pairs[layer % KEPT]]
 
     def close(self) -> None:
         """Close the files."""

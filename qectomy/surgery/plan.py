@@ -45,7 +45,7 @@ def totals(checkpoint: Checkpoint, recipe: tuple[QueryMapSpec, ...], dtype: str 
 def scratch_bytes(checkpoint: Checkpoint, tokens: int, eval_tokens: int) -> int:
     """Bytes on disk, at most, while a conversion runs: hidden-state streams, and what one layer's fit looks at."""
     dims = checkpoint.dims
-    streams = 4 * (tokens + eval_tokens) + tokens  # the teacher's after its attention for the fitted tokens alone
+    streams = 6 * (tokens + eval_tokens) + tokens  # the teacher's after its attention for the fitted tokens alone
     fit = dims.d_model + (dims.n_heads + dims.n_kv_heads) * dims.d_head
     rows = 2 * min(tokens + eval_tokens, dims.vocab_size)  # of the embedding, before the first layer
     return 4 * (streams * dims.d_model + max(rows * dims.d_model, tokens * fit))

@@ -119,7 +119,7 @@ def _trusted(
     digests = {name: digest for step in known for name, digest in step["tensors"].items()}
     bad = set(damaged(folder, tensors, digests, max_shard_bytes))
     sound = list(itertools.takewhile(lambda step: bad.isdisjoint(step["tensors"]), known))
-    for count in (len(sound), len(sound) - 1):  # what a step needs is there until the next one but one is written
+    for count in (len(sound), len(sound) - 1):  # what a step needs is there until the next one but one is kept
         if count > 0 and holds(count, sound[count - 1]):
             return sound[:count]
     return []

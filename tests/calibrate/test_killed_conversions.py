@@ -206,7 +206,7 @@ def test_a_byte_that_flips_in_the_journal(line, kept, again):
     assert again(flip) == kept
 
 
-SHARD, STATES = "result/model.safetensors", "scratch/{}-1"  # the states of the last step, the third layer's, are in -1
+SHARD = "result/model.safetensors"
 
 
 def flipped(path, offset):
@@ -258,20 +258,43 @@ def test_a_shard_that_is_damaged(damage, kept, left, again):
 
 @pytest.mark.parametrize("model", ["teacher", "student"])
 def test_states_that_are_damaged(model, again):
-    """One layer is made again from the states before it; without those, all."""
+    """One layer is made again from the states before it; without those, all. What left the third layer lies in -0."""
 
     def last(copy):
-        flipped(copy / f"scratch/{model}-1", 1000)
+        flipped(copy / f"scratch/{model}-0", 1000)
 
     def both(copy):
         last(copy)
-        flipped(copy / f"scratch/{model}-0", 1000)
+        flipped(copy / f"scratch/{model}-2", 1000)
 
     assert again(last) == 2
     assert again(both) == 0
-    assert again(lambda copy: (copy / f"scratch/{model}-1").unlink()) == 2
-    assert again(lambda copy: os.truncate(copy / f"scratch/{model}-1", 1000)) == 2
+    assert again(lambda copy: (copy / f"scratch/{model}-0").unlink()) == 2
+    assert again(lambda copy: os.truncate(copy / f"scratch/{model}-0", 1000)) == 2
     assert again(lambda copy: shutil.rmtree(copy / "scratch")) == 0
+
+
+def test_killed_at_the_end_of_a_layer_with_the_one_before_damaged(whole, tmp_path, monkeypatch):
+    """The layer that ran has written its own states beside those that the damaged one is made again from."""
+    run, out = whole("llama key-shared"), tmp_path / "out"
+
+    def stop_before(self, **named):
+        if len(self._work.journal.entries) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        keep(self, **named)
+
+    keep, layer, made = StepWriter.keep, LayerPass._layer, []
+    with monkeypatch.context() as patch:
+        patch.setattr(StepWriter, "keep", stop_before)
+        assert in_a_child(lambda: run.convert(out)) == "killed"
+    data = (WorkFolder(out).path / SHARD).read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    place = json.loads(data[8 : 8 + header])["model.layers.1.mlp.up_proj.weight"]["data_offsets"][0]
+    flipped(WorkFolder(out).path / SHARD, 8 + header + place)
+    monkeypatch.setattr(LayerPass, "_layer", lambda self, index, *rest: made.append(index) or layer(self, index, *rest))
+    run.convert(out, resume=True)
+    assert made == [1, 2, 3]
+    same_output(out, run.out)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +305,7 @@ def test_states_that_are_damaged(model, again):
             lambda copy: os.truncate(copy / "journal", len((copy / "journal").read_bytes()) - 9),
             "1 {}going back to step 3",
         ),
-        (lambda copy: flipped(copy / "scratch/student-1", 1000), "1 {}going back to step 3"),
+        (lambda copy: flipped(copy / "scratch/student-0", 1000), "1 {}going back to step 3"),
         (lambda copy: (copy / SHARD).unlink(), "4 {}starting anew"),
     ],
 )

@@ -15,7 +15,7 @@ def scratch_files(work: Work) -> dict[str, int]:
     looks = any(spec.name != "dense" for spec in work.recipe) and not work.on_device
     seen = dims.d_model + work.n_query + work.n_key
     return {
-        "both models' states, two layers'": 4 * 4 * tokens * dims.d_model,
+        "both models' states, three layers'": 6 * 4 * tokens * dims.d_model,
         "the teacher's states after its attention": 4 * fitted * dims.d_model,
         "what a layer's fit looks at": work.fast_itemsize * fitted * seen if looks else 0,
         "both models' rows of the embedding": 2 * 4 * min(tokens, dims.vocab_size) * dims.d_model,  # at most
