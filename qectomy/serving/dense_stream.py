@@ -15,6 +15,7 @@ from torch import nn
 
 from qectomy.surgery import modeling_qectomy_gpt2, modeling_qectomy_llama
 from qectomy.surgery.architectures import FAMILIES
+from qectomy.surgery.family import Family
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 IN_LAYER = re.compile(r"(?P<stack>(?:.*\.)?(?:layers|h))\.(?P<layer>\d+)\.(?P<rest>.+)")
@@ -36,17 +37,18 @@ def stock_config(stored: Any) -> Any | None:
 
     Engines' own classes take fields that few models set for their defaults, without a word: such a model is not theirs.
     """
-    dense, family = dense_config(stored), _family(stored)
+    dense, family = dense_config(stored), family_of(stored)
     if {*dense.query_maps, *dense.value_maps, *dense.output_maps} != {"dense"} or stored.shared_layers:
         return None
     fields = dense.to_dict()
-    ours = {name: fields.pop(name, None) for name in (*vars(family.config_class(reduced=True)), "auto_map", "model_file")}
+    own = (*vars(family.config_class(reduced=True)), "auto_map", "model_file")
+    ours = {name: fields.pop(name, None) for name in own}
     config = family.config_class().from_dict(fields | {"architectures": [family.causal_class().__name__]})
     return config if _as_engines_compute(config, ours) else None
 
 
 def _as_engines_compute(config: Any, ours: dict[str, Any]) -> bool:
-    """Whether a model has what every engine's class of its family has: no other norms, skips, scales, biases or angles."""
+    """Whether a model has what every engine's class of its family has: the usual norms, skips, scales and angles."""
     usual = {"norms": True, "attention_skip": True, "mlp_skip": True, "softmax_scale": None}
     if any(ours.get(name, value) != value for name, value in usual.items()):
         return False
@@ -59,7 +61,8 @@ def _as_engines_compute(config: Any, ours: dict[str, Any]) -> bool:
     return plain and config.hidden_act == "silu" and not biased
 
 
-def _family(config: Any) -> Any:
+def family_of(config: Any) -> Family:
+    """Return the family whose reduced checkpoints have such a config."""
     (family,) = (family for family in FAMILIES.values() if family.reduced_model_type == config.model_type)
     return family
 

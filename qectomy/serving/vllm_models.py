@@ -1,6 +1,7 @@
-"""Reduced models in vLLM: in its own class where nothing but identity blocks differ from stock, else on its backend.
+"""Reduced models in vLLM: its own class where nothing but identity blocks differs from stock, else on its backend.
 
-Such a model (`exact`) runs at the original's own speed; vLLM's Transformers backend costs a tenth of it. The backend rebuilds a model of transformers: it exchanges linear layers, norms and embeddings for its own, shards them,
+Such a model (`exact`) decodes as fast as the original; vLLM's Transformers backend costs the sample Llama a tenth.
+The backend rebuilds a model of transformers: it exchanges linear layers, norms and embeddings for its own, shards them,
 and hands attention over to its kernels. What is left to do here: write the identity blocks of `exact` out while the
 weights stream in, so that the model is built as the stock one is; refuse ways of sharding that would compute something
 else; and take nothing for loaded that was not in the folder. Checked with vLLM 0.32.
@@ -10,12 +11,10 @@ import copy
 from functools import cached_property
 from typing import Any
 
+from vllm.model_executor.models.registry import ModelRegistry  # type: ignore[import-not-found]
 from vllm.model_executor.models.transformers import TransformersForCausalLM as Backend  # type: ignore[import-not-found]
 
-from vllm.model_executor.models.registry import ModelRegistry  # type: ignore[import-not-found]
-
-from qectomy.serving.dense_stream import Tensors, dense_config, dense_tensors, own_tensors, stock_config
-from qectomy.surgery.architectures import FAMILIES
+from qectomy.serving.dense_stream import Tensors, dense_config, dense_tensors, family_of, own_tensors, stock_config
 
 
 class TransformersForCausalLM(Backend):
@@ -65,8 +64,7 @@ class TransformersForCausalLM(Backend):
 
 def current_config(config: Any) -> Any:
     """Return the config as the installed package's class, whichever code of the folder read it."""
-    (family,) = (family for family in FAMILIES.values() if family.reduced_model_type == config.model_type)
-    ours = family.config_class(reduced=True)
+    ours = family_of(config).config_class(reduced=True)
     return config if isinstance(config, ours) else ours.from_dict(config.to_dict())
 
 

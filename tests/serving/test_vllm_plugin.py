@@ -194,7 +194,8 @@ def test_a_model_that_is_not_as_usual_stays_on_the_backend(family, field):
     usual = config(query_maps=[query] * 12, value_maps=["gauge"] * 12, num_hidden_layers=12)
     assert stock_config(usual).model_type == family
     assert stock_config(config(**(usual.to_dict() | field))) is None
-    assert stock_config(config(**(usual.to_dict() | {"query_maps": ["identity"] * 12, "value_maps": ["dense"] * 12}))) is None
+    identity = {"query_maps": ["identity"] * 12, "value_maps": ["dense"] * 12}
+    assert stock_config(config(**(usual.to_dict() | identity))) is None
 
 
 @pytest.mark.parametrize("lost", ["index", "gain"])
