@@ -46,7 +46,10 @@ def heal(
             help="Tokens to train on, as 500k or 10M; a shorter text is read again. Default: one reading, at most 10M.",
         ),
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Minutes of training; a few batches are timed first.")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Minutes of training: a few batches are timed first, and validations shrink to 15 % of it."),
+    ] = None,
     train: Annotated[
         str,
         typer.Option(help="all; attention (and the norm before it); query-key (query map, W_K and that norm)."),
@@ -173,7 +176,11 @@ def show(report: dict[str, Any], out: Path, as_json: bool) -> None:
     if as_json:
         print_json(report)
         return
+    from qectomy.calibrate.healing.budget import too_few
     from qectomy.eval.tables import show_healing
 
     show_healing(report)
+    healing = report["healing"]
+    if (enough := healing["budget"]["enough_minutes"]) is not None:
+        typer.echo(too_few(healing["settings"]["minutes"], enough, healing["planned_steps"]))
     typer.echo(f"wrote {out}")

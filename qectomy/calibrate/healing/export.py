@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qectomy.calibrate.healing.budget import Budget
 from qectomy.calibrate.healing.curve import curve_of, write_curve
 from qectomy.calibrate.healing.models import Distillation
 from qectomy.calibrate.healing.packing import Packed, PackedWindows
@@ -45,6 +46,7 @@ class Outcome:
     weights: dict[str, Tensor]
     history: list[dict[str, Any]]
     plan: Plan
+    budget: Budget
     steps: int
     best_step: int
     seconds: float
@@ -154,7 +156,8 @@ def _record(
     """Return what qectomy.json says of the healing; `generated` is where text that the original wrote comes from."""
     plan = outcome.plan
     costs = {kind: cost(scores["original"], scores[kind], held) for kind in ("fitted", "healed")}
-    told = asdict(settings) | {"lr": outcome.lr}
+    told = asdict(settings) | {"lr": outcome.lr, "evaluations": outcome.budget.evaluations}
+    told["validation_tokens"] = outcome.budget.validation_tokens
     for name in ("command", "texts", "device"):
         told.pop(name)
     return {
@@ -166,6 +169,7 @@ def _record(
         "best_step": outcome.best_step,
         "trained_parameters": outcome.trained,
         "settings": told,
+        "budget": asdict(outcome.budget),
         "micro_batch": plan.micro_batch,
         "accumulation": plan.accumulation,
         "tokens_a_step": plan.tokens_a_step,
@@ -205,7 +209,9 @@ def _report(
     healing |= {"earlier": report["healing"]} if "healing" in report else {}
     teacher = provenance(original, settings.command, original.hashes())["source"]
     healing |= {"teacher_is_source": report["source"].get("sha256") == teacher["sha256"]}
-    report |= {} if healing["teacher_is_source"] else {"source": teacher}
+    if healing["teacher_is_source"]:
+        teacher |= {"name": report["source"].get("name", teacher["name"])}  # the hub's, where the fit knew it
+    report["source"] = teacher
     return {
         **report,
         **cost(scores["original"], scores["healed"], held),

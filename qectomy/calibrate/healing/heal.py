@@ -7,6 +7,7 @@ Everything until the last two steps lies in OUT.healing, from which `resume` goe
 """
 
 import gc
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from qectomy.calibrate.convert import check_device
+from qectomy.calibrate.healing.budget import Budget, budget_of, spending
 from qectomy.calibrate.healing.data import prepare
 from qectomy.calibrate.healing.export import Outcome, export, teacher_perplexity
 from qectomy.calibrate.healing.mendable import explained
@@ -31,7 +33,7 @@ from qectomy.calibrate.healing.models import (
     stream_basis,
 )
 from qectomy.calibrate.healing.packing import Packed, PackedWindows, Shuffled
-from qectomy.calibrate.healing.plan import Plan, make_plan, tokens_to_train
+from qectomy.calibrate.healing.plan import Plan, make_plan
 from qectomy.calibrate.healing.run_folder import RunFolder, check_unhealed, step_of
 from qectomy.calibrate.healing.self_generated import self_generated_text, tokens_to_write
 from qectomy.calibrate.healing.settings import TOKENS, HealSettings
@@ -157,12 +159,16 @@ def _run(job: Job, device: str, resumed: bool) -> tuple[Outcome, Packed, Scoring
             compiled.base_model.compile()
     if settings.minutes is not None:
         job.say("timing a few batches")
-    tokens = processes.first_alone(lambda: tokens_to_train(job.folder, settings, model, criterion, processes))
+    budget = processes.first_alone(lambda: budget_of(job.folder, settings, model, criterion, processes))
+    settings = replace(settings, evaluations=budget.evaluations, validation_tokens=budget.validation_tokens)
     packed, held = processes.first_alone(
-        lambda: prepare(job.folder.path, job.student, settings, names, tokens or TOKENS, job.progress)
+        lambda: prepare(job.folder.path, job.student, settings, names, budget.tokens or TOKENS, job.progress)
     )
-    plan = processes.first_alone(lambda: make_plan(job.folder, settings, tokens, packed, processes))
-    outcome = _train(job, model, criterion, plan, packed, resumed)
+    plan = processes.first_alone(lambda: make_plan(job.folder, settings, budget.tokens, packed, processes))
+    if budget.tokens_a_second is not None and processes.is_first:
+        for line in spending(settings, budget, plan.steps, plan.tokens_a_step, held.report["scored_tokens"]):
+            print(f"note: {line}", file=sys.stderr)
+    outcome = _train(replace(job, settings=settings), model, criterion, plan, packed, resumed, budget)
     if settings.self_generated:
         outcome = replace(outcome, generated=read_record(Path(names[0]).with_name("provenance.json")))
     return outcome, packed, held
@@ -210,7 +216,9 @@ def _check_context(student: Checkpoint, context: int) -> None:
         )
 
 
-def _train(job: Job, model: Any, criterion: Distillation, plan: Plan, packed: Packed, resumed: bool) -> Outcome:
+def _train(
+    job: Job, model: Any, criterion: Distillation, plan: Plan, packed: Packed, resumed: bool, budget: Budget
+) -> Outcome:
     """Train, and return the best weights by validation with the run's history."""
     processes, folder = job.processes, job.folder
     rate = job.settings.learning_rate(job.student.dims.d_model, plan.tokens_a_step)
@@ -247,6 +255,7 @@ def _train(job: Job, model: Any, criterion: Distillation, plan: Plan, packed: Pa
         weights={name: tensor.detach().cpu() for name, tensor in weights.items()} if processes.is_first else {},
         history=state.log_history,
         plan=plan,
+        budget=budget,
         steps=state.global_step,
         best_step=best if min(losses) < losses[0] else 0,
         seconds=watch.seconds,

@@ -1,13 +1,10 @@
 """How long a run is: tokens, steps, and how many windows a device runs at a time."""
 
 import math
-import time
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 
-from qectomy.calibrate.healing.models import Distillation
 from qectomy.calibrate.healing.packing import Packed, PackedWindows
 from qectomy.calibrate.healing.run_folder import RunFolder
 from qectomy.calibrate.healing.settings import HealSettings
@@ -17,8 +14,6 @@ from qectomy.errors import QectomyError
 TOKENS_AT_A_TIME = {"cpu": 4096, "cuda": 16_384}
 MOST_TOKENS_A_STEP = 16_384  # where none are given, and ...
 STEPS = 100  # ... a run is to have so many steps at least
-MARGIN = 0.9  # of the minutes are planned for: the optimizer's time is not measured
-TIMED = 2  # batches
 
 
 @dataclass(frozen=True)
@@ -30,24 +25,6 @@ class Plan:
     accumulation: int  # how often before a step
     windows_a_step: int
     tokens_a_step: int
-
-
-def tokens_to_train(
-    folder: RunFolder, settings: HealSettings, model: Any, criterion: Distillation, processes: Processes
-) -> int | None:
-    """Return on how many tokens to train, None for one reading of the text; a run that is resumed keeps its number.
-
-    With `minutes`, a few batches are timed; the processes are taken to be equally fast.
-    """
-    record = folder.record()
-    if "tokens_to_train" in record:
-        return record["tokens_to_train"]
-    tokens = settings.tokens
-    if settings.minutes is not None:
-        in_time = _tokens_in_time(settings, model, criterion, processes)
-        tokens = in_time if tokens is None else min(tokens, in_time)
-    folder.note(tokens_to_train=tokens)
-    return tokens
 
 
 def make_plan(
@@ -82,46 +59,12 @@ def batches(settings: HealSettings, windows: int, processes: Processes) -> tuple
     """Return (windows a device runs at a time, how often before a step) of a run of so many windows."""
     tokens = settings.batch_tokens or min(MOST_TOKENS_A_STEP, windows * settings.context // STEPS)
     a_step = max(1, round(tokens / settings.context / processes.count))  # of one device
-    most = settings.micro_batch or _at_a_time(settings, processes)
+    most = at_a_time(settings, processes)
     accumulation = math.ceil(a_step / most)
     return math.ceil(a_step / accumulation), accumulation
 
 
-def _at_a_time(settings: HealSettings, processes: Processes) -> int:
+def at_a_time(settings: HealSettings, processes: Processes) -> int:
+    """Return how many windows a device runs at a time at most."""
     kind = torch.device(processes.device).type
-    return max(1, TOKENS_AT_A_TIME.get(kind, TOKENS_AT_A_TIME["cpu"]) // settings.context)
-
-
-def _tokens_in_time(settings: HealSettings, model: Any, criterion: Distillation, processes: Processes) -> int:
-    """Return how many tokens the minutes are enough for, the validations counted at half a batch's time."""
-    micro = settings.micro_batch or _at_a_time(settings, processes)
-    rate = (
-        micro * settings.context * processes.count / _seconds_of_a_batch(settings, model, criterion, processes, micro)
-    )
-    assert settings.minutes is not None
-    left = 60 * settings.minutes * MARGIN - (settings.evaluations + 1) * settings.validation_tokens / rate / 2
-    return max(settings.context, int(rate * left))
-
-
-def _seconds_of_a_batch(
-    settings: HealSettings, model: Any, criterion: Distillation, processes: Processes, micro_batch: int
-) -> float:
-    """Return the time of one batch, forwards and backwards, on random tokens; no weight is changed."""
-    model.to(processes.device).train()
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (micro_batch, settings.context), generator=generator)
-    tokens = tokens.to(processes.device)
-    kind, since = tokens.device.type, 0.0
-    for timed in range(1 + TIMED):
-        if timed == 1:
-            since = _now(kind)
-        with torch.autocast(kind, torch.bfloat16, enabled=settings.compute_dtype == "bfloat16"):
-            model(input_ids=tokens, teacher_states=criterion.teach(tokens))["loss"].backward()
-        model.zero_grad()
-    return (_now(kind) - since) / TIMED
-
-
-def _now(kind: str) -> float:
-    if kind == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    return settings.micro_batch or max(1, TOKENS_AT_A_TIME.get(kind, TOKENS_AT_A_TIME["cpu"]) // settings.context)

@@ -148,7 +148,9 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         over, due = self._processes.first_alone(self._time)
         if over and state.global_step < state.max_steps:
-            control.should_training_stop = control.should_evaluate = control.should_save = control.should_log = True
+            control.should_training_stop = True
+        if over or state.global_step == state.max_steps:  # what the run ends with is a candidate, too
+            control.should_evaluate = control.should_save = control.should_log = True
         if due:
             control.should_save = control.should_log = True  # what was not logged would be lost with this process
         if self._progress:

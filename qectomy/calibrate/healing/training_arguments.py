@@ -1,5 +1,6 @@
 """What Trainer is told."""
 
+import math
 import os
 from dataclasses import fields
 from typing import Any
@@ -32,7 +33,7 @@ def training_arguments(
     settings: HealSettings, plan: Plan, steps: int, folder: RunFolder, starts: bool
 ) -> TrainingArguments:
     """Return Trainer's arguments; `steps` is where the run ends, `starts` whether it begins with a validation."""
-    every = max(1, plan.steps // settings.evaluations)
+    every = math.ceil(plan.steps / settings.evaluations)  # the last one is Watch's
     # An accelerate configuration would otherwise decide on the type of products.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if settings.compute_dtype == "bfloat16" else "no"
     known = {field.name for field in fields(TrainingArguments)}

@@ -1,8 +1,10 @@
 """`heal` and `convert --heal` on the command line."""
 
 import json
+import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -135,6 +137,27 @@ def test_the_outcome_is_printed(cli, as_json, pair, raven, tmp_path):
         assert f"{report['healing']['perplexity']['healed']:.3f}" in out
         assert "wrote new" in out
     assert "healing 2/2 loss" in err
+
+
+def test_too_few_minutes_are_told_at_the_start_and_at_the_end(cli, monkeypatch, pair, raven):
+    """Before the first step, that one may think again; and beside the result, where the reason is asked for."""
+    monkeypatch.setattr("qectomy.calibrate.healing.budget._speed", lambda *_: (128.0, 0.0))
+    found = pair()
+    told = options(raven, tokens=10**6, minutes=0.2, validation_tokens=10**5, evaluations=9)
+    code, out, err = cli("heal", found.reduced, "--teacher", found.original, "--out", "new", *told)
+    assert code == 0, err
+    few = r"--minutes 0\.2 gives \d steps on this machine, too few to win much: --minutes 3 would give about 100\n"
+    assert re.search("note: " + few, err)
+    assert re.search("^" + few, out, re.MULTILINE)
+    spent = (
+        r"note: --minutes 0\.2 at 128 tokens/s: 0 s of timing, \d steps of 128 tokens, \d validations on 192 tokens "
+    )
+    assert re.search(spent + r".*; plus about \d s for scoring before and after, on 155 tokens", err)
+    assert err.index("note: ") < err.index(" loss ")
+    report = json.loads(Path("new/qectomy.json").read_text())["healing"]
+    assert report["settings"]["evaluations"] == report["budget"]["evaluations"] < 9
+    assert len(report["validation"]["curve"]) <= report["budget"]["evaluations"] + 1
+    assert report["texts"][0]["validation_tokens"] <= report["budget"]["validation_tokens"] < 10**5
 
 
 def test_every_option_arrives(cli, monkeypatch, pair):

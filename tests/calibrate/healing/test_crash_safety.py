@@ -18,9 +18,9 @@ from healings import STEP, heal_tiny, kill, killed, options
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from qectomy.calibrate.healing import budget, packing, trainer
 from qectomy.calibrate.healing import export as export_module
 from qectomy.calibrate.healing import heal as heal_module
-from qectomy.calibrate.healing import packing, plan, trainer
 from qectomy.calibrate.healing.run_folder import RunFolder, is_complete
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped
 
@@ -525,8 +525,9 @@ def clock(monkeypatch):
         return step(*arguments, **named)
 
     monkeypatch.setattr(trainer.HealTrainer, "training_step", training_step)
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(plan, "_seconds_of_a_batch", lambda *_: 1.0)
+    for module in (trainer, budget):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(budget, "_speed", lambda *_: (1e6, 0.0))
     return now
 
 

@@ -1,22 +1,18 @@
-"""How long a run is, by tokens, by minutes or by the text, and that a resumed run keeps its plan."""
-
-from types import SimpleNamespace
+"""How long a run is, by tokens or by the text, and that a resumed run keeps its plan."""
 
 import pytest
-import torch
-from healings import Pair
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qectomy.calibrate.healing import plan as plan_module
-from qectomy.calibrate.healing.models import Distillation, load_student, load_teacher
+from qectomy.calibrate.healing import budget as budget_module
+from qectomy.calibrate.healing.budget import Budget, budget_of
+from qectomy.calibrate.healing.models import Distillation
 from qectomy.calibrate.healing.packing import Packed
-from qectomy.calibrate.healing.plan import Plan, batches, make_plan, tokens_to_train
+from qectomy.calibrate.healing.plan import Plan, batches, make_plan
 from qectomy.calibrate.healing.run_folder import RunFolder
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.processes import Processes
 from qectomy.errors import QectomyError
-from qectomy.surgery.checkpoint import open_checkpoint
 
 UNUSED = Distillation(None, 0.0)
 
@@ -36,12 +32,6 @@ def folder(tmp_path):
     found = RunFolder(tmp_path / "out")
     found.start({}, resume=False)
     return found
-
-
-@pytest.fixture
-def timed(monkeypatch):
-    """Let a batch take a second."""
-    monkeypatch.setattr(plan_module, "_seconds_of_a_batch", lambda *_: 1.0)
 
 
 @pytest.fixture
@@ -95,34 +85,16 @@ def test_fewer_tokens_than_a_step_are_one(folder, packed):
 
 @pytest.mark.parametrize("windows, steps", [(1, 1), (32, 1), (33, 2), (320, 10)])
 def test_without_tokens_and_minutes_the_text_is_read_once(folder, packed, windows, steps):
-    assert tokens_to_train(folder, told(), None, UNUSED, processes()) is None
+    assert budget_of(folder, told(), None, UNUSED, processes()).tokens is None
     assert make_plan(folder, told(), None, packed(windows), processes()) == Plan(steps, 4, 8, 32, 1024)
 
 
-def test_minutes_are_spent_on_steps_and_validations(folder, timed):
-    """A batch of 4 windows takes a second: 60 seconds less a tenth, less 3 validations of half a second a batch."""
-    settings = told(minutes=1.0, evaluations=2, validation_tokens=40 * 32)
-    assert tokens_to_train(folder, settings, None, UNUSED, processes()) == (0.9 * 60 - 3 * 10 / 2) * 4 * 32
-
-
-def test_the_shorter_of_minutes_and_tokens_counts(folder, timed, tmp_path):
-    settings = dict(minutes=10.0, validation_tokens=32, evaluations=1)
-    assert tokens_to_train(folder, told(**settings, tokens=5 * 1024), None, UNUSED, processes()) == 5 * 1024
-    other = RunFolder(tmp_path / "other")
-    other.start({}, resume=False)
-    found = tokens_to_train(other, told(**settings, tokens=500 * 1024), None, UNUSED, processes())
-    assert 500 * 128 < found < 600 * 128
-
-
-def test_minutes_that_are_too_few_give_one_window(folder, timed):
-    assert tokens_to_train(folder, told(minutes=1e-6), None, UNUSED, processes()) == 32
-
-
 def test_a_resumed_run_keeps_its_plan(folder, packed, monkeypatch):
-    assert tokens_to_train(folder, told(tokens=10_500), None, UNUSED, processes()) == 10_500
+    budget = budget_of(folder, told(tokens=10_500), None, UNUSED, processes())
+    assert budget == Budget(10_500, 10, 16_384)
     first = make_plan(folder, told(), 10_500, packed(999), processes())
-    monkeypatch.setattr(plan_module, "_seconds_of_a_batch", lambda *_: pytest.fail("timed again"))
-    assert tokens_to_train(folder, told(minutes=5.0), None, UNUSED, processes()) == 10_500
+    monkeypatch.setattr(budget_module, "_speed", lambda *_: pytest.fail("timed again"))
+    assert budget_of(folder, told(minutes=5.0), None, UNUSED, processes()) == budget
     assert make_plan(folder, told(batch_tokens=64), 99, packed(3), processes()) == first
 
 
@@ -130,31 +102,3 @@ def test_a_resumed_run_needs_as_many_processes(folder, packed):
     make_plan(folder, told(), 10_500, packed(999), processes(2))
     with pytest.raises(QectomyError, match=r"out\.healing holds a run of 2 process\(es\); go on with as many, not 1$"):
         make_plan(folder, told(), 10_500, packed(999), processes())
-
-
-# Timing
-
-
-@pytest.mark.parametrize("hidden_weight", [0.0, 0.5])
-def test_a_batch_is_timed_without_changing_a_weight(pair, monkeypatch, hidden_weight):
-    found: Pair = pair("gpt2", "select")
-    student, teacher = open_checkpoint(found.reduced, reduced=True), open_checkpoint(found.original)
-    model, theirs = load_student(student), load_teacher(teacher, "float32", "cpu")
-    criterion = Distillation(theirs, 0.0, hidden_weight)
-    criterion.attach_(model)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    clock, forwards, teach = iter((100.0, 103.0)), [], criterion.teach
-
-    def watch(tokens):
-        forwards.append(tuple(tokens.shape))
-        return teach(tokens)
-
-    monkeypatch.setattr(criterion, "teach", watch)
-    monkeypatch.setattr(plan_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    settings = told(hidden_weight=hidden_weight, dtype="float32")
-    assert (
-        plan_module._seconds_of_a_batch(settings, model, criterion, processes(), 3) == 1.5
-    )  # of two, and one before them
-    assert forwards == [(3, 32)] * 3
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())

@@ -45,8 +45,11 @@ def test_warmup_is_a_part_of_the_planned_steps(arguments, warmup, wanted):
     assert arguments(warmup=warmup, steps=40).warmup_steps == wanted
 
 
-@pytest.mark.parametrize("planned, evaluations, every", [(3, 10, 1), (1, 1, 1), (1000, 10, 100), (19, 2, 9)])
+@pytest.mark.parametrize(
+    "planned, evaluations, every", [(3, 10, 1), (1, 1, 1), (1000, 10, 100), (19, 2, 10), (19, 10, 2)]
+)
 def test_validations_are_spread_over_the_planned_steps(arguments, planned, evaluations, every):
+    """No more of them than were asked for."""
     found = arguments(planned, planned, evaluations=evaluations)
     assert found.eval_steps == found.save_steps == every
     assert found.logging_steps == max(1, every // 20)
