@@ -22,9 +22,10 @@ from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.settings import ConvertSettings, default_context
 from qectomy.calibrate.text import read_source
 from qectomy.errors import QectomyError
+from qectomy.eval.query_share import query_share
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.output import check_absent
-from qectomy.surgery.query_maps import QueryMapSpec, parse_exact, parse_recipe
+from qectomy.surgery.query_maps import parse_exact, parse_recipe
 
 
 def main() -> int:
@@ -80,18 +81,17 @@ def run(options: argparse.Namespace) -> None:
 
 def show(source: Checkpoint, reports: dict[str, dict[str, Any]], out: Path) -> None:
     """Print the table, what was measured and where everything lies."""
-    dense = source.dims.n_layers * QueryMapSpec("dense").parameters(source.dims)
     table = Table("query map", "parameters", "W_Q removed", "perplexity", "ratio", "seconds")
     first = next(iter(reports.values()))
     table.add_row(
         "(original)", f"{first['parameters']['before']:,}", "", f"{first['perplexity']['before']:.3f}", "1", ""
     )
     for name, report in reports.items():
-        queries = report["query_parameters"]
+        queries = query_share(report)
         table.add_row(
             name,
             f"{report['parameters']['after']:,}",
-            f"{(queries['before'] - queries['after']) / dense:.1%}",
+            f"{queries.removed:.1%}" if queries else "",
             f"{report['perplexity']['after']:.3f}",
             f"{report['perplexity']['ratio']:.3f}",
             f"{report['seconds']['total']:.0f}",

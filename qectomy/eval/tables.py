@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qectomy.errors import clean
+from qectomy.eval.query_share import query_share
 from qectomy.surgery.query_maps import ranges
 
 console = Console(highlight=False, soft_wrap=False, emoji=False)
@@ -264,6 +265,8 @@ def _show_sizes(report: dict[str, Any]) -> None:
         f"({1 - parameters['after'] / parameters['before']:.2%} fewer), "
         f"bytes {size(n_bytes['before'])} -> {size(n_bytes['after'])}"
     )
+    if (queries := query_share(report)) is not None:
+        console.print(f"W_Q removed {100 * queries.removed:.1f} %, {queries.words}")
 
 
 def _show_needs(needs: dict[str, Any], which: str = "a fitted") -> None:

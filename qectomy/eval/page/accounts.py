@@ -7,6 +7,7 @@ from qectomy.eval.page.blocks import Block, Cell, Chart, Command, Facts, Prose, 
 from qectomy.eval.page.charts import removed_chart, singular_chart
 from qectomy.eval.page.quality import FOREIGN
 from qectomy.eval.page.reading import Folder
+from qectomy.eval.query_share import query_share
 from qectomy.surgery.query_maps import ranges
 
 
@@ -44,8 +45,9 @@ def removed_section(folder: Folder, key: str) -> Section:
 
 def _totals(report: dict[str, Any], folder: Folder) -> Table:
     rows = [("the whole model", report["parameters"], numbers.whole)]
-    if report.get("query_parameters", {}).get("before"):
-        rows.append(("its queries: W_Q and what stands in its place", report["query_parameters"], numbers.whole))
+    if (queries := query_share(report)) is not None:
+        pair = {"before": queries.before, "after": queries.after}
+        rows.append(("W_Q of all layers, and what stands in its place", pair, numbers.whole))
     if folder.layers:
         rest = [sum(layer.rest_before for layer in folder.layers), sum(layer.rest_after for layer in folder.layers)]
         rows.append(("all else in its layers", {"before": float(rest[0]), "after": float(rest[1])}, numbers.whole))

@@ -1,0 +1,48 @@
+"""How much of W_Q went: one definition for every place that says so."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryShare:
+    """Parameters of all layers' W_Q before, and of what stands in their place, dense layers counted with their own.
+
+    "W_Q removed" is `removed`, of all layers; `of_reduced` is of the `reduced` layers alone.
+    """
+
+    before: float
+    after: float
+    removed: float
+    of_reduced: float
+    reduced: int
+    layers: int
+
+    @property
+    def words(self) -> str:
+        """Of what the share is, with the other one where a recipe leaves layers as they were."""
+        if self.reduced == self.layers:
+            return "of all layers"
+        return f"of all {self.layers} layers; {100 * self.of_reduced:.1f} % of the {self.reduced} reduced"
+
+
+def query_share(report: dict[str, Any]) -> QueryShare | None:
+    """Return the shares of a report, or of a plan, whose `query_parameters` count the layers that are not dense.
+
+    None where there is nothing to take a share of. An exact fold counts every layer, and reduces all or none of it.
+    """
+    found = report.get("query_parameters", {})
+    maps = report["plan"] if "plan" in report else [layer["map"] for layer in report["layers"]]
+    reduced = len(maps) if report.get("method") == "exact" else sum(name != "dense" for name in maps)
+    if not found.get("before") or not reduced:
+        return None
+    before = found["before"] * len(maps) / reduced
+    gone = found["before"] - found["after"]
+    return QueryShare(
+        before=before,
+        after=before - gone,
+        removed=gone / before,
+        of_reduced=gone / found["before"],
+        reduced=reduced,
+        layers=len(maps),
+    )
