@@ -36,9 +36,11 @@ def report(
     It needs nothing beside it and no network. It shows qectomy.json, and where they lie in the folder evaluation.json
     (`eval --save`), bench.json (`bench --save`) and healing.csv.
     """
+    from qectomy.eval.card_verdict import renew_card_verdict
     from qectomy.eval.page.compare import summary
     from qectomy.eval.page.page import page
     from qectomy.eval.page.reading import read_folders, read_points
+    from qectomy.eval.page.verdict import judged
     from qectomy.eval.page.writing import COMPARISON, NAME, check_replaceable, write_html
 
     found = read_folders(folders)
@@ -57,6 +59,7 @@ def report(
     where = out or (folders[0] / NAME if len(folders) == 1 else Path(COMPARISON))
     check_replaceable(where, force=force)
     write_html(page(found, points=points, title=title), where, force=force)
+    renewed = [folder for folder, each in zip(folders, found, strict=True) if renew_card_verdict(folder, judged(each))]
     result = {"out": str(where), **summary(found, points)}
     if as_json:
         print_json(result)
@@ -64,4 +67,6 @@ def report(
         from qectomy.eval.page.table import show_summary
 
         show_summary(result)
+        for folder in renewed:
+            typer.echo(f"wrote the verdict in {folder / 'README.md'} anew")
         typer.echo(f"wrote {where}")

@@ -4,6 +4,9 @@ import re
 from typing import Any
 
 from qectomy.eval.card_metadata import Origin, card_metadata, one_line, origin
+from qectomy.eval.card_verdict import card_verdict
+from qectomy.eval.page.verdict import verdict
+from qectomy.eval.query_share import query_share
 from qectomy.surgery.checkpoint import Checkpoint
 
 FITTED = """The query projections of this {family} checkpoint were taken out by Qectomy {version}:
@@ -52,6 +55,8 @@ def model_card(report: dict[str, Any], source: Checkpoint) -> str:
 
 {_table(report)}
 {_measured(report)}
+{card_verdict(verdict(report))}
+
 ## Load it
 
 ```python
@@ -140,6 +145,7 @@ def _table(report: dict[str, Any]) -> str:
         "| | original | reduced |",
         "|---|---|---|",
         f"| parameters | {parameters['before']:,} | {parameters['after']:,} ({removed:.1%} fewer) |",
+        *_query_row(report),
         f"| bytes | {report['bytes']['before']:,} | {report['bytes']['after']:,} |",
     ]
     if "perplexity" in report:
@@ -151,6 +157,14 @@ def _table(report: dict[str, Any]) -> str:
             f"| bits per byte | {bits['before']:.4f} | {bits['after']:.4f} |",
         ]
     return "\n".join(rows) + "\n"
+
+
+def _query_row(report: dict[str, Any]) -> list[str]:
+    """How much of W_Q went, of all layers'."""
+    if (found := query_share(report)) is None:
+        return []
+    before, after = f"{found.before:,.0f}", f"{found.after:,.0f}"
+    return [f"| of which W_Q, and what stands in its place | {before} | {after} ({found.removed:.1%} fewer) |"]
 
 
 def _interval(perplexity: dict[str, Any]) -> str:

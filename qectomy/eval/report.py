@@ -14,6 +14,7 @@ from qectomy.eval.page.writing import write_page
 from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.reload import Reload
 from qectomy.surgery.checkpoint import Checkpoint
+from qectomy.surgery.identity import fingerprint
 from qectomy.surgery.plan import totals
 from qectomy.surgery.query_maps import QueryMapSpec
 
@@ -64,6 +65,7 @@ def provenance(source: Checkpoint, command: str, hashes: dict[str, str]) -> dict
             "model_type": source.family.model_type,
             "dtype": source.dtype,
             "sha256": hashes,
+            "fingerprint": fingerprint(source.folder),  # by which `eval` names it
         },
     }
 

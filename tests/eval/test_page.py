@@ -78,7 +78,7 @@ def test_the_headline(full):
     assert "HuggingFaceTB/SmolLM2-135M-Instruct without WQ, healed" in words
     assert "Parameters removed 6.58 % of 134.5 million; 17.7 MB" in words  # 8,847,360 of 134,515,008
     assert "1.0264 95 %: [1.0191, 1.0334]" in words
-    assert "Of WQ 88.9 %" in words
+    assert "WQ removed 88.9 % of all layers" in words
     assert "Close" in words
     assert "is 1.0334, at most 1.05" in words
 

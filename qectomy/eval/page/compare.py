@@ -6,10 +6,12 @@ from typing import Any
 
 from qectomy.eval.page import numbers
 from qectomy.eval.page.accounts import recipe_words
+from qectomy.eval.page.best import best_report
 from qectomy.eval.page.blocks import Block, Cell, Chart, Prose, Section, Table
 from qectomy.eval.page.charts import pareto_chart
 from qectomy.eval.page.reading import Folder, Point
-from qectomy.eval.page.verdict import removed_share, verdict
+from qectomy.eval.page.verdict import judged, removed_share
+from qectomy.eval.query_share import query_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ def place(folders: Sequence[Folder], points: Sequence[Point]) -> list[Placed]:
     """Return everything that is compared; an exact one that no text was measured for has a ratio of 1."""
     found = []
     for number, folder in enumerate(folders):
-        cost = folder.report.get("perplexity", {})
+        cost = best_report(folder).get("perplexity", {})
         exact = 1.0 if folder.report.get("method") == "exact" else None
         found.append(
             Placed(
@@ -76,8 +78,8 @@ def summary(folders: Sequence[Folder], points: Sequence[Point]) -> dict[str, Any
     """Return what `qectomy report` prints: a record of everything that the page places."""
     placed = place(folders, points)
     best = frontier(placed)
-    verdicts = [verdict(folder.report) for folder in folders]
-    judged = [*verdicts, *[None] * len(points)]
+    verdicts = [judged(folder) for folder in folders]
+    given = [*verdicts, *[None] * len(points)]
     rows = [
         {
             "name": one.name,
@@ -88,7 +90,7 @@ def summary(folders: Sequence[Folder], points: Sequence[Point]) -> dict[str, Any
             "rule": found.rule if found else None,
             "on_frontier": one in best,
         }
-        for one, found in zip(placed, judged, strict=True)
+        for one, found in zip(placed, given, strict=True)
     ]
     return {"compared": len(placed) > 1, "folders": rows}
 
@@ -98,17 +100,18 @@ def _table(
 ) -> Table:
     rows: list[tuple[str | Cell, ...]] = []
     for one, folder in zip(placed, folders, strict=False):
-        report, judged = folder.report, verdict(folder.report)
+        report = folder.report
+        queries = query_share(report)
         healed = " (healed)" if "healing" in report else ""
         rows.append(
             (
                 Cell(text=one.name, mark=f"#{one.anchor}"),
                 recipe_words(report).removesuffix(" in every layer") + healed,
                 numbers.percent(one.removed, 2),
-                numbers.percent(_query_share(folder), 1),
+                numbers.percent(queries.removed if queries else None, 1),
                 numbers.ratio(one.ratio),
                 numbers.between(one.ratio_95, "ratio") if one.ratio_95 else "",
-                judged.word,
+                judged(folder).word,
                 "yes" if one in best else "no",
             )
         )
@@ -118,24 +121,15 @@ def _table(
         rows.append((one.name, point.source or dash, *cells, "yes" if one in best else "no"))
     return Table(
         caption="All that is compared",
-        columns=("name", "map or source", "removed", "of W_Q", "ratio", "95 % interval", "verdict", "frontier"),
+        columns=("name", "map or source", "removed", "W_Q removed", "ratio", "95 % interval", "verdict", "frontier"),
         words=(0, 1, 6, 7),
         rows=rows,
     )
 
 
-def _query_share(folder: Folder) -> float | None:
-    """The share of W_Q that went, of all layers, those left dense too where the weights say what they hold."""
-    if folder.layers:
-        before = sum(layer.query_before for layer in folder.layers)
-        return 1 - sum(layer.query_after for layer in folder.layers) / before if before else None
-    found = folder.report.get("query_parameters", {})
-    return 1 - found["after"] / found["before"] if found.get("before") else None
-
-
 def _warnings(folders: Sequence[Folder]) -> list[Block]:
     """Say where ratios stand side by side that were not measured alike."""
-    protocols = [folder.report.get("perplexity", {}).get("protocol", {}) for folder in folders]
+    protocols = [best_report(folder).get("perplexity", {}).get("protocol", {}) for folder in folders]
     found: list[Block] = []
     for names, what in (
         (("text_sha256", "scored_tokens"), "on different texts or numbers of tokens"),

@@ -12,11 +12,13 @@ from qectomy import __version__
 from qectomy.errors import clean
 from qectomy.eval.page import accounts, outcomes, quality, texts
 from qectomy.eval.page.accounts import recipe_words
+from qectomy.eval.page.best import SAVED, best_report
 from qectomy.eval.page.blocks import Section
 from qectomy.eval.page.compare import compare_section
 from qectomy.eval.page.numbers import DASH, between, bytes_, percent, ratio, rough
 from qectomy.eval.page.reading import Folder, Point
-from qectomy.eval.page.verdict import Check, Verdict, checks, removed_share, verdict
+from qectomy.eval.page.verdict import Check, Verdict, checks, judged, removed_share
+from qectomy.eval.query_share import query_share
 
 TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS: tuple[Callable[[Folder, str], Section | None], ...] = (
@@ -88,14 +90,14 @@ def part(folder: Folder, key: str) -> Part:
         name=folder.name,
         subtitle=recipe_words(report),
         figures=_figures(folder),
-        verdict=verdict(report),
+        verdict=judged(folder),
         checks=checks(folder),
         sections=[section for make in SECTIONS if (section := make(folder, key)) is not None],
     )
 
 
 def _figures(folder: Folder) -> list[Figure]:
-    report = folder.report
+    report = best_report(folder)
     parameters, size, found = report["parameters"], report["bytes"], report.get("perplexity")
     saved = size["before"] - size["after"]
     figures = [
@@ -108,16 +110,15 @@ def _figures(folder: Folder) -> list[Figure]:
     if found:
         interval = f"95 %: {between(found['ratio_95'], 'ratio')}" if "ratio_95" in found else "no interval recorded"
         interval = "1 but for rounding" if report.get("method") == "exact" else interval
+        interval += f"; by {SAVED}" if found.get("file") == SAVED else ""
         figures.append(Figure(label="Perplexity, times the original’s", value=ratio(found["ratio"]), below=interval))
     elif "logit_error" in report:
         error = f"{report['logit_error']:.1e}"
         figures.append(Figure(label="Largest error of a logit", value=error, below="as a share of the largest logit"))
     else:
         figures.append(Figure(label="Perplexity, times the original’s", value=DASH, below="not measured"))
-    if report.get("query_parameters", {}).get("before"):
-        queries = report["query_parameters"]
-        where = "in the layers that were reduced"
-        figures.append(Figure(label="Of W_Q", value=percent(1 - queries["after"] / queries["before"]), below=where))
+    if (queries := query_share(report)) is not None:
+        figures.append(Figure(label="W_Q removed", value=percent(queries.removed), below=queries.words))
     return figures
 
 

@@ -4,13 +4,16 @@ import math
 from typing import Any
 
 from qectomy.eval.page import numbers
+from qectomy.eval.page.best import SAVED, best_report
 from qectomy.eval.page.blocks import Block, Chart, Facts, Prose, Section, Table
 from qectomy.eval.page.charts import layer_chart, perplexity_chart, position_chart
 from qectomy.eval.page.reading import Folder
+from qectomy.eval.page.verdict import heldout_ratio
 from qectomy.surgery.query_maps import ranges
 
 CONDITIONS = ("W_Q_condition", "basis_condition", "pivot_condition")
 FOREIGN = "{file} in this folder was measured on other checkpoints than this one, and is not shown."
+NOT_FITTED = "A dense layer was not fitted: it has no ratio, and is off by what the layers before it left."
 SAME_MEASURE = ("name", "text_sha256", "context", "stride", "bos", "scored_tokens", "dtype")
 
 
@@ -24,6 +27,8 @@ def perplexity_section(folder: Folder, key: str) -> Section | None:
         blocks.append(Prose(text=FOREIGN.format(file="evaluation.json")))
     elif folder.evaluation.get("results"):
         blocks += _evaluation(folder.evaluation["results"], found.get("protocol", {}) if found else {})
+        if best_report(folder).get("perplexity", {}).get("file") == SAVED:
+            blocks.append(Prose(text="The verdict goes by this measurement, the best there is."))
     return Section(key=f"{key}-perplexity", title="Perplexity", blocks=blocks) if blocks else None
 
 
@@ -165,9 +170,10 @@ def _span(start: int, stop: int | None) -> str:
 def layer_section(folder: Folder, key: str) -> Section | None:
     """How far each layer's attention is from the original's, or what exact folding made of each layer."""
     layers = folder.report["layers"]
-    fits = [(layer["index"], layer["attention_kl"]) for layer in layers if layer.get("attention_kl")]
+    fits = [(layer, layer["attention_kl"]) for layer in layers if layer.get("attention_kl")]
     if fits:
-        rows = [(index, kl.get("fitted"), kl.get("heldout")) for index, kl in fits]
+        rows = [(layer["index"], kl.get("fitted"), kl.get("heldout")) for layer, kl in fits if layer["map"] != "dense"]
+        rows = rows or [(layer["index"], kl.get("fitted"), kl.get("heldout")) for layer, kl in fits]
         caption = (
             "How far each layer’s attention is from the original’s: open circles on the windows it was fitted on, "
         )
@@ -178,6 +184,7 @@ def layer_section(folder: Folder, key: str) -> Section | None:
             columns=("layer", "map", "fitted on", "held out", "held out ÷ fitted", "time"),
             words=(0, 1),
             rows=[_layer_row(layer) for layer in layers],
+            note=NOT_FITTED if any(layer["map"] == "dense" for layer in layers) else "",
         )
         blocks: tuple[Block, ...] = (Chart(picture=layer_chart(f"{key}-kl", rows), caption=caption), table)
         return Section(key=f"{key}-layers", title="Error by layer", blocks=blocks)
@@ -196,10 +203,8 @@ def layer_section(folder: Folder, key: str) -> Section | None:
 
 def _layer_row(layer: dict[str, Any]) -> tuple[str, ...]:
     kl = layer.get("attention_kl", {})
-    fitted, heldout = kl.get("fitted"), kl.get("heldout")
-    times = numbers.plain(heldout / fitted, 2) if fitted and heldout is not None else numbers.DASH
-    shown = numbers.short(fitted), numbers.short(heldout), times, numbers.seconds(layer.get("seconds"))
-    return (str(layer["index"]), layer["map"], *shown)
+    values = numbers.short(kl.get("fitted")), numbers.short(kl.get("heldout")), numbers.plain(heldout_ratio(layer), 2)
+    return (str(layer["index"]), layer["map"], *values, numbers.seconds(layer.get("seconds")))
 
 
 def _exact_rows(layers: list[dict[str, Any]]) -> list[tuple[str, ...]]:

@@ -31,8 +31,13 @@ class Folder:
     def owns(self, rows: list[dict[str, Any]]) -> bool:
         """Whether results, one a checkpoint, are of this one too, as far as they say whose they are."""
         said = {row["fingerprint"] for row in rows if "fingerprint" in row}
-        before = self.report.get("renewed", {}).get("fingerprints", [])  # of its older configs
-        return not said or not self.fingerprint or not said.isdisjoint({self.fingerprint, *before})
+        return not said or not self.fingerprint or not said.isdisjoint(self.fingerprints)
+
+    @property
+    def fingerprints(self) -> set[str]:
+        """That of its files, and those of its older configs; none where the files are not there."""
+        before = self.report.get("renewed", {}).get("fingerprints", [])
+        return {self.fingerprint, *before} if self.fingerprint else set()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,7 +132,15 @@ REDUCED = record(
         "created": string,
         "command": string,
         "method": string,
-        "source": record({"name": string, "model_type": string, "dtype": string, "sha256": mapping(string)}),
+        "source": record(
+            {
+                "name": string,
+                "model_type": string,
+                "dtype": string,
+                "sha256": mapping(string),
+                "fingerprint": string,
+            }
+        ),
         "calibration": record(
             {
                 "texts": listed(record({"file": string, "sha256": string, "tokens": count, "first_token": count})),

@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from qectomy.eval.page import numbers
+from qectomy.eval.page.best import NOT_ITS_ORIGINAL, SAVED, best_report, saved_measurement, seen_before
 from qectomy.eval.page.reading import Folder
 
 CLOSE, USABLE = 1.05, 1.5  # of the perplexity ratio
 FEW_TOKENS = 10_000  # scored: below this the interval says more than the number
 OVERFIT = 1.5  # held-out attention KL over fitted: the fit learnt its text
+LEAST_KL = 1e-6  # nats: float32's roundings of a KL come to some 1e-7, and a ratio of them means nothing
+MEASURE = "`qectomy eval ORIGINAL REDUCED --text YOURS.txt --save REDUCED/evaluation.json`"
 SAME_LOGITS = 1e-3  # of the largest logit, between this process and a fresh one
 
 
@@ -51,21 +54,25 @@ def verdict(report: dict[str, Any]) -> Verdict:
         return Verdict(
             word="Not measured",
             tone="fair",
-            meaning="The report holds no perplexity. Measure it with `qectomy eval` before use.",
+            meaning=f"The report holds no perplexity. Measure it before use: {MEASURE}.",
             rule="no perplexity in qectomy.json",
         )
     interval = perplexity.get("ratio_95")
     top = interval[1] if interval else perplexity["ratio"]
     what = "the upper end of the ratio’s 95 % interval" if interval else "the ratio, for which there is no interval,"
     healed = "healing" in report
-    little = perplexity.get("protocol", {}).get("scored_tokens", FEW_TOKENS) < FEW_TOKENS or not interval
-    if top <= CLOSE and little:
+    tokens = perplexity.get("protocol", {}).get("scored_tokens")
+    what += f" on {tokens:,} tokens ({SAVED})" if tokens and perplexity.get("file") == SAVED else ""
+    few = tokens is not None and tokens < FEW_TOKENS
+    if top <= CLOSE and (few or not interval):
         return Verdict(
             word="Close, on little text",
             tone="fair",
             meaning=f"On this text it predicts nearly as well as the original, but the text is short. Measure at least "
-            f"{FEW_TOKENS:,} tokens of your own with `qectomy eval` before you rely on it.",
-            rule=f"{what} is {numbers.ratio(top)}, at most {CLOSE:g}, on fewer than {FEW_TOKENS:,} tokens",
+            f"{FEW_TOKENS:,} tokens of your own before you rely on it: {MEASURE}, then `qectomy report REDUCED`, whose "
+            "verdict goes by the best measurement there is.",
+            rule=f"{what} is {numbers.ratio(top)}, at most {CLOSE:g}"
+            + (f", on fewer than {FEW_TOKENS:,} tokens" if few else ", on too few windows for one"),
         )
     if top <= CLOSE:
         return Verdict(
@@ -91,10 +98,18 @@ def verdict(report: dict[str, Any]) -> Verdict:
     )
 
 
+def judged(folder: Folder) -> Verdict:
+    """Return the verdict on a folder by the best measurement that lies in it."""
+    return verdict(best_report(folder))
+
+
 def checks(folder: Folder) -> list[Check]:
     """Return what speaks for and against the numbers of a report, those in doubt first."""
-    report = folder.report
+    report = best_report(folder)
     found = [*_measure_checks(report), *_fit_checks(report), *_file_checks(report)]
+    evaluated = folder.evaluation.get("results", [])
+    if len(evaluated) > 1 and folder.owns(evaluated) and report.get("method") != "exact":
+        found += [] if saved_measurement(folder) else [Check(holds=None, text=NOT_ITS_ORIGINAL)]
     return sorted(found, key=lambda check: {False: 0, None: 1, True: 2}[check.holds])
 
 
@@ -110,7 +125,8 @@ def _measure_checks(report: dict[str, Any]) -> list[Check]:
     if tokens is not None:
         few = tokens < FEW_TOKENS
         advice = f": few. Measure at least {FEW_TOKENS:,}" if few else ""
-        found.append(Check(holds=not few, text=f"Perplexity is measured on {tokens:,} tokens{advice}."))
+        by = f" ({SAVED})" if perplexity.get("file") == SAVED else ""
+        found.append(Check(holds=not few, text=f"Perplexity is measured on {tokens:,} tokens{by}{advice}."))
     if "ratio_95" in perplexity:
         low, high = perplexity["ratio_95"]
         windows = f" over {perplexity['windows']:,} windows" if "windows" in perplexity else ""
@@ -143,25 +159,35 @@ def _text_check(report: dict[str, Any], protocol: dict[str, Any]) -> list[Check]
         return []
     if protocol.get("fitted_on"):
         return [Check(holds=False, text="The measured text was fitted on, which flatters the result.")]
-    texts = [*report.get("calibration", {}).get("texts", []), *report.get("healing", {}).get("texts", [])]
-    hashes = {text["sha256"] for text in texts if "sha256" in text}
-    if not hashes:
+    seen = seen_before(report, protocol)
+    if seen is None:
         return [Check(holds=None, text="The report does not say which texts were fitted on.")]
-    if protocol["text_sha256"] in hashes:
+    if seen:
         text = "The measured tokens are another part of a text that was fitted on: other text will cost more."
         return [Check(holds=False, text=text)]
     return [Check(holds=True, text="The measured text is none of those fitted or trained on.")]
 
 
+def heldout_ratio(layer: dict[str, Any]) -> float | None:
+    """Return a layer's held-out attention KL over the fitted one; None where nothing was fitted or both are rounding.
+
+    A dense layer has no fit: its attention is off by what the layers before it left over alone.
+    """
+    fitted, heldout = (layer.get("attention_kl", {}).get(name) for name in ("fitted", "heldout"))
+    if layer["map"] == "dense" or fitted is None or heldout is None or fitted < LEAST_KL:
+        return None
+    return heldout / fitted
+
+
 def _fit_checks(report: dict[str, Any]) -> list[Check]:
-    pairs = [layer["attention_kl"] for layer in report["layers"] if "attention_kl" in layer]
-    pairs = [pair for pair in pairs if "fitted" in pair and "heldout" in pair]
-    fitted, heldout = (sum(pair[name] for pair in pairs) for name in ("fitted", "heldout"))
-    if not pairs or fitted <= 0 or "healing" in report:  # healing has changed what the fit left
+    pairs = [layer["attention_kl"] for layer in report["layers"] if heldout_ratio(layer) is not None]
+    if not pairs or "healing" in report:  # healing has changed what the fit left
         return []
+    fitted, heldout = (sum(pair[name] for pair in pairs) for name in ("fitted", "heldout"))
     times = heldout / fitted
     advice = "more calibration tokens would help" if times > OVERFIT else "the fit carries over to text it has not seen"
-    text = f"Held-out attention error is {times:.2f} times the fitted one: {advice}."
+    where = "" if len(pairs) == len(report["layers"]) else f" in the {len(pairs)} layers that were fitted"
+    text = f"Held-out attention error{where} is {times:.2f} times the fitted one: {advice}."
     return [Check(holds=times <= OVERFIT, text=text)]
 
 
