@@ -26,6 +26,7 @@ def convert(
         str,
         typer.Option(
             help="Query map: identity, select, key-shared, low-rank:R, dense; per layer as in 0-2=dense,3-=key-shared. "
+            "A dense layer keeps its W_Q. "
             "`exact` takes out what goes without any loss and needs no text; a layer can stay dense beside it."
         ),
     ] = "key-shared",
@@ -53,6 +54,14 @@ def convert(
     ] = None,
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")] = 0,
+    no_refit: Annotated[
+        bool,
+        typer.Option(
+            "--no-refit",
+            help="Leave W_O and W_down as they are, and so all of a dense layer. Default: they are refitted, from the "
+            "first reduced layer on, so that the stream returns to the original's.",
+        ),
+    ] = False,
     heal: Annotated[
         int | None,
         typer.Option(
@@ -88,10 +97,16 @@ def convert(
             dtype=dtype,
             device=device,
             seed=seed,
+            refit=not no_refit,
             command=command_line(),
         )
         if text and self_generated:
             raise QectomyError("--self-generated takes the place of a text; give one or the other")
+        if heal is not None and no_refit:
+            raise QectomyError(
+                "--heal trains every weight, which --no-refit is to leave alone; convert without --heal, then heal "
+                "with `qectomy heal --train query-key`"
+            )
         asked = _Asked(
             out=out,
             self_generated=self_generated,
@@ -106,6 +121,8 @@ def convert(
             _fit(source, tuple(parse_recipe(query, source.dims)), settings, asked, together)
         elif heal is not None:
             raise QectomyError("--query exact loses nothing: there is nothing to heal; leave --heal out")
+        elif no_refit:
+            raise QectomyError("--query exact fits nothing: there is nothing to refit; leave --no-refit out")
         elif together.is_first:  # it fits nothing: there is nothing to share
             _convert_exact(source, settings, kept, asked)
 
@@ -247,6 +264,7 @@ def _show_plan(source: Any, recipe: Any, settings: Any, probe: bool, as_json: bo
     from qectomy.surgery.plan import totals
 
     settings.check_context(source)
+    settings.check_refit(source, recipe)
     needs = forecast(
         source,
         recipe,
@@ -255,6 +273,7 @@ def _show_plan(source: Any, recipe: Any, settings: Any, probe: bool, as_json: bo
         context=settings.context,
         dtype=settings.stored_dtype,
         device=settings.device,
+        refit=settings.refit,
         probe=probe,
     )
     plan = {"plan": [str(spec) for spec in recipe], **totals(source, recipe, settings.stored_dtype), "needs": needs}

@@ -33,7 +33,9 @@ def _layer(index: int) -> dict[str, Any]:
     fitted = 0.004 * math.exp(2.2 * math.sin(index / 4)) + 0.002
     values = [12 * math.exp(-i / (9 + index / 3)) + 0.01 for i in range(33)]
     kl = {"fitted": fitted, "heldout": fitted * (1.2 + 0.3 * (index % 3))}
-    return {"index": index, "map": "key-shared", "attention_kl": kl, "seconds": 20.5, "singular_values": values}
+    moved = {"W_K": 0.61, "W_V": 0.0, "W_O": 0.008 + index / 2000, "W_down": 0.00462, "b_O": None}
+    known = {"index": index, "map": "key-shared", "attention_kl": kl, "moved": moved}
+    return known | {"seconds": 20.5, "singular_values": values}
 
 
 def _tokens() -> list[dict[str, Any]]:

@@ -191,6 +191,9 @@ def test_usage_errors_exit_with_2(cli, arguments, tmp_path, monkeypatch):
         ("convert model --out new --text raven.txt --device abacus", r"--device abacus: not usable here"),
         ("convert model --out new --dry-run --dtype int8", r"unknown --dtype 'int8'"),
         ("convert model --out new", r"no calibration text"),
+        ("convert model --out new --no-refit --heal 1M", r"--heal trains every weight.*qectomy heal --train query-key"),
+        ("convert gpt2 --out new --no-refit --query exact", r"--query exact fits nothing.*leave --no-refit out"),
+        ("convert model --out new --no-refit --query identity --dry-run", r"identity in a llama turns the whole"),
         ("convert model --out new --text nosuch.txt", r"no file 'nosuch.txt', and no dataset of that name"),
         ("convert model --out new --text there", r"there is a folder"),
         ("convert reduced --out new --text raven.txt", r"already reduced"),
@@ -387,6 +390,9 @@ def test_text_output_of_a_conversion(cli, tiny_checkpoint, raven, tmp_path):
     report = json.loads((tmp_path / "out/qectomy.json").read_text())
     assert f"perplexity {report['perplexity']['before']:.3f} -> " in done.out
     assert "perplexity" not in done.err
+    assert re.search(
+        r"moved, ‖W' - W‖ / ‖W‖: select: W_K [\d.]+ to [\d.]+ %, W_V 0 %, W_O ", " ".join(done.out.split())
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

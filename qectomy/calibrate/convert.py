@@ -97,6 +97,7 @@ def _convert(
     watch = Stopwatch()
     _check_stock(source)
     settings.check_context(source)
+    settings.check_refit(source, recipe)
     device = check_device(together.device)
     needed = totals(source, recipe, settings.stored_dtype)["bytes"]["after"]
     needed += scratch_bytes(source, settings.tokens, settings.eval_tokens)
@@ -177,6 +178,7 @@ def fingerprint(
         "dtype": settings.dtype,
         "device": torch.device(settings.device).type,
         "seed": settings.seed,
+        **({} if settings.refit else {"refit": "left out (--no-refit)"}),  # older versions noted nothing: all refitted
     }
 
 

@@ -13,6 +13,7 @@ from qectomy.calibrate.attention_kl import attention_kl
 from qectomy.calibrate.final_scores import FinalScores, Head, final_scores
 from qectomy.calibrate.layer_fit import fit_layer
 from qectomy.calibrate.layers import LayerRunner
+from qectomy.calibrate.moved import moved_by
 from qectomy.calibrate.precision import fast_math
 from qectomy.calibrate.refine import RefineSettings
 from qectomy.calibrate.refit import TURNED, RefitSettings, refit_layer
@@ -250,8 +251,8 @@ class LayerPass:
         kl = self._attention_kl(teacher, student, streams)  # the refit changes neither queries nor keys
         del teacher, tensors
         since = self.watch.add("measuring", since)
-        if self.drifted or spec.name != "dense":
-            self.drifted = True
+        self.drifted = self.drifted or spec.name != "dense"
+        if self.drifted and self.settings.refit:
             student = runner.build(layer, reduced, reduced=True)
             reduced = {}  # the refit replaces some of them: not to be held twice
             refit_layer(runner, student, streams, TURNED if self.basis else RefitSettings())
@@ -260,13 +261,14 @@ class LayerPass:
         stored = self._stored_layer(layer, reduced)
         for name, tensor in stored.items():
             writer.write(runner.family.prefix(layer) + name, tensor)
+        moved = moved_by(self.source, layer, spec, stored, self.basis) if writer.writes else None
         student = runner.build(layer, stored, reduced=True)
         since = self.watch.add("writing", since)
         self._run_student(layer, student, streams)
         streams.enter(layer + 1)
         self.watch.add("forward", since)
         sigma = spectrum(read_query(self.source, layer).to(self.runner.device))
-        return {"index": layer, "map": str(spec), "attention_kl": kl, "singular_values": sigma}
+        return {"index": layer, "map": str(spec), "attention_kl": kl, "moved": moved, "singular_values": sigma}
 
     def _read(self, layer: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Return the teacher's layer and the one that the fit starts from: the same but where the stream begins."""

@@ -25,12 +25,14 @@ def _is_record(record: Any) -> bool:
     """Whether this is what is known of a layer that was fitted."""
     if not isinstance(record, dict) or not isinstance(record.get("map"), str):
         return False
-    kl = record.get("attention_kl")
+    kl, moved = record.get("attention_kl"), record.get("moved", {})  # which older versions did not note
     return (
         _is_number(record.get("index"))
         and isinstance(kl, dict)
         and _is_numbers(kl)
         and {"fitted", "heldout"} <= set(kl)
+        and isinstance(moved, dict)
+        and all(value is None or _is_number(value) for value in moved.values())
     )
 
 

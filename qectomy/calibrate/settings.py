@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from qectomy.errors import QectomyError, TextError
+from qectomy.errors import QectomyError, QueryMapError, TextError
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.headers import TORCH_NAMES
+from qectomy.surgery.query_maps import QueryMapSpec
 
 CONTEXT = 512  # tokens a window, where the model was made for as many
 MIN_CONTEXT = 16
@@ -23,6 +24,7 @@ class ConvertSettings:
     dtype: str | None = None
     device: str = "cpu"
     seed: int = 0
+    refit: bool = True  # W_O and W_down, to the stream that a reduced layer leaves
     command: str = ""
 
     @property
@@ -33,6 +35,15 @@ class ConvertSettings:
         if self.dtype not in DTYPES:
             raise QectomyError(f"unknown --dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         return DTYPES[self.dtype]
+
+    def check_refit(self, source: Checkpoint, recipe: tuple[QueryMapSpec, ...]) -> None:
+        """Raise QueryMapError where nothing is to be refitted and a map changes every matrix all the same."""
+        if not self.refit and not source.dims.norm_shift and any(spec.name == "identity" for spec in recipe):
+            raise QueryMapError(
+                "--no-refit leaves all but the query map and W_K as it was, and identity in a "
+                f"{source.family.model_type} turns the whole residual stream to another basis, which every matrix "
+                "follows; leave --no-refit out, or use key-shared, select or low-rank:R"
+            )
 
     def check_context(self, source: Checkpoint) -> None:
         """Raise TextError if windows of `context` tokens are too short to fit on, or too long for the model."""

@@ -1,21 +1,24 @@
 """The README.md of a reduced checkpoint: what was taken out, what it cost, how to load it."""
 
 import re
+import textwrap
 from typing import Any
 
 from qectomy.eval.card_metadata import Origin, card_metadata, one_line, origin
 from qectomy.eval.card_verdict import card_verdict
+from qectomy.eval.moved_words import moved_meaning, moved_table
 from qectomy.eval.page.verdict import verdict
 from qectomy.eval.query_share import query_share
 from qectomy.surgery.checkpoint import Checkpoint
 
 FITTED = """The query projections of this {family} checkpoint were taken out by Qectomy {version}:
 {recipe}. {ending}"""
-FITTED_ALONE = """No training from end to end: query maps and W_K were fitted on calibration text layer by layer,
-W_O and W_down refitted to them in closed form."""
-HEALED = """Query maps and W_K were fitted on calibration text layer by layer, W_O and W_down refitted to them in closed
-form; then the model was healed, trained on {tokens:,} tokens{after} of {texts} to predict what the original predicts
-(`healing.png`)."""
+HOW = "Query maps and W_K were fitted on calibration text layer by layer; "
+REFITTED = """W_O and W_down were
+refitted to them in closed form, also in layers that keep their W_Q (`dense`)."""
+LEFT = "nothing else was fitted."
+HEALED = """ Then the model was healed, trained on {tokens:,} tokens{after} of {texts} to predict what the original
+predicts (`healing.png`)."""
 EXACT = """What goes exactly of this {family} checkpoint was taken out by Qectomy {version}: query maps
 {recipe}. Nothing was fitted: up to rounding it computes what the original does. `gauge` means that a block of each
 head's W_Q, and of its W_V, is the identity and not stored; `identity` that a whole W_Q is."""
@@ -24,8 +27,8 @@ LIMITS_FITTED = """\
   `qectomy eval ORIGINAL PATH --text YOURS.txt --reference ORIGINAL`. Longer contexts than measured were not tried.
 - Perplexity is a mean. It does not say what became of rare words, facts, instructions, other languages, or of what a
   chat model was taught to refuse: try your own tasks, beside the original, before you serve this.
-- An adapter (LoRA) of the original does not fit: PEFT drops its part for W_Q without a word, and the matrices that the
-  rest of it changes were fitted anew. Merge it into the original, and convert that."""
+- An adapter (LoRA) of the original does not fit: PEFT drops its part for W_Q without a word, and of the matrices
+  that the rest of it changes some were fitted anew. Merge it into the original, and convert that."""
 LIMITS_EXACT = """\
 - Exact means up to rounding: in float64 the logits are those of the original; in the stored type other numbers
   are rounded than before. `qectomy verify PATH --against ORIGINAL --text YOURS.txt` says by how much.
@@ -57,7 +60,7 @@ def model_card(report: dict[str, Any], source: Checkpoint) -> str:
 {_measured(report)}
 {card_verdict(verdict(report))}
 
-## Load it
+{_moved(report)}## Load it
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -121,16 +124,17 @@ def _licence(source: Checkpoint, known: Origin) -> str:
 
 def _ending(report: dict[str, Any]) -> str:
     healing = report.get("healing")
+    how = HOW + (REFITTED if report.get("calibration", {}).get("refit", True) else LEFT)
     if healing is None:
-        return FITTED_ALONE
+        return f"No training from end to end. {how}"
     if not healing["best_step"]:
-        return FITTED_ALONE + " Healing it, by training against the original, made it no better (`healing.png`)."
+        return f"{how} Healing it, by training against the original, made it no better (`healing.png`)."
     texts = ", ".join(f"`{_code(text['text'])}`" for text in healing["texts"])
     if healing["self_generated"]:
         texts = "text that the original wrote itself"
     kept, all_of_it = healing["best_step"] * healing["tokens_a_step"], healing["tokens"]
     after = "" if kept == all_of_it else f", of which the first {kept:,} made what is kept,"
-    return HEALED.format(tokens=all_of_it, after=after, texts=texts)
+    return how + HEALED.format(tokens=all_of_it, after=after, texts=texts)
 
 
 def _commands(report: dict[str, Any]) -> str:
@@ -191,6 +195,17 @@ time. Measured on {protocol["scored_tokens"]:,} tokens of `{_code(protocol["text
 (sha256 {protocol["text_sha256"][:16]}), windows of {protocol["context"]} tokens, stride {protocol["stride"]},
 BOS: {protocol["bos"]}, float32. Perplexity on other text differs.
 """
+
+
+def _moved(report: dict[str, Any]) -> str:
+    """Say by layer what changed beside W_Q; nothing of an exact fold, or where an older version fitted."""
+    heads, rows = moved_table(report)
+    if not rows:
+        return ""
+    table = [f"| {' | '.join(map(_escaped, row))} |" for row in (heads, *rows)]
+    table.insert(1, f"|{'---|' * len(heads)}")
+    meaning = textwrap.fill(moved_meaning(report), 118)
+    return "## What moved beside W_Q\n\n" + "\n".join(table) + f"\n\n{meaning}\n\n"
 
 
 def _counts(layers: list[dict[str, Any]]) -> dict[str, int]:

@@ -40,7 +40,12 @@ def conversion_report(
     sizes = totals(source, recipe, settings.stored_dtype)
     return {
         **provenance(source, settings.command, hashes),
-        "calibration": {"texts": calibration, "context": settings.context, "seed": settings.seed},
+        "calibration": {
+            "texts": calibration,
+            "context": settings.context,
+            "seed": settings.seed,
+            "refit": settings.refit,
+        },
         "layers": layers,
         **measured,
         **sizes,

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qectomy.errors import clean
+from qectomy.eval.moved_words import moved_summary
 from qectomy.eval.query_share import query_share
 from qectomy.surgery.query_maps import ranges
 
@@ -70,6 +71,7 @@ def show_conversion(report: dict[str, Any]) -> None:
         f"bits per byte {report['bits_per_byte']['before']:.4f} -> {report['bits_per_byte']['after']:.4f}, "
         f"KL {report['kl']:.4f}, top-1 agreement {report['top1_agreement']:.1%}"
     )
+    console.print(f"moved, ‖W' - W‖ / ‖W‖: {'; '.join(moved_summary(report))}", markup=False)
     seconds, forward = report["seconds"]["total"], report["forward_pass_seconds"]
     console.print(
         f"{seconds:.0f} s, {seconds / forward:.1f} forward passes; peak memory {size(report['peak_memory_bytes'])}"

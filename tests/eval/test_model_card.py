@@ -292,6 +292,24 @@ def test_hostile_names_stay_names(converted, report, name, tmp_path):
         assert mark not in bare, mark
 
 
+def test_what_moved_is_a_table_of_every_layer(report, made):
+    report["layers"][1] |= {
+        "map": "dense",
+        "moved": {"W_K": 0.0, "W_V": 0.0, "W_O": 0.0081, "W_down": 0.55, "b_O": 0.03},
+    }
+    card = body(model_card(report, made()))
+    assert "| 1 | dense | 0 % | 0 % | 0.81 % | 55 % | b\\_O 3.0 % |" in card
+    assert len([line for line in card.splitlines() if line.startswith(("| 0 | key-shared", "| 1 |"))]) == 2
+    assert "also in layers that keep their W_Q (`dense`)" in card
+    report["calibration"]["refit"] = False
+    card = model_card(report, made(folder="left"))
+    assert "layer by layer; nothing else was fitted." in card
+    assert "refitted to them" not in card
+    for layer in report["layers"]:
+        del layer["moved"]
+    assert "What moved" not in model_card(report, made(folder="older"))
+
+
 def test_limits_and_interval_in_plain_words(report, made):
     card = body(model_card(report, made()))
     for heading in ("## Load it", "## Limits", "## Licence", "## Made by"):

@@ -188,6 +188,27 @@ def test_generation_is_underlined_from_where_the_two_part(full):
     assert "Reduced, the same" in html
 
 
+def test_what_moved_is_told_of_each_layer(tmp_path):
+    report = page_folders.full_report()
+    report["layers"][1]["map"] = "dense"
+    report["layers"][1]["moved"] = {"W_K": 0, "W_V": 0.00001, "W_O": 0.0224, "W_down": 0.1, "norm_gain": 0.4, "x": 1}
+    del report["layers"][2]["moved"]
+    html = page([make(tmp_path, report)])
+    words = section(html, "moved").words
+    assert (
+        "0 key-shared 61 % 0 % 0.80 % 0.46 % bO from 0 1 dense 0 % < 0.01 % 2.2 % 10 % the norm's gain 40 % 3 " in words
+    )
+    assert "of dense layers too" in words
+    assert "before healing" not in words
+    for layer in report["layers"]:
+        layer["moved"] = {"W_K": 0.5, "b_O": 0}
+    assert " Wdown 0 key-shared" in section(page([make(tmp_path, report)]), "moved").words
+    report["calibration"]["refit"] = False
+    assert "Nothing was refitted (--no-refit)" in section(page([make(tmp_path, report)]), "moved").words
+    del report["layers"][1:], report["layers"][0]["moved"]  # by an older version
+    assert "m-moved" not in page([make(tmp_path, report)])
+
+
 def test_generation_that_was_skipped_says_why(tmp_path):
     report = page_folders.full_report() | {"generation": {"skipped": "the folder holds no tokenizer"}}
     assert "Left out: the folder holds no tokenizer." in section(page([make(tmp_path, report)]), "generation").words

@@ -24,6 +24,7 @@ def forecast(
     context: int,
     dtype: str | None = None,
     device: str = "cpu",
+    refit: bool = True,
     probe: bool = True,
 ) -> dict[str, Any]:
     """Return the needs of a conversion: its peak memory and the stage in which that falls, its disk, and its seconds.
@@ -34,7 +35,14 @@ def forecast(
     chosen = recipe or (FITTED,) * source.dims.n_layers
     on_device = device.partition(":")[0] != "cpu"
     work = plan_work(
-        source, chosen, tokens=tokens, eval_tokens=eval_tokens, context=context, dtype=dtype, on_device=on_device
+        source,
+        chosen,
+        tokens=tokens,
+        eval_tokens=eval_tokens,
+        context=context,
+        dtype=dtype,
+        on_device=on_device,
+        refit=refit,
     )
     peak, stage, stages = memory.peak(work)
     needs: dict[str, Any] = {

@@ -115,7 +115,12 @@ def _reading(work: Work) -> int:
     """The layer in float32 and one tensor as it is stored; where it is turned, the old one too, and the first twice."""
     if not work.turned:
         return 4 * work.layer + work.read_itemsize * work.largest * (work.read_itemsize < 4)
-    return 3 * 4 * work.layer + 16 * work.dims.d_model**2 + 2 * 8 * work.largest
+    return 3 * 4 * work.layer + _turning(work)
+
+
+def _turning(work: Work) -> int:
+    """The turn with a gain in it, and one tensor in float64 before and after."""
+    return 16 * work.dims.d_model**2 + 2 * 8 * work.largest
 
 
 def _collecting(work: Work) -> int:
@@ -195,10 +200,14 @@ def _refitting(work: Work) -> int:
 
 
 def _writing(work: Work) -> int:
-    """One tensor as it is written; then a batch of the student's, or W_Q in float64 and its singular values."""
+    """One tensor as it is written, or as it was; in a turned stream the old layer and it turned; then a batch.
+
+    Or W_Q in float64 and its singular values.
+    """
     query = work.dims.d_model * work.n_query
     one = work.written_itemsize * work.largest * (work.written_itemsize < 4)
-    return max(one, batch_bytes(work) + _fast_weights(work), 8 * query + 4 * 2 * query)
+    old = 2 * 4 * work.layer + _turning(work) if work.turned else work.read_itemsize * work.largest
+    return max(one, old, batch_bytes(work) + _fast_weights(work), 8 * query + 4 * 2 * query)
 
 
 def _scores(work: Work) -> int:

@@ -50,6 +50,7 @@ class Work:
     fast_itemsize: int  # of the type in which the fit may multiply
     mlp_readers: int
     on_device: bool = False
+    refit: bool = True
 
     @property
     def n_query(self) -> int:
@@ -118,7 +119,7 @@ class Work:
         found, drifted = [], self.turned
         for spec in self.recipe:
             drifted = drifted or spec.name != "dense"
-            found.append(drifted)
+            found.append(drifted and self.refit)
         return found
 
 
@@ -131,6 +132,7 @@ def plan_work(
     context: int,
     dtype: str | None = None,
     on_device: bool = False,
+    refit: bool = True,
 ) -> Work:
     """Return what a conversion will handle, if its texts are as long as asked for; `dtype` as safetensors names it."""
     sizes = [info.numel for _, info in source.layer_tensors(0)]
@@ -151,6 +153,7 @@ def plan_work(
         fast_itemsize=2 if on_device else fast_itemsize(),
         mlp_readers=len(source.family.roles.mlp_readers),
         on_device=on_device,
+        refit=refit,
     )
 
 

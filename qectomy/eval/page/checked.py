@@ -92,13 +92,17 @@ def listed(kind: Kind, or_null: bool = False) -> Kind:
     return check
 
 
-def mapping(kind: Kind) -> Kind:
-    """The kind of an object of any keys, whose every value is of `kind`; nulls are left out."""
+def mapping(kind: Kind, or_null: bool = False) -> Kind:
+    """The kind of an object of any keys, whose every value is of `kind`; nulls are left out, or kept if allowed."""
 
     def check(value: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise wrong(value, where, "an object")
-        return {clean(key): kind(item, f"{where}.{key}") for key, item in value.items() if item is not None}
+        return {
+            clean(key): None if item is None else kind(item, f"{where}.{key}")
+            for key, item in value.items()
+            if or_null or item is not None
+        }
 
     return check
 

@@ -25,6 +25,7 @@ SECTIONS: tuple[Callable[[Folder, str], Section | None], ...] = (
     quality.perplexity_section,
     outcomes.healing_section,
     quality.layer_section,
+    quality.moved_section,
     quality.position_section,
     outcomes.task_section,
     texts.token_section,
@@ -123,8 +124,8 @@ def _figures(folder: Folder) -> list[Figure]:
 
 
 def indexed(text: str) -> Markup:
-    """Set W_Q and its like with an index; all else is text."""
-    return Markup(re.sub(r"\bW_([QKVO])\b", r"W<sub>\1</sub>", str(escape(text))))
+    """Set W_Q, b_O, W_down and their like with an index; all else is text."""
+    return Markup(re.sub(r"\b([Wb])_([QKVO]|gate|up|down)\b", r"\1<sub>\2</sub>", str(escape(text))))
 
 
 def words(text: str) -> Markup:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from qectomy.eval.moved_words import moved_meaning, moved_table
 from qectomy.eval.page import numbers
 from qectomy.eval.page.best import SAVED, best_report
 from qectomy.eval.page.blocks import Block, Chart, Facts, Prose, Section, Table
@@ -199,6 +200,21 @@ def layer_section(folder: Folder, key: str) -> Section | None:
         "worst of the matrices inverted, by which rounding errors may grow.",
     )
     return Section(key=f"{key}-layers", title="What went, layer by layer", blocks=(table,))
+
+
+def moved_section(folder: Folder, key: str) -> Section | None:
+    """What the fit changed beside W_Q, layer by layer, where the report says so."""
+    heads, rows = moved_table(folder.report)
+    if not rows:
+        return None
+    table = Table(
+        caption="Change of each matrix, as a share of its norm",
+        columns=heads,
+        words=(0, 1, 6),
+        rows=rows,
+        note=moved_meaning(folder.report),
+    )
+    return Section(key=f"{key}-moved", title="What moved beside W_Q", blocks=(table,))
 
 
 def _layer_row(layer: dict[str, Any]) -> tuple[str, ...]:

@@ -78,6 +78,7 @@ LAYER = record(
         "basis_condition": number,
         "pivot_condition": number,
         "attention_kl": record({"fitted": number, "heldout": number}),
+        "moved": mapping(amount, or_null=True),
         "seconds": amount,
         "singular_values": listed(amount),
     },
@@ -146,6 +147,7 @@ REDUCED = record(
                 "texts": listed(record({"file": string, "sha256": string, "tokens": count, "first_token": count})),
                 "context": count,
                 "seed": count,
+                "refit": flag,
             }
         ),
         "layers": listed(LAYER),
