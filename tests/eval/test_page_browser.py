@@ -61,6 +61,9 @@ def test_it_is_no_wider_than_the_window(name, width, chromium, pages):
     chromium.open(pages[name], width=width)
     assert chromium.evaluate("innerWidth") == width
     assert chromium.evaluate("document.documentElement.scrollWidth") <= width
+    boxes = "[...document.querySelectorAll('*')].filter(box => getComputedStyle(box).overflowY !== 'visible')"
+    hidden = f"{boxes}.filter(box => !box.closest('.unseen') && box.scrollHeight > box.clientHeight + 1)"
+    assert chromium.evaluate(f"{hidden}.map(box => box.outerHTML.slice(0, 99))") == []  # a picture shows every row
     if name == "full":  # a table that is wider scrolls in its box
         wide = "[...document.querySelectorAll('.wide')].some(box => box.scrollWidth > box.clientWidth)"
         assert chromium.evaluate(wide) == (width == 360)
