@@ -165,6 +165,8 @@ def main() -> None:
 
     A second line then says the command that goes on.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries, which would fill a file
     try:
         with _signals_as_ctrl_c():
             app()

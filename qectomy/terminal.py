@@ -3,7 +3,8 @@
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ ResumeOnly = Annotated[
 ]
 Clean = Annotated[bool, typer.Option("--clean", help="First remove what a run before left in OUT.converting.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+SECONDS_A_LINE = 30  # of progress, where stderr is no terminal
 
 
 def go_on(resume: bool, only: bool) -> Any:
@@ -61,7 +63,10 @@ def note_old_code(names: Sequence[str | Path]) -> None:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Any]:
-    """Yield report(done, total, note) that draws a bar with an ETA on stderr; plain lines where that is no terminal."""
+    """Yield report(done, total, note) that draws a bar with an ETA on stderr; a line now and then where that is a file.
+
+    A terminal is what the system says is one: rich also takes a file for one if FORCE_COLOR is set, and fills it.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -73,10 +78,8 @@ def progress_bar(what: str) -> Iterator[Any]:
     )
 
     console = Console(stderr=True, emoji=False)
-    if not console.is_terminal:
-        yield lambda done, total, note="": console.print(
-            f"{what} {done}/{total} {note}", highlight=False, soft_wrap=True, markup=False
-        )
+    if not sys.stderr.isatty():
+        yield _Lines(what, lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False))
         return
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -90,6 +93,21 @@ def progress_bar(what: str) -> Iterator[Any]:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(what, total=None, note="")
         yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+
+
+class _Lines:
+    """Tells progress in whole lines: the start and the end of each stage, between them one in SECONDS_A_LINE."""
+
+    def __init__(self, what: str, tell: Callable[[str], None]):
+        self._what, self._tell = what, tell
+        self._done, self._total, self._told = 0, -1, 0.0
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        starts, ends = total != self._total or done <= self._done, done == total
+        self._done, self._total, now = done, total, time.monotonic()
+        if starts or ends or now - self._told >= SECONDS_A_LINE:
+            self._told = now
+            self._tell(f"{self._what} {done}/{total} {note}".rstrip())
 
 
 def command_line() -> str:
