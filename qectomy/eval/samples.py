@@ -3,6 +3,10 @@
 Dimensions: n windows, L positions, N scored tokens.
 """
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,12 @@ PROMPTS = (
     "The most important thing to know about a computer is that",
     "Question: Why does bread rise in the oven?\nAnswer:",
 )
+CHAT_PROMPTS = (  # as a user's message, where the tokenizer has a chat template
+    "Why does bread rise in the oven?",
+    "What is the most important thing to know about a computer?",
+    "Tell me the beginning of a fairy tale.",
+)
+TEMPLATE_SECONDS = 10.0  # for a template, which is a program that came with the folder
 
 
 def token_sample(folder: Path, windows: ScoringWindows, before: TokenScores, after: TokenScores) -> dict[str, Any]:
@@ -77,30 +87,72 @@ def generation_of(original: Path, reduced: Path, most_bytes: int | None = MOST_B
         return {"skipped": f"over {most_bytes / 1e9:.0f} GB of weights; run `qectomy report DIR --original ORIGINAL`"}
     try:
         tokenizer = load_tokenizer(reduced)
+        prompts, ids, how = _prompts(tokenizer)
         texts = []
         for folder in (original, reduced):
             model, _, _ = load_model(str(folder), None, "cpu")
-            texts.append([write(model, tokenizer, prompt) for prompt in PROMPTS])
+            texts.append([write(model, tokenizer, each, ends_turn=prompts is CHAT_PROMPTS) for each in ids])
             del model
     except Exception as error:  # a tokenizer or a config may be one that generates nothing
         return {"skipped": f"the models did not write ({type(error).__name__}: {str(error).strip()[:200]})"}
     samples = [
-        dict(zip(("prompt", "original", "reduced"), row, strict=True)) for row in zip(PROMPTS, *texts, strict=True)
+        dict(zip(("prompt", "original", "reduced"), row, strict=True)) for row in zip(prompts, *texts, strict=True)
     ]
-    return {"max_new_tokens": NEW_TOKENS, "decoding": "greedy", "samples": samples}
+    return {"max_new_tokens": NEW_TOKENS, "decoding": "greedy", **how, "samples": samples}
+
+
+def _prompts(tokenizer: Any) -> tuple[tuple[str, ...], list[torch.Tensor], dict[str, str]]:
+    """Return the prompts, their tokens (1, L), and what a report says of how one became the other.
+
+    A model that was taught to chat gets messages, in its own template; if that fails, it continues texts as others do.
+    """
+    plain, how = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in PROMPTS], dict[str, str]()
+    if not getattr(tokenizer, "chat_template", None):
+        return PROMPTS, plain, how
+    try:
+        with _time_limit(TEMPLATE_SECONDS):
+            messages = [[{"role": "user", "content": prompt}] for prompt in CHAT_PROMPTS]
+            options: dict[str, Any] = dict(add_generation_prompt=True, return_tensors="pt", return_dict=True)
+            ids = [tokenizer.apply_chat_template(message, **options)["input_ids"] for message in messages]
+    except Exception as error:
+        why = f"{type(error).__name__}: {str(error).strip()[:200]}"
+        return PROMPTS, plain, {"prompt_format": f"plain text, since the tokenizer's chat template failed ({why})"}
+    return CHAT_PROMPTS, ids, {"prompt_format": "a user's message in the tokenizer's chat template"}
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in what takes longer, where the system has such an alarm and this is the main thread."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(number: int, frame: Any) -> None:
+        raise TimeoutError(f"it took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @torch.no_grad()
-def write(model: Any, tokenizer: Any, prompt: str) -> str:
-    """Return the continuation of a prompt, without it."""
+def write(model: Any, tokenizer: Any, prompt: torch.Tensor, ends_turn: bool = False) -> str:
+    """Return the continuation of a prompt (1, L), without it; with `ends_turn` the tokenizer's own end ends it, too."""
     from transformers import GenerationConfig
 
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(next(model.parameters()).device)
+    ids = prompt.to(next(model.parameters()).device)
+    ends = model.config.eos_token_id
+    if ends_turn and tokenizer.eos_token_id is not None:
+        ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])]
     most = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + NEW_TOKENS
     model.generation_config = GenerationConfig(  # the folder's own may ask for penalties, beams or sampling
         max_new_tokens=max(1, min(NEW_TOKENS, most - ids.shape[1])),
         do_sample=False,
-        eos_token_id=model.config.eos_token_id,
+        eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
     )
     written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))

@@ -209,6 +209,14 @@ def test_what_moved_is_told_of_each_layer(tmp_path):
     assert "m-moved" not in page([make(tmp_path, report)])
 
 
+def test_the_chat_template_is_told_where_one_was_used(tmp_path):
+    report = page_folders.full_report()
+    assert "Prompts:" not in section(page([make(tmp_path, report)]), "generation").words
+    report["generation"]["prompt_format"] = "a user's message in the tokenizer's chat template"
+    told = section(page([make(tmp_path, report)]), "generation").words
+    assert "Prompts: a user's message in the tokenizer's chat template." in told
+
+
 def test_generation_that_was_skipped_says_why(tmp_path):
     report = page_folders.full_report() | {"generation": {"skipped": "the folder holds no tokenizer"}}
     assert "Left out: the folder holds no tokenizer." in section(page([make(tmp_path, report)]), "generation").words

@@ -75,7 +75,62 @@ def test_both_models_write_greedily_whatever_their_folders_ask_for(tiny_checkpoi
             if int(ids[0, -1]) == model.config.eos_token_id:
                 break
         assert sample["original"] == tokenizer.decode(ids[0, start:], skip_special_tokens=True)
-    assert write(model, tokenizer, "Nevermore") != ""
+    assert write(model, tokenizer, tokenizer("Nevermore", return_tensors="pt")["input_ids"]) != ""
+    assert "prompt_format" not in found
+
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[me]{% endif %}"
+)
+
+
+def with_template(folder, template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_chats_is_asked_in_its_template(tiny_copy, monkeypatch):
+    folder, asked = with_template(tiny_copy("llama"), TEMPLATE), []
+
+    def watch(model, tokenizer, ids, ends_turn):
+        asked.append((tokenizer.decode(ids[0]), ends_turn))
+        return write(model, tokenizer, ids, ends_turn)
+
+    monkeypatch.setattr(samples, "write", watch)
+    found = generation_of(folder, folder)
+    assert asked == 2 * [(f"[user]{prompt}\n[me]", True) for prompt in samples.CHAT_PROMPTS]
+    assert [sample["prompt"] for sample in found["samples"]] == list(samples.CHAT_PROMPTS)
+    assert found["prompt_format"] == "a user's message in the tokenizer's chat template"
+    assert len(samples.CHAT_PROMPTS) == len(samples.PROMPTS)  # by which the time of a conversion is foretold
+
+
+def test_the_tokenizers_end_ends_a_turn(tiny_copy):
+    folder = with_template(tiny_copy("llama"), TEMPLATE)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), tiny_tokenizer()
+    ids = tokenizer("Nevermore", return_tensors="pt")["input_ids"]
+    whole = write(model, tokenizer, ids)
+    with torch.no_grad():
+        tokenizer.eos_token_id = int(model(ids).logits[0, -1].argmax())
+    assert write(model, tokenizer, ids) == whole
+    assert len(write(model, tokenizer, ids, ends_turn=True)) < len(whole)
+
+
+def test_a_template_that_fails_or_does_not_end_leaves_plain_prompts(tiny_copy, monkeypatch):
+    folder = with_template(tiny_copy("llama"), "{{ raise_exception('no users here') }}")
+    found = generation_of(folder, folder)
+    assert "chat template failed (TemplateError: no users here)" in found["prompt_format"]
+    assert [sample["prompt"] for sample in found["samples"]] == list(samples.PROMPTS)
+
+    def endless(*arguments, **options):
+        while True:
+            pass
+
+    monkeypatch.setattr(samples, "TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.apply_chat_template", endless)
+    assert "TimeoutError: it took more than 0.2 s" in generation_of(folder, folder)["prompt_format"]
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 def test_large_models_do_not_write(tiny_checkpoint):

@@ -183,6 +183,7 @@ REDUCED = record(
             {
                 "max_new_tokens": count,
                 "decoding": string,
+                "prompt_format": string,
                 "samples": listed(record({"prompt": string, "original": string, "reduced": string})),
                 "skipped": string,
             }

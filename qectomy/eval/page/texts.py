@@ -81,4 +81,5 @@ def generation_section(folder: Folder, key: str) -> Section | None:
         samples.append(Writing(prompt=sample.get("prompt", "")[:LONGEST_WRITING], **pair))
     most = f", at most {found['max_new_tokens']:,} tokens" if "max_new_tokens" in found else ""
     caption = f"Decoding: {found.get('decoding', 'not recorded')}{most}. Text from where the two part is underlined."
+    caption += f" Prompts: {found['prompt_format']}." if "prompt_format" in found else ""
     return Section(key=key, title=title, blocks=(Writings(samples=samples, caption=caption),))
