@@ -86,9 +86,9 @@ def inspect(
     if as_json:
         print_json(result)
     else:
-        from qectomy.eval.tables import show_inspection
+        from qectomy.eval.inspection_table import show_inspection
 
-        show_inspection(result)
+        show_inspection(result, checkpoint)
 
 
 app.command("eval", epilog="Example: `qectomy eval ./original ./reduced --text heldout.txt --reference ./original`")(

@@ -156,7 +156,9 @@ def exact_report() -> dict[str, Any]:
     for name in ("calibration", "token_sample", "generation", "forward_pass_seconds", "device"):
         del report[name]
     layer = {"map": "dense", "value_map": "gauge", "output_map": "dense", "how": "kept", "pivot_condition": 8.57}
-    reason = "RMSNorm before its readers lets only an orthogonal change of basis pass, and W_Q is not one"
+    reason = (
+        "with RMSNorm before its readers it goes whole only if it is an orthogonal change of basis, and W_Q is not one"
+    )
     report["layers"] = [{"index": i, **layer, "reason": reason, "W_Q_condition": None} for i in range(N_LAYERS)]
     report |= {"method": "exact", "tie": "kept", "logit_error": 1.7e-8, "logit_error_on": "random tokens"}
     report |= {"parameters": {"before": 134515008, "after": 134152128}}

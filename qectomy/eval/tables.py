@@ -12,52 +12,20 @@ from qectomy.eval.query_share import query_share
 from qectomy.surgery.query_maps import ranges
 
 console = Console(highlight=False, soft_wrap=False, emoji=False)
-
-AUDIT_COLUMNS = (
-    "cond(W_Q): largest over smallest singular value of W_Q: how much inverting it may enlarge rounding errors",
-    "distance: how far W_Q, its norm's gain folded in and its heads in their best gauge, is from orthogonal columns; "
-    "at 0 it can be folded into a stream that passes a norm; a random square matrix is at about 0.55",
-    "rank 99 %: how many directions, of d_model, carry 99 % of the energy of the queries under {under}",
-)
-
-
-def show_inspection(result: dict[str, Any]) -> None:
-    """Print what `qectomy inspect` found."""
-    d = result["dimensions"]
-    console.print(
-        f"{result['checkpoint']}: {result['family']}, {result['parameters']:,} parameters, "
-        f"{size(result['bytes'])} in {result['dtype']}, {d['n_layers']} layers, d_model {d['d_model']}, "
-        f"{d['n_heads']} query heads on {d['n_kv_heads']} KV heads of {d['d_head']}, "
-        f"head {'tied' if d['tied'] else 'untied'}",
-        markup=False,
-    )
-    table = Table("query map", "W_Q removed", "parameters removed", "bytes removed", "of the model")
-    for row in result["query_maps"]:
-        if row["possible"]:
-            table.add_row(
-                row["map"],
-                f"{row['share_of_W_Q']:.1%}",
-                f"{row['removed_parameters']:,}",
-                size(row["removed_bytes"]),
-                f"{row['share_of_model']:.2%}",
-            )
-        else:
-            table.add_row(row["map"], "not possible", "-", "-", "-")
-    console.print(table)
-    for why in dict.fromkeys(row["why_not"] for row in result["query_maps"] if not row["possible"]):
-        console.print(why, markup=False)
-    _show_verdicts(result["layers"])
-    if "audit" in result["layers"][0]:
-        _show_audit({layer["index"]: layer["audit"] for layer in result["layers"]})
-    if any(row["possible"] for row in result["query_maps"] if row["map"] != "exact"):
-        _show_needs(result["needs"])
+FATES = {
+    "exact": "goes whole, without loss",
+    "gauge": "stays but for a block of each head, which goes without loss",
+    "least squares": "does not go without loss",
+    "refused": "stays",
+    "kept": "stays",
+}
 
 
 def show_plan(plan: dict[str, Any]) -> None:
     """Print the plan of a dry run."""
     console.print(", ".join(f"{i}={name}" for i, name in enumerate(plan["plan"])), markup=False)
     _show_sizes(plan)
-    _show_needs(plan["needs"])
+    show_needs(plan["needs"])
     console.print("dry run: nothing was written, and the texts were not read")
 
 
@@ -125,16 +93,16 @@ def show_exact(report: dict[str, Any]) -> None:
         "go, of the change of basis that takes it out, of the pivots of a gauge",
         markup=False,
     )
-    _show_verdicts(report["layers"])
+    show_verdicts(report["layers"])
     for layers, row in _runs([layer for layer in report["layers"] if layer["value_reason"]], "value_reason"):
-        console.print(f"heads of {_layers(layers)} without a gauge: {row['value_reason']}", markup=False)
+        console.print(f"heads of {layers_of(layers)} without a gauge: {row['value_reason']}", markup=False)
     _show_sizes(report)
     if report["tie"] != "none":
         what = "stay tied" if report["tie"] == "kept" else "are no longer tied; what the head adds is counted"
         console.print(f"embedding and head {what}")
     if report.get("dry_run"):
         if "needs" in report:
-            _show_needs(report["needs"], "an exact")
+            show_needs(report["needs"], "an exact")
         console.print("dry run: nothing was written")
         return
     on = report["logit_error_on"]
@@ -150,12 +118,10 @@ def show_exact(report: dict[str, Any]) -> None:
     console.print(f"{report['seconds']['total']:.0f} s; peak memory {size(report['peak_memory_bytes'])}")
 
 
-def _show_verdicts(layers: list[dict[str, Any]]) -> None:
-    """Print once what becomes of the W_Q of layers that share a reason."""
-    words = {"exact": "exactly", "gauge": "its gauge alone", "kept": "left", "refused": "left"}
+def show_verdicts(layers: list[dict[str, Any]]) -> None:
+    """Print once what becomes of the W_Q of layers that share a reason, where nothing is fitted."""
     for numbers, row in _runs(layers, "how", "reason"):
-        fate = words.get(row["how"], "left, or fitted by least squares")
-        console.print(f"W_Q of {_layers(numbers)}, {fate}: {row['reason']}", markup=False)
+        console.print(f"W_Q of {layers_of(numbers)} {FATES[row['how']]}: {row['reason']}", markup=False)
 
 
 def _runs(records: list[dict[str, Any]], *fields: str) -> list[tuple[str, dict[str, Any]]]:
@@ -171,7 +137,7 @@ def _runs(records: list[dict[str, Any]], *fields: str) -> list[tuple[str, dict[s
     return [(ranges(layers), row) for layers, row in runs.values()]
 
 
-def _layers(numbers: str) -> str:
+def layers_of(numbers: str) -> str:
     return f"layer {numbers}" if numbers.isdigit() else f"layers {numbers}"
 
 
@@ -242,24 +208,6 @@ def size(n_bytes: int | float) -> str:
     return f"{n_bytes:.2f} TB"
 
 
-def _show_audit(audits: dict[int, dict[str, Any]]) -> None:
-    """Print how far each layer's W_Q is from going exactly, what the columns mean, and why a number is missing."""
-    table = Table("layer", "cond(W_Q)", "distance", "rank 99 %", "d_model")
-    for index, row in audits.items():
-        cond = "inf" if row["cond"] is None else f"{row['cond']:.3g}"
-        distance = row["distance_from_orthogonal"]
-        shown = "-" if distance is None else f"{distance:.3f}" if distance > 5e-4 else f"{distance:.0e}"
-        table.add_row(str(index), cond, shown, str(row["rank_99"]), str(row["d_model"]))
-    console.print(table)
-    data = next(iter(audits.values()))["rank_99_data"]
-    under = data if data == "white states" else f"the text's data ({data})"
-    for line in AUDIT_COLUMNS:
-        console.print(line.format(under=under), markup=False)
-    for why in {row["distance_why_not"]: None for row in audits.values() if row["distance_why_not"]}:
-        layers = ", ".join(str(i) for i, row in audits.items() if row["distance_why_not"] == why)
-        console.print(f"no distance in layers {layers}: {why}", markup=False)
-
-
 def _show_sizes(report: dict[str, Any]) -> None:
     parameters, n_bytes = report["parameters"], report["bytes"]
     console.print(
@@ -271,7 +219,7 @@ def _show_sizes(report: dict[str, Any]) -> None:
         console.print(f"W_Q removed {100 * queries.removed:.1f} %, {queries.words}")
 
 
-def _show_needs(needs: dict[str, Any], which: str = "a fitted") -> None:
+def show_needs(needs: dict[str, Any], which: str = "a fitted") -> None:
     """Print what a conversion is foretold to need; without a probe there is no time."""
     device = f"{size(needs['device_memory_bytes'])} on the device, " if "device_memory_bytes" in needs else ""
     text = f" ({needs['tokens']:,} + {needs['eval_tokens']:,} tokens)" if "tokens" in needs else ""

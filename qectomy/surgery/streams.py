@@ -111,7 +111,7 @@ def structural_verdict(streams: Streams, layer: int) -> tuple[str, str]:
     if dims.all_gauge:
         return "exact", "the model has one head, without RoPE: any W_Q is a gauge of it"
     if dims.norms:
-        return otherwise, f"{stream.why} lets only {stream.group.value} pass"
+        return otherwise, f"with {stream.why} it goes whole only if it is {stream.group.value}"
     if dims.n_heads * dims.d_head > dims.d_model:
         return otherwise, "queries have more channels than the stream (n_heads * d_head > d_model)"
     if stream.breaks_tie and not dims.untying_pays:

@@ -114,7 +114,7 @@ def test_an_exact_one_is_lossless_by_proof_and_has_no_fit(tmp_path):
     assert "Lossless" in words
     assert "That is a proof, not a measurement" in words
     assert "In float64 no logit is off by more than 1.7 × 10⁻⁸ of the largest, on random tokens." in words
-    assert "0-29 dense gauge dense 8.57 RMSNorm before its readers" in words
+    assert "0-29 dense gauge dense 8.57 with RMSNorm before its readers" in words
     for absent in ("attention KL", "Healing", "Heal before use"):
         assert absent not in words
 

@@ -6,6 +6,7 @@ from tiny_models import save_variant
 
 from qectomy.eval import tables
 from qectomy.eval.evaluation_table import show_evaluations
+from qectomy.eval.inspection_table import show_inspection
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.plan import inspect, totals
 from qectomy.surgery.query_maps import parse_recipe
@@ -41,22 +42,35 @@ def printed(request, monkeypatch, capsys):
 @pytest.mark.parametrize("shape", ["llama", "biases", "bf16", "mistral"])
 def test_an_inspection(shape, tiny_checkpoint, printed):
     checkpoint = open_checkpoint(tiny_checkpoint(shape))
-    tables.show_inspection(inspect(checkpoint) | {"needs": NEEDS})
+    found = inspect(checkpoint) | {"needs": NEEDS}
+    show_inspection(found, "./my model")
     text = printed()
     assert f"{checkpoint.parameters:,} parameters" in text
     assert "4 query heads on 2 KV heads of 8" in text
     assert "key-shared" in text
     assert "possible" in text  # not low-rank:64 in a model 32 wide
-    assert "W_Q of layers 0-1, left, or fitted by least squares: RMSNorm before its readers lets" in text
+    assert "W_Q of layers 0-1 does not go without loss: with RMSNorm before its readers it goes whole only if" in text
+    exact, fit = ({row["map"]: row for row in found["query_maps"]}[name] for name in ("exact", "key-shared"))
+    command = "qectomy convert './my model' --query"
+    assert f"to take out {exact['removed_parameters']:,} parameters without any loss: {command} exact --out OUT" in text
+    assert (
+        f"to take out {fit['removed_parameters']:,} parameters, at a cost in perplexity that the conversion measures"
+        in text
+    )
+    assert f"{command} key-shared --text YOURS.txt --eval-text OTHER.txt --out OUT" in text
+    assert "goes whole without loss: qectomy inspect './my model' --audit" in text
 
 
 def test_an_inspection_of_what_no_map_is_fitted_to(tmp_path, printed):
     checkpoint = open_checkpoint(save_variant(tmp_path / "source", "llama", norms=False, mlp_skip=False))
-    tables.show_inspection(inspect(checkpoint) | {"needs": NEEDS})
+    show_inspection(inspect(checkpoint) | {"needs": NEEDS}, "./my model")
     text = printed()
     assert text.count("query maps are fitted to stock models; what goes from this one goes exactly") == 1
     assert "│ exact │ 100.0% │ 2,272 │" in text  # two W_Q of 1,024, and 112 numbers of each W_V
-    assert "W_Q of layers 0-1, exactly: no norm before its readers" in text
+    assert "W_Q of layers 0-1 goes whole, without loss: no norm before its readers" in text
+    assert "--query exact" in text
+    assert "key-shared --text" not in text
+    assert "--audit" not in text  # without norms the structure tells
     assert "a fitted conversion" not in text
 
 
@@ -70,7 +84,7 @@ def test_an_audit(tiny_checkpoint, printed):
     ]
     for layer, record in zip(result["layers"], records, strict=True):
         layer["audit"] = {**shared, **record}
-    tables.show_inspection(result)
+    show_inspection(result, "./my model")
     text = printed()
     assert "│ 0 │ 1.23e+03 │ 0.568 │ 17 │ 32 │" in text
     assert "│ 1 │ inf │ - │ 17 │ 32 │" in text
@@ -78,6 +92,18 @@ def test_an_audit(tiny_checkpoint, printed):
     assert f"no distance in layers 1: {why}" in text
     for column in ("cond(W_Q)", "distance", "rank 99 %"):
         assert f"{column}: " in text
+    for command in ("--query exact", "--query key-shared", "--query low-rank:R"):
+        assert f"`convert {command}`" in text
+    assert "gauge" not in text
+    assert "--audit" not in text
+    result["layers"][1]["how"] = "exact"
+    show_inspection(result, "hub/id")
+    assert "without any loss, all of W_Q in layer 1 among them: qectomy convert hub/id --query exact" in printed()
+    for row in result["query_maps"]:
+        row |= {"possible": False, "why_not": "too small"}
+    result["layers"][1]["how"] = "least squares"
+    show_inspection(result, "hub/id")
+    assert "nothing can be taken out of this checkpoint, for the reasons above" in printed()
 
 
 def test_a_plan(tiny_checkpoint, printed):
