@@ -12,7 +12,8 @@ from qectomy.eval.query_share import query_share
 from qectomy.surgery.checkpoint import Checkpoint
 
 FITTED = """The query projections of this {family} checkpoint were taken out by Qectomy {version}:
-{recipe}. {ending}"""
+{recipe}.
+{ending}"""
 HOW = "Query maps and W_K were fitted on calibration text layer by layer; "
 REFITTED = """W_O and W_down were
 refitted to them in closed form, also in layers that keep their W_Q (`dense`)."""
@@ -204,7 +205,7 @@ def _moved(report: dict[str, Any]) -> str:
         return ""
     table = [f"| {' | '.join(map(_escaped, row))} |" for row in (heads, *rows)]
     table.insert(1, f"|{'---|' * len(heads)}")
-    meaning = textwrap.fill(moved_meaning(report), 118)
+    meaning = textwrap.fill(moved_meaning(report), 118, break_on_hyphens=False)
     return "## What moved beside W_Q\n\n" + "\n".join(table) + f"\n\n{meaning}\n\n"
 
 

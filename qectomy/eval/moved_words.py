@@ -16,6 +16,7 @@ REFITTED = (
     "the original's; with --no-refit they stay."
 )
 LEFT = "Nothing was refitted (--no-refit)."
+TAKES_IN = "b_O of a reduced layer also takes in the bias of its values, which loses nothing."
 TURNED = "The stream lies in another basis here, in which W is taken too."
 HEALED = "Measured when it was fitted, before healing, which trained all of them or some."
 
@@ -35,10 +36,13 @@ def moved_table(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str
 
 def moved_meaning(report: dict[str, Any]) -> str:
     """Say what the numbers of `moved_table` are."""
-    rest = REFITTED if report.get("calibration", {}).get("refit", True) else LEFT
-    turned = report.get("source", {}).get("model_type") != "gpt2" and _has_identity(report)
-    rest += f" {TURNED}" if turned else ""
-    return MEANING.format(rest=f"{rest} {HEALED}" if "healing" in report else rest)
+    said = [REFITTED if report.get("calibration", {}).get("refit", True) else LEFT]
+    maps = {layer["map"] for layer in report["layers"]}
+    if report.get("source", {}).get("model_type") == "gpt2":
+        said += [TAKES_IN] if maps - {"dense"} else []
+    elif "identity" in maps:
+        said.append(TURNED)
+    return MEANING.format(rest=" ".join([*said, HEALED] if "healing" in report else said))
 
 
 def moved_summary(report: dict[str, Any]) -> list[str]:
@@ -68,7 +72,3 @@ def share(value: float | None) -> str:
 def _span(values: list[float]) -> str:
     least, most = share(min(values)), share(max(values))
     return most if least == most else f"{least.removesuffix(' %')} to {most}"
-
-
-def _has_identity(report: dict[str, Any]) -> bool:
-    return any(layer["map"] == "identity" for layer in report["layers"])

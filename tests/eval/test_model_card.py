@@ -301,6 +301,8 @@ def test_what_moved_is_a_table_of_every_layer(report, made):
     assert "| 1 | dense | 0 % | 0 % | 0.81 % | 55 % | b\\_O 3.0 % |" in card
     assert len([line for line in card.splitlines() if line.startswith(("| 0 | key-shared", "| 1 |"))]) == 2
     assert "also in layers that keep their W_Q (`dense`)" in card
+    assert "b_O of a reduced layer also takes in the bias of its values" in " ".join(card.split())
+    assert "--no-refit they stay" in " ".join(card.split())
     report["calibration"]["refit"] = False
     card = model_card(report, made(folder="left"))
     assert "layer by layer; nothing else was fitted." in card

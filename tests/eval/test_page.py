@@ -200,6 +200,12 @@ def test_what_moved_is_told_of_each_layer(tmp_path):
     )
     assert "of dense layers too" in words
     assert "before healing" not in words
+    assert "values" not in words  # which is GPT-2's
+    assert "another basis" not in words
+    report["layers"][3]["map"] = "identity"
+    report["healing"] = page_folders.healed_report()["healing"]
+    words = section(page([make(tmp_path, report)]), "moved").words
+    assert "in another basis here, in which W is taken too. Measured when it was fitted, before healing" in words
     for layer in report["layers"]:
         layer["moved"] = {"W_K": 0.5, "b_O": 0}
     assert " Wdown 0 key-shared" in section(page([make(tmp_path, report)]), "moved").words
