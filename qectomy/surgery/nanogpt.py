@@ -42,6 +42,7 @@ from qectomy.surgery.finite import all_finite
 from qectomy.surgery.headers import TORCH_NAMES, open_regular
 from qectomy.surgery.linear_views import add_through, read_view, with_query
 from qectomy.surgery.locked_folder import GoOn
+from qectomy.surgery.nanogpt_relatives import about_pickled, check_binary, check_relatives, is_plain, unwrapped
 from qectomy.surgery.output import check_room
 from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.source_watch import FileWatch
@@ -51,7 +52,6 @@ from qectomy.surgery.writer import DTYPES, ShardWriter, TensorSpec
 
 GPT2 = FAMILIES["gpt2"]
 QUERY_MODES = ("original", "identity", "residual")
-COMPILED = "_orig_mod."  # what torch.compile puts before every name
 MASK = ".attn.bias"  # the causal mask, where flash attention was not to be had
 GPT2_END = 50256  # <|endoftext|> of GPT-2's own tokenizer, which nanoGPT uses by default
 
@@ -141,15 +141,17 @@ def _write_step(tensors: Callable[[], dict[str, torch.Tensor]], path: Path, dtyp
 
 
 def read_nanogpt(path: Path) -> tuple[ModelArgs, dict[str, torch.Tensor]]:
-    """Return the sizes and the state dict, its names without torch.compile's prefix and without the causal mask."""
+    """Return the sizes and the state dict, its names without wrappers' prefixes and without the causal mask."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         named = re.search(r"Unsupported (?:global: GLOBAL (\S+)|.*)", str(error))
         if named and named[1]:
             raise CheckpointError(
                 f"{path} holds more than tensors and plain containers ({named[1]}); unpickling that can run code, "
-                "so it is not read"
+                f"so it is not read{about_pickled(path, named[1])}"
             ) from error
         raise CheckpointError(
             f"{path} is not a checkpoint of tensors and plain containers that PyTorch can unpickle safely"
@@ -160,20 +162,22 @@ def read_nanogpt(path: Path) -> tuple[ModelArgs, dict[str, torch.Tensor]]:
     except Exception as error:  # PyTorch's unpickler raises whatever its opcodes meet
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint: {reason[:200]}") from error
-    for key in ("model_args", "model"):
-        if not isinstance(held, dict) or not isinstance(held.get(key), dict):
-            raise CheckpointError(f"{path} is not a nanoGPT checkpoint: it holds no dictionary {key!r}")
-    state = {str(name).removeprefix(COMPILED): tensor for name, tensor in held["model"].items()}
-    if strange := [name for name, tensor in state.items() if not _is_plain(tensor)]:
+    check_relatives(path, held)
+    state = unwrapped(path, held["model"])
+    if strange := [name for name, tensor in state.items() if not is_plain(tensor)]:
         raise CheckpointError(f"{path}: model[{shown(strange[0])}] is not a plain tensor")
     state = {name: tensor for name, tensor in state.items() if not name.endswith(MASK)}
     return model_args(held["model_args"], f"{GPT2.final_norm}.bias" in state), state
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether this is PyTorch's zip and no older pickle. Raises ValueError for one whose parts unfold to more."""
+    """Whether this is PyTorch's zip and no older pickle. Raises ValueError for one whose parts unfold to more,
+    CheckpointError for llm.c's file.
+    """
     with open_regular(path) as file:
         if not zipfile.is_zipfile(file):
+            file.seek(0)
+            check_binary(path, file.read(4))
             return False
         with zipfile.ZipFile(file) as archive:
             if sum(part.file_size for part in archive.infolist()) > os.fstat(file.fileno()).st_size:
@@ -304,13 +308,6 @@ def check_state(args: ModelArgs, dims: Dimensions, state: dict[str, torch.Tensor
         raise CheckpointError("model_args say tie_weights, but lm_head.weight is not transformer.wte.weight")
     if extra := [name for name in state if name not in expected and name != GPT2.head]:
         raise CheckpointError(f"{len(extra)} tensor(s) have no place in a GPT-2 and would be lost, first {extra[0]}")
-
-
-def _is_plain(tensor: Any) -> bool:
-    """Whether this is a tensor whose numbers all lie in the file: a stride of 0 can make terabytes of a few bytes."""
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_nested:
-        return False
-    return tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def _number(fields: dict[str, Any], name: str, default: float, least: float, below: float) -> float:

@@ -99,13 +99,14 @@ def test_the_logits_are_those_of_the_forward_pass(variant, mode, tmp_path):
     assert result["bytes"] == held.nbytes
 
 
-def test_plain_nanogpt(tmp_path):
-    """n_head, no query_mode, no scale, torch.compile's prefix and the mask of slow attention."""
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_plain_nanogpt(prefix, tmp_path):
+    """n_head, no query_mode, no scale, what torch.compile and DDP put before names, the mask of slow attention."""
     source = made(drop=("num_heads", "scale", "tie_weights", "mlp_hidden_size"), n_head=4)
     with torch.no_grad():
         expected = forward(source, tokens(2, 24))
-    source.state = {f"_orig_mod.{name}": tensor for name, tensor in source.state.items()}
-    source.state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
+    source.state = {f"{prefix}{name}": tensor for name, tensor in source.state.items()}
+    source.state[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
     result = import_nanogpt(source.save(tmp_path / "ckpt.pt"), tmp_path / "out")
     assert result["query_mode"] == "original"
     with torch.no_grad():
@@ -142,7 +143,7 @@ def test_a_tokenizer_goes_along(tmp_path):
     assert imported(tmp_path / "out").config.model_type == "gpt2"
 
 
-# Bad input: one clear error, nothing written.
+# Bad input: one clear error, nothing written. Checkpoints of other code: test_nanogpt_relatives.py
 
 
 def refused(tmp_path, source, kind, match, **more):
