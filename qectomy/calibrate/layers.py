@@ -86,6 +86,10 @@ class LayerRunner:
         """Return scaled, turned queries (B, H, T, K) and turned keys (B, G, T, K) of x̂ (B, T, D)."""
         roles, dims = self.family.roles, self.dims
         attention: Any = module.get_submodule(roles.attention)
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        if hasattr(attention, "project_heads"):
+            query, key, _ = attention.project_heads(hidden)
+            return self.turn(query.float(), positions) * self.scaling(module), self.turn(key.float(), positions)
         out = module.get_submodule(roles.key.module)(hidden)
         key = _part(out, roles.key)
         if roles.query.module == roles.key.module:
@@ -96,7 +100,6 @@ class LayerRunner:
             query = module.get_submodule(roles.query.module)(hidden)
         query = query.float().unflatten(-1, (dims.n_heads, dims.d_head)).transpose(1, 2)
         key = key.float().unflatten(-1, (dims.n_kv_heads, dims.d_head)).transpose(1, 2)
-        positions = torch.arange(hidden.shape[1], device=hidden.device)
         return self.turn(query, positions) * self.scaling(module), self.turn(key, positions)
 
     def scaling(self, module: nn.Module) -> float:

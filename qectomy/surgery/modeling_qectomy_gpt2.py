@@ -3,8 +3,8 @@
 This file stands alone: it imports only torch and transformers, so a folder that holds it loads with
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` where qectomy is not installed.
 
-The attention is transformers' own, but for its fused projection `c_attn`: another module, which projects keys and
-values alone and gives the queries of the layer's query map beside them. A query map is one of
+The attention is transformers' own, but for its fused projection `c_attn`, which gives keys and values alone; the
+queries are the layer's query map's. A query map is one of
 
     identity       q = x̂                         the paper's W_Q = I; a query bias lies in the LayerNorm's shift
     select         q = x̂[index] + b              chosen channels; their gains lie in W_K
@@ -316,22 +316,23 @@ class GaugedProjections(nn.Module):
         return torch.cat([out[..., : self.d_model] + self.bias, out[..., self.d_model :]], dim=-1)
 
 
-class ReducedProjection(nn.Module):
-    """Stands where `c_attn` stood: x̂ (B, T, D) -> queries, keys and values side by side, (B, T, 3D).
+class ReducedProjection(Conv1D):
+    """Stands where `c_attn` stood: x̂ (B, T, D) -> keys and values side by side, (B, T, 2D).
 
-    `weight` is W_K and W_V side by side, (D, 2D), in GPT-2's layout (in, out); W_K alone where `gauge` holds W_V, and
-    W_Q too if there is no query map. With `n_heads` the three come apart, as attention reads them, (B, H, T, K) each:
-    side by side they would have to be copied.
+    `weight` is W_K and W_V in GPT-2's layout (in, out); W_K alone where `gauge` holds W_V, and W_Q too if there is no
+    query map. `query` and `gauge` lie here for the sake of their names in the file. The attention calls them: what this
+    gives is linear, so that adapters and quantisers treat it as they do the stock one.
     """
 
     def __init__(self, d_model: int, query: nn.Module | None, gauge: nn.Module | None = None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_model, (2 if gauge is None else 1) * d_model))
+        nn.Module.__init__(self)
+        self.nx, self.nf = d_model, (2 if gauge is None else 1) * d_model
+        self.weight = nn.Parameter(torch.empty(self.nx, self.nf))
+        self.register_parameter("bias", None)
         self.query = query
         self.gauge = gauge
 
-    def reset_parameters(self, std: float) -> None:
-        nn.init.normal_(self.weight, std=std)
+    __repr__ = nn.Module.__repr__  # Conv1D's own leaves out what lies inside
 
     @torch.no_grad()
     def written_out(self) -> nn.Module:
@@ -345,21 +346,18 @@ class ReducedProjection(nn.Module):
             dense.bias[:d_model], dense.bias[d_model:] = self.gauge.bias, 0
         return dense
 
-    def forward(self, hidden: torch.Tensor, n_heads: int = 0) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        d_model = len(self.weight)
-        dense = torch.matmul(hidden, self.weight)
-        gauged = dense if self.gauge is None else self.gauge(hidden)
-        key, value = dense[..., :d_model], gauged[..., -d_model:]
-        if self.query is None:
-            query = split_heads(gauged[..., :-d_model], n_heads) if n_heads else gauged[..., :-d_model]
-        else:
-            query = self.query(hidden, key, heads=n_heads > 0)
-        if n_heads:
-            return query, split_heads(key, n_heads), split_heads(value, n_heads)
-        return torch.cat([query, dense] if self.gauge is None else [query, key, value], dim=-1)
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(hidden, self.weight)
 
 
 INDICES = (("query", "index"), ("gauge", "pivots"))  # where `c_attn` keeps channel numbers
+
+
+def held_beside(c_attn: nn.Module, name: str) -> nn.Module | None:
+    """What `c_attn` holds beside its weights, `query` or `gauge`, also inside an adapter's layers; None for nothing."""
+    while not hasattr(c_attn, name) and hasattr(c_attn, "base_layer"):
+        c_attn = c_attn.base_layer
+    return getattr(c_attn, name, None)
 
 
 class ReducedGPT2Attention(GPT2Attention):
@@ -386,8 +384,21 @@ class ReducedGPT2Attention(GPT2Attention):
 
     def indices(self) -> list[torch.Tensor]:
         """The channel numbers that the layer stores."""
-        found = (getattr(getattr(self.c_attn, owner, None), name, None) for owner, name in INDICES)
+        found = (getattr(held_beside(self.c_attn, owner), name, None) for owner, name in INDICES)
         return [tensor for tensor in found if tensor is not None]
+
+    def project_heads(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x̂ (B, T, D) -> queries, keys and values as attention reads them, (B, H, T, K) each."""
+        query_map, gauge = held_beside(self.c_attn, "query"), held_beside(self.c_attn, "gauge")
+        parts = self.c_attn(hidden).split(self.embed_dim, dim=-1)
+        if gauge is not None:
+            *first, last = gauge(hidden).split(self.embed_dim, dim=-1)
+            parts = (*first, *parts, last)
+        *first, key, value = parts
+        key_heads, value_heads = split_heads(key, self.num_heads), split_heads(value, self.num_heads)
+        if query_map is None:
+            return split_heads(first[0], self.num_heads), key_heads, value_heads
+        return query_map(hidden, key, heads=True), key_heads, value_heads
 
     def forward(
         self,
@@ -399,11 +410,7 @@ class ReducedGPT2Attention(GPT2Attention):
         if not self.indices_checked and not torch.compiler.is_compiling():
             check_indices_(self)
         cache, how = take_cache(kwargs, past)
-        if hasattr(self.c_attn, "query"):
-            query, key, value = self.c_attn(hidden_states, n_heads=self.num_heads)
-        else:
-            parts = self.c_attn(hidden_states).split(self.embed_dim, dim=-1)
-            query, key, value = (split_heads(part, self.num_heads) for part in parts)
+        query, key, value = self.project_heads(hidden_states)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, **how)
         if self.config._attn_implementation == "eager" and self.reorder_and_upcast_attn:
@@ -460,8 +467,8 @@ def share_first(layers: nn.ModuleList, attention: str) -> None:
         for name, _ in list(layers[0].named_children()):
             if name != attention:
                 setattr(layer, name, getattr(layers[0], name))
-        for name, module in list(getattr(layers[0], attention).named_children()):
-            setattr(getattr(layer, attention), name, module)
+        # One dictionary of them: what is exchanged in the first layer, as by adapters, is exchanged in all.
+        getattr(layer, attention)._modules = getattr(layers[0], attention)._modules
 
 
 # Tensors of a layer, by the names that these classes give them: not what quantizers store beside a weight.
@@ -537,6 +544,12 @@ class QectomyGPT2PreTrainedModel(GPT2PreTrainedModel):
         for attention in self.reduced_attentions():
             check_indices_(attention)
 
+    def set_submodule(self, target: str, module: nn.Module, *args, **kwargs) -> None:
+        """Exchange a module, as bitsandbytes' loading does; what `c_attn` holds beside its weights stays there."""
+        if isinstance(old := self.get_submodule(target), ReducedProjection):
+            module.query, module.gauge = old.query, old.gauge
+        super().set_submodule(target, module, *args, **kwargs)
+
     def write_out_gauges_(self) -> None:
         """Write the identity blocks out in memory, so that every layer runs one dense product, as in the stock model.
 
@@ -549,8 +562,7 @@ class QectomyGPT2PreTrainedModel(GPT2PreTrainedModel):
         for field in ("value_maps", "query_maps", "index_sha256"):  # the caller's config keeps its own
             setattr(self.config, field, getattr(self.config, field) and [*getattr(self.config, field)])
         dense: dict[nn.Module, nn.Module] = {}  # layers that share a module go on sharing it
-        for attention in self.reduced_attentions():
-            gauged = attention.c_attn
+        for attention, gauged in [(each, each.c_attn) for each in self.reduced_attentions()]:
             if (
                 getattr(gauged, "gauge", None) is not None
                 and gauged.weight.device.type != "meta"
@@ -569,7 +581,7 @@ class QectomyGPT2PreTrainedModel(GPT2PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, QueryMap):
             module.reset_parameters()
-        elif isinstance(module, (ReducedProjection, GaugedProjections)):
+        elif isinstance(module, GaugedProjections):
             module.reset_parameters(self.config.initializer_range)
         elif getattr(module, "writes_stream", False) and hasattr(module, "weight"):
             # GPT-2 draws these smaller; transformers does it from modules that it leaves out in other people's classes.

@@ -546,8 +546,7 @@ class ReducedPreTrained:
         for field in ("value_maps", "query_maps", "index_sha256"):  # the caller's config keeps its own
             setattr(self.config, field, getattr(self.config, field) and [*getattr(self.config, field)])
         dense: dict[nn.Module, nn.Module] = {}  # layers that share a module go on sharing it
-        for attention in self.reduced_attentions():
-            gauged = attention.v_proj
+        for attention, gauged in [(each, each.v_proj) for each in self.reduced_attentions()]:
             if isinstance(gauged, GaugedValue) and gauged.weight.device.type != "meta" and len(gauged.weight):
                 dense[gauged] = dense.get(gauged) or gauged.written_out()
                 attention.v_proj = dense[gauged]
@@ -603,8 +602,8 @@ def share_first(layers: nn.ModuleList, attention: str) -> None:
         for name, _ in list(layers[0].named_children()):
             if name != attention:
                 setattr(layer, name, getattr(layers[0], name))
-        for name, module in list(getattr(layers[0], attention).named_children()):
-            setattr(getattr(layer, attention), name, module)
+        # One dictionary of them: what is exchanged in the first layer, as by adapters, is exchanged in all.
+        getattr(layer, attention)._modules = getattr(layers[0], attention)._modules
 
 
 class QectomyLlamaConfig(LlamaConfig):
