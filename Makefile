@@ -31,8 +31,8 @@ OUT =
 DEMO_OUT := .cache/demo
 
 # What runs inside a reduced model, and what loads it.
-MODEL_CODE := $(addprefix tests/surgery/test_,channel_numbers.py modeling.py modeling_gpt2.py modeling_gpt2_life.py \
-  modeling_life.py modeling_variants.py generation.py other_weights.py stranger.py tensor_parallel.py) \
+MODEL_CODE := $(addprefix tests/surgery/test_,adapters.py channel_numbers.py modeling.py modeling_gpt2.py \
+  modeling_gpt2_life.py modeling_life.py modeling_variants.py generation.py other_weights.py stranger.py tensor_parallel.py) \
   tests/eval/test_reload.py
 
 VENV := .venv

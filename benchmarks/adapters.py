@@ -26,7 +26,7 @@ from qectomy.eval.loading import load_model
 try:
     import peft
 except ImportError:
-    sys.exit("error: this benchmark needs peft: pip install 'peft==0.21.*'")
+    sys.exit("error: this benchmark needs peft: pip install -c constraints.txt '.[test]'")
 
 TARGETS = {"llama": ["q_proj", "o_proj"], "mistral": ["q_proj", "o_proj"], "gpt2": ["c_attn", "c_proj"]}
 TRIED: tuple[dict[str, Any], ...] = (

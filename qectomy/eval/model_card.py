@@ -28,8 +28,9 @@ LIMITS_FITTED = """\
   `qectomy eval ORIGINAL PATH --text YOURS.txt --reference ORIGINAL`. Longer contexts than measured were not tried.
 - Perplexity is a mean. It does not say what became of rare words, facts, instructions, other languages, or of what a
   chat model was taught to refuse: try your own tasks, beside the original, before you serve this.
-- An adapter (LoRA) of the original does not fit: PEFT drops its part for W_Q without a word, and of the matrices
-  that the rest of it changes some were fitted anew. Merge it into the original, and convert that."""
+- An adapter (LoRA) of the original does not fit: PEFT drops its part for W_Q without a word, or raises, and of the
+  matrices that the rest of it changes some were fitted anew. Merge it into the original, and convert that; or train a
+  new one on this model: its attention has {targets}, which `target_modules="all-linear"` finds."""
 LIMITS_EXACT = """\
 - Exact means up to rounding: in float64 the logits are those of the original; in the stored type other numbers
   are rounded than before. `qectomy verify PATH --against ORIGINAL --text YOURS.txt` says by how much.
@@ -76,7 +77,7 @@ back: `qectomy materialize PATH --out STOCK`.
 
 ## Limits
 
-{LIMITS_EXACT if exact else LIMITS_FITTED}
+{LIMITS_EXACT if exact else LIMITS_FITTED.format(targets=_targets(source))}
 {LIMITS_ALL}
 
 ## Licence
@@ -207,6 +208,13 @@ def _moved(report: dict[str, Any]) -> str:
     table.insert(1, f"|{'---|' * len(heads)}")
     meaning = textwrap.fill(moved_meaning(report), 118, break_on_hyphens=False)
     return "## What moved beside W_Q\n\n" + "\n".join(table) + f"\n\n{meaning}\n\n"
+
+
+def _targets(source: Checkpoint) -> str:
+    """The modules of a reduced layer's attention to which an adapter can be added, as PEFT takes their names."""
+    roles = source.family.roles
+    modules = (roles.reduced_key.module, roles.reduced_value.module, roles.output.module)
+    return ", ".join(dict.fromkeys(f"`{module.rpartition('.')[2]}`" for module in modules))
 
 
 def _counts(layers: list[dict[str, Any]]) -> dict[str, int]:
