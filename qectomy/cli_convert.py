@@ -10,7 +10,7 @@ import typer
 
 from qectomy.cli_heal import count, show
 from qectomy.errors import QectomyError
-from qectomy.terminal import Clean, Json, Resume, check_out, command_line, print_json, progress_bar
+from qectomy.terminal import Clean, Field, Json, Resume, check_out, command_line, print_json, progress_bar
 
 CONTEXT_HELP = "Tokens a window. Default: 512, or what the model was made for if that is less."
 NoProbe = Annotated[
@@ -31,8 +31,9 @@ def convert(
     ] = "key-shared",
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Calibration text: a UTF-8, .jsonl or .parquet file or a dataset's name. May be repeated."),
+        typer.Option(help="Calibration text: a file (UTF-8, JSON, .parquet) or a dataset's name. May be repeated."),
     ] = None,
+    field: Field = None,
     self_generated: Annotated[
         bool,
         typer.Option(
@@ -80,6 +81,7 @@ def convert(
         source = open_checkpoint(checkpoint)
         settings = ConvertSettings(
             texts=tuple(text or ()),
+            field=field,
             tokens=tokens,
             context=context or default_context(source),
             eval_text=eval_text,
@@ -224,6 +226,7 @@ def _convert_and_heal(source: Any, recipe: Any, settings: Any, tokens: int, aske
 
     heal_settings = HealSettings(
         texts=() if asked.self_generated else settings.texts,
+        field=settings.field,
         self_generated=asked.self_generated,
         tokens=tokens,
         context=settings.context,

@@ -6,15 +6,16 @@ from typing import Annotated, Any
 import typer
 
 from qectomy.cli_convert import Device
-from qectomy.terminal import Json, command_line, note_old_code, print_json, progress_bar
+from qectomy.terminal import Field, Json, command_line, note_old_code, print_json, progress_bar
 
 
 def evaluate(
     checkpoints: Annotated[list[str], typer.Argument(help="Folders or hub ids; the original first.")],
     text: Annotated[
         str | None,
-        typer.Option(help="Text to measure on: a UTF-8, .jsonl or .parquet file or a dataset's name."),
+        typer.Option(help="Text to measure on: a file (UTF-8, JSON, .parquet) or a dataset's name."),
     ] = None,
+    field: Field = None,
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -95,7 +96,7 @@ def evaluate(
         )
         with progress_bar("evaluating") as progress:
             report = lambda name: lambda done, total: progress(done, total, name)  # noqa: E731
-            result["results"] = evaluate_all(checkpoints, text, measure, report)
+            result["results"] = evaluate_all(checkpoints, text, measure, report, field)
     if loaded is not None:
         if save and "results" in result:
             save_result(result, save)  # the harness may take hours more, and fail

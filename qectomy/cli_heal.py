@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qectomy.terminal import Json, command_line, print_json, progress_bar
+from qectomy.terminal import Field, Json, command_line, print_json, progress_bar
 
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
@@ -26,12 +26,13 @@ def heal(
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist. The run lies in OUT.healing.")],
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Text to heal on: a UTF-8 file, a .jsonl or .parquet file. May be repeated."),
+        typer.Option(help="Text to heal on: a file (UTF-8, JSON, .parquet). May be repeated."),
     ] = None,
     dataset: Annotated[
         list[str] | None,
         typer.Option(help="A dataset to heal on, streamed: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT. May be repeated."),
     ] = None,
+    field: Field = None,
     self_generated: Annotated[
         bool, typer.Option("--self-generated", help="Heal on text that the original writes; no corpus is needed.")
     ] = False,
@@ -131,6 +132,7 @@ def heal(
         check_unhealed(out)
     settings = HealSettings(
         texts=(*(text or ()), *(dataset or ())),
+        field=field,
         self_generated=self_generated,
         generated_tokens=generated_tokens,
         tokens=tokens,

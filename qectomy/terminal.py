@@ -14,6 +14,12 @@ from qectomy.launch import launch
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped, in OUT.converting.")]
 Clean = Annotated[bool, typer.Option("--clean", help="First remove what a run before left in OUT.converting.")]
+Field = Annotated[
+    str | None,
+    typer.Option(
+        "--field", metavar="NAME", help="Of texts that are records: the field to read. Default: text, or the only one."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from qectomy.calibrate.documents import Reading
 from qectomy.calibrate.final_scores import FinalScores
 from qectomy.calibrate.layer_pass import LayerPass, Progress
 from qectomy.calibrate.layers import LayerRunner
@@ -175,6 +176,7 @@ def fingerprint(
         "dtype": settings.dtype,
         "device": torch.device(settings.device).type,
         "seed": settings.seed,
+        **({} if settings.field is None else {"field": settings.field}),
     }
 
 
@@ -193,8 +195,9 @@ def _windows(source: Checkpoint, settings: ConvertSettings) -> tuple[Windows, Sc
     if not settings.texts:
         raise TextError("no calibration text: give --text FILE, some 32,768 tokens of the kind the model is used on")
     tokenizer = load_tokenizer(source.folder)
-    sources = [read_source(name) for name in settings.texts]
-    held_source = read_source(settings.eval_text) if settings.eval_text else sources[0]
+    reading = Reading(field=settings.field)
+    sources = [read_source(name, reading) for name in settings.texts]
+    held_source = read_source(settings.eval_text, reading) if settings.eval_text else sources[0]
     protocol = Protocol(context=settings.context, tokens=settings.eval_tokens)
     held = scoring_windows(tokenizer, held_source, protocol, source.dims.vocab_size)
     fitted = make_windows(

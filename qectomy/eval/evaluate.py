@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from qectomy.calibrate.documents import Reading
 from qectomy.calibrate.text import Source, load_tokenizer, read_source
 from qectomy.errors import QectomyError, TextError
 from qectomy.eval.loading import check_dtype, load_model, naming_dtype, read_config
@@ -51,17 +52,18 @@ class _Found:
 
 
 def evaluate_all(
-    names: Sequence[str], text: str | None, measure: Measure, progress: Any | None = None
+    names: Sequence[str], text: str | None, measure: Measure, progress: Any | None = None, field: str | None = None
 ) -> list[dict[str, Any]]:
     """Return one result a checkpoint, each also compared with the first on the same windows.
 
-    `text`: a file or dataset; None only for a published protocol that has its own. `progress(name)` is given each
+    `text`: a file or dataset; None only for a published protocol that has its own. `field`: of its records, the one
+    with the text. `progress(name)` is given each
     checkpoint's name and gives the function that its windows are reported to.
     """
     if measure.protocol.name is not None:
-        source: Source | Text = read_text(text, measure.protocol.name)
+        source: Source | Text = read_text(text, measure.protocol.name, Reading(field=field))
     elif text is not None:
-        source = read_source(text)
+        source = read_source(text, Reading(field=field))
     else:
         raise TextError("no text to measure on: give --text FILE, or a --protocol that has a text of its own")
     for name in names:

@@ -114,8 +114,9 @@ def scoring_windows(tokenizer: Any, source: Source, protocol: Protocol, vocab_si
 
 
 def about(source: Source) -> dict[str, Any]:
-    """What a report says of a text: its name and hash."""
-    return {"text": source.name, "text_sha256": source.sha256}
+    """What a report says of a text: its name, its hash and as what it was read."""
+    read_as = {"text_read_as": source.read_as} if source.read_as else {}
+    return {"text": source.name, "text_sha256": source.sha256, **read_as}
 
 
 def check_ids(ids: torch.Tensor, vocab_size: int) -> None:

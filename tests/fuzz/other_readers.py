@@ -22,7 +22,7 @@ from nanogpt_checkpoints import made
 from page_folders import exact_report, full_bench, full_evaluation, full_report, healed_report
 from tiny_models import RAVEN
 
-from qectomy.calibrate.documents import documents, is_plain
+from qectomy.calibrate.documents import Documents
 from qectomy.calibrate.healing.data import fitted_span
 from qectomy.calibrate.healing.export import fitted_report
 from qectomy.calibrate.text import Source, first_tokens_and_ends, load_tokenizer, make_windows, read_source
@@ -35,6 +35,7 @@ from qectomy.surgery.materialize import materialize
 from qectomy.surgery.nanogpt import import_nanogpt
 
 WORK = "out.converting"
+TEXT_ENDINGS = (".txt", ".json", ".jsonl", ".parquet", "")
 CANARY = "import pathlib\npathlib.Path('MARK').write_text('run')\n"
 
 
@@ -258,36 +259,41 @@ def _short(value: Any) -> Any:
 
 
 def text_reader() -> Reader:
-    """Texts: plain, .jsonl and .parquet."""
-    lines = [json.dumps({"text": line}) for line in RAVEN.splitlines() if line]
-    table = pyarrow.table({"text": [line for line in RAVEN.splitlines() if line]})
+    """Texts: plain, JSON lines and lists, and parquet, each under any name."""
+    lines = [line for line in RAVEN.splitlines() if line]
+    records = [{"text": line} for line in lines]
     held = io.BytesIO()
-    pyarrow.parquet.write_table(table, held, row_group_size=4)
-    plain, records, parquet = RAVEN.encode(), "\n".join(lines).encode(), held.getvalue()
+    pyarrow.parquet.write_table(pyarrow.table({"text": lines}), held, row_group_size=4)
+    sound = [RAVEN.encode(), held.getvalue(), json.dumps(records).encode(), json.dumps(lines, indent=1).encode()]
+
+    def lines_of(dice: Dice) -> bytes:
+        found = [json.dumps(record).encode() for record in records]
+        found[dice.randrange(len(found))] = json_text(dice, mutated(dice, {"text": "a", "n": [1]}))
+        return b"\n".join(found)
+
+    def list_of(dice: Dice) -> bytes:
+        found = list[Any](records)
+        found[dice.randrange(len(found))] = mutated(dice, {"text": "a", "n": [1]})
+        return json_text(dice, found)
 
     def make(dice: Dice) -> Case:
+        name = f"a{dice.choice(TEXT_ENDINGS)}"
         kind = dice.randrange(8)
         if kind == 0:
-            name = dice.choice(("a.txt", "a.jsonl", "a.parquet"))
             content = odd_file(dice)
             return {name: b"" if isinstance(content, Pipe) else content}  # a pipe is a text like another
-        if kind < 3:
-            return {"a.txt": mutated_bytes(dice, plain)}
-        if kind < 6:
-            found = list(lines)
-            found[dice.randrange(len(found))] = json_text(dice, mutated(dice, {"text": "a", "n": [1]})).decode(
-                errors="replace"
-            )
-            text = "\n".join(found).encode(errors="replace")
-            return {"a.jsonl": text if dice.randrange(2) else mutated_bytes(dice, records)}
-        return {"a.parquet": mutated_bytes(dice, parquet)}
+        if kind < 5:
+            return {name: mutated_bytes(dice, sound[kind - 1])}
+        return {name: lines_of(dice) if kind < 7 else list_of(dice)}
 
     def read(folder: Path) -> None:
         name = str(next(folder.iterdir()))
-        source = read_source(name)
-        assert source.text == ("" if is_plain(name) else "\n\n").join(documents(name))
+        source, streamed = read_source(name), Documents(name)
+        found = list(streamed)
+        assert source.text == streamed.join.join(found)
+        assert source.sha256 == hashlib.sha256(Path(name).read_bytes()).hexdigest() == streamed.sha256
 
-    return Reader("texts", make, read, lambda raw: {f"a.{('txt', 'jsonl', 'parquet')[len(raw) % 3]}": raw})
+    return Reader("texts", make, read, lambda raw: {f"a{TEXT_ENDINGS[len(raw) % len(TEXT_ENDINGS)]}": raw})
 
 
 def nanogpt_reader(mark: Path) -> Reader:

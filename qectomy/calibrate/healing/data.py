@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qectomy.calibrate.documents import Documents, Reading
 from qectomy.calibrate.healing.export import fitted_report
 from qectomy.calibrate.healing.packing import Packed, Reserved, pack, text_from
 from qectomy.calibrate.healing.settings import HealSettings
@@ -22,7 +23,7 @@ def prepare(
     What an earlier process packed there is kept.
     """
     vocab_size = student.dims.vocab_size
-    tokenizer = load_tokenizer(student.folder)
+    tokenizer, reading = load_tokenizer(student.folder), Reading(field=settings.field)
     hashes = [sha256(Path(name)) if Path(name).is_file() else name for name in names]
     fitted = {name: fitted_span(student, name, own) for name, own in zip(names, hashes, strict=True)}
     reserved = {name: Reserved(fitted=stop) for name, (_, stop) in fitted.items()}
@@ -30,12 +31,12 @@ def prepare(
         raise TextError(f"the same text is given twice ({', '.join(twice)}); give each once")
     measured, start = settings.eval_tokens, 0
     if settings.eval_text:
-        source = read_source(settings.eval_text)
+        source = read_source(settings.eval_text, reading)
         for name, own in zip(names, hashes, strict=True):
             if own in (source.sha256, settings.eval_text):
                 reserved[name] = replace(reserved[name], stop=measured)
     else:
-        source, start, measured = _own_eval_text(settings, tokenizer, names[0], fitted[names[0]])
+        source, start, measured = _own_eval_text(settings, tokenizer, names[0], fitted[names[0]], reading)
         untouched = fitted[names[0]][0] if start == 0 else 0  # convert measured on all of it
         reserved[names[0]] = replace(reserved[names[0]], start=start, stop=max(start + measured, untouched))
     held = scoring_windows(tokenizer, source, Protocol(context=settings.context, tokens=measured), vocab_size)
@@ -52,13 +53,14 @@ def prepare(
         validation_tokens=settings.validation_tokens,
         vocab_size=vocab_size,
         reserved=reserved,
+        reading=reading,
         progress=progress,
     )
     return packed, held
 
 
 def _own_eval_text(
-    settings: HealSettings, tokenizer: Any, name: str, fitted: tuple[int, int]
+    settings: HealSettings, tokenizer: Any, name: str, fitted: tuple[int, int], reading: Reading
 ) -> tuple[Source, int, int]:
     """Return (text to measure on, its first token, tokens), where none was given: the start of the first text.
 
@@ -67,15 +69,16 @@ def _own_eval_text(
     """
     untouched = fitted[0] >= settings.context
     start, most = (0, fitted[0]) if untouched else (fitted[1], settings.eval_tokens)
-    text = text_from(tokenizer, name, start, 8 * settings.eval_tokens)
+    documents = Documents(name, reading)
+    text = text_from(tokenizer, documents, start, 8 * settings.eval_tokens)
     there = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if start and there < 8 * settings.context:
-        start, text = 0, text_from(tokenizer, name, 0, 8 * settings.eval_tokens)
+        documents = Documents(name, reading)
+        start, text = 0, text_from(tokenizer, documents, 0, 8 * settings.eval_tokens)
         there = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     tokens = min(settings.eval_tokens, most, there // 8) // settings.context * settings.context
-    is_file = Path(name).is_file()
-    source = Source(Path(name).name if is_file else name, sha256(Path(name)) if is_file else "", text)
-    return source, start, max(settings.context, tokens)
+    own = (Path(name).name, sha256(Path(name))) if Path(name).is_file() else (name, "")
+    return Source(*own, text, documents.read_as), start, max(settings.context, tokens)
 
 
 def fitted_span(student: Checkpoint, name: str, own: str) -> tuple[int, int]:

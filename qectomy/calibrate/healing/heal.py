@@ -169,6 +169,8 @@ def fingerprint(student: Checkpoint, original: Checkpoint, settings: HealSetting
     # Neither do these change what is computed, and they are the knobs to turn when memory runs out.
     for name in ("command", "device", "report_to", "micro_batch", "activation_checkpointing"):
         told.pop(name)
+    if settings.field is None:
+        told.pop("field")
     texts = [*settings.texts, *([settings.eval_text] if settings.eval_text else [])]
     return {
         **told,

@@ -9,7 +9,6 @@ trained on last, where the rest is short. Nothing else but a piece of the text i
 when it is asked for.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -21,11 +20,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from qectomy.calibrate.documents import documents, grouped, is_plain
+from qectomy.calibrate.documents import Documents, Reading, grouped
 from qectomy.calibrate.layer_pass import Progress
-from qectomy.calibrate.text import JOIN, adds_bos, token_ids
+from qectomy.calibrate.text import adds_bos, token_ids
 from qectomy.errors import CheckpointError, QectomyError, TextError
-from qectomy.surgery.checkpoint import sha256
 from qectomy.surgery.locked_folder import read_record, write_json
 
 CHARACTERS = 1 << 18  # tokenized at a time
@@ -106,6 +104,7 @@ def pack(
     validation_tokens: int,
     vocab_size: int,
     reserved: dict[str, Reserved] | None = None,
+    reading: Reading | None = None,
     progress: Progress | None = None,
 ) -> Packed:
     """Write train.bin and validation.bin to `folder`: at most `tokens` and `validation_tokens`, evenly from the texts.
@@ -117,7 +116,7 @@ def pack(
     with ExitStack() as stack:
         parts = {part: stack.enter_context((folder / f"{part}.bin").open("wb")) for part in ("train", "validation")}
         for number, name in enumerate(names):
-            stream = _WindowStream(tokenizer, name, vocab_size, context)
+            stream = _WindowStream(tokenizer, Documents(name, reading), vocab_size, context)
             aside = stream.set_aside((reserved or {}).get(name, Reserved()))
             share = -(-tokens * (number + 1) // len(names)) - (-(-tokens * number // len(names)))
             wanted = max(1, share // context), max(1, validation_tokens // len(names) // context)
@@ -152,11 +151,11 @@ def _pack_one(
     return stream.report() | {"validation_tokens": held * stream.context, "tokens": written * stream.context}
 
 
-def text_from(tokenizer: Any, name: str, start: int, tokens: int) -> str:
+def text_from(tokenizer: Any, documents: Documents, start: int, tokens: int) -> str:
     """Return a text from its token `start` on: `tokens` tokens and some more, or all that there is."""
     held: list[str] = []
     length, due = 0, 2 * (start + tokens)
-    for piece in _pieces(name):
+    for piece in _pieces(documents):
         held.append(piece)
         length += len(piece)
         if length > due:  # not at every piece: all that was read is tokenized
@@ -175,23 +174,21 @@ def _offsets(tokenizer: Any, text: str) -> list[tuple[int, int]]:
     return token_ids(tokenizer, text, **options)["offset_mapping"]
 
 
-def _pieces(name: str) -> Iterator[str]:
+def _pieces(documents: Documents) -> Iterator[str]:
     """Yield a text in pieces to be joined by nothing."""
-    join = "" if is_plain(name) else JOIN
-    for number, document in enumerate(documents(name)):
-        yield (join if number else "") + document
+    for number, document in enumerate(documents):
+        yield (documents.join if number else "") + document
 
 
 class _WindowStream:
     """The windows of a text, taken from the front."""
 
-    def __init__(self, tokenizer: Any, name: str, vocab_size: int, context: int):
-        self._tokenizer, self._name, self._vocab_size, self.context = tokenizer, name, vocab_size, context
+    def __init__(self, tokenizer: Any, documents: Documents, vocab_size: int, context: int):
+        self._tokenizer, self._documents, self._vocab_size, self.context = tokenizer, documents, vocab_size, context
         self._bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
         self._width = context - (self._bos is not None)
-        self._pieces = grouped(self._hashed(_pieces(name)), CHARACTERS)  # not a call of the tokenizer for each
+        self._pieces = grouped(_pieces(documents), CHARACTERS)  # not a call of the tokenizer for each
         self._left = np.empty(0, ITEM)
-        self._digest = hashlib.sha256()
         self._taken, self._measured = 0, (0, 0)
 
     def set_aside(self, reserved: Reserved) -> np.ndarray:
@@ -212,10 +209,11 @@ class _WindowStream:
 
     def report(self) -> dict[str, Any]:
         """Return name, hash (of a file's bytes, of what was read of a dataset), and the tokens that are measured on."""
-        is_file = os.path.exists(self._name)
+        read = self._documents
         return {
-            "text": Path(self._name).name if is_file else self._name,
-            "sha256": sha256(Path(self._name)) if is_file else self._digest.hexdigest(),
+            "text": Path(read.name).name if read.is_file else read.name,
+            "sha256": read.sha256,
+            "read_as": read.read_as,
             "left_out": list(self._measured),
         }
 
@@ -223,8 +221,8 @@ class _WindowStream:
         kept = self._measured[1] - self._measured[0]
         apart = f"; less {kept}, which are kept for evaluation, that is" if kept else ","
         return (
-            f"{self._name} has {self._taken} tokens{apart} fewer than the two windows of {self._width} that training "
-            "and validation need; give more text"
+            f"{self._documents.name} has {self._taken} tokens{apart} fewer than the two windows of {self._width} that "
+            "training and validation need; give more text"
             + (", an --eval-text, fewer --eval-tokens" if kept else "")
             + " or a smaller --context"
         )
@@ -246,8 +244,3 @@ class _WindowStream:
         self._left = joined[count:]
         self._taken += len(joined[:count])
         return joined[:count]
-
-    def _hashed(self, pieces: Iterator[str]) -> Iterator[str]:
-        for piece in pieces:
-            self._digest.update(piece.encode())
-            yield piece

@@ -10,10 +10,9 @@ import torch
 from tiny_models import RAVEN, VOCAB_SIZE, bos_tokenizer, tiny_tokenizer
 
 from qectomy.calibrate import documents as documents_module
-from qectomy.calibrate.documents import documents
+from qectomy.calibrate.documents import JOIN, Documents
 from qectomy.calibrate.healing import packing
 from qectomy.calibrate.healing.packing import Packed, PackedWindows, Reserved, Shuffled, pack, text_from
-from qectomy.calibrate.text import JOIN
 from qectomy.errors import CheckpointError, TextError
 from qectomy.surgery.checkpoint import sha256
 
@@ -73,6 +72,7 @@ def test_windows_are_those_of_the_whole_text(write, packed, skip):
         {
             "text": "text.txt",
             "sha256": sha256(Path(path)),
+            "read_as": {"kind": "plain text"},
             "left_out": [0, skip],
             "validation_tokens": 3 * C,
             "tokens": len(train) * C,
@@ -334,12 +334,12 @@ def test_the_order_does_not_hang_on_the_way_it_is_asked_for():
 def test_the_head_has_the_tokens_that_were_asked_for(write, monkeypatch):
     monkeypatch.setattr(documents_module, "PIECE", 50)
     path = write(LINES)
-    head = text_from(tiny_tokenizer(), path, 0, 100)
+    head = text_from(tiny_tokenizer(), Documents(path), 0, 100)
     assert LINES.startswith(head)
     assert len(head) < len(LINES) // 2
     assert ids_of(head)[:100] == ids_of(LINES)[:100]
     assert len(ids_of(head)) >= 100
-    assert text_from(tiny_tokenizer(), path, 0, 10**6) == LINES
+    assert text_from(tiny_tokenizer(), Documents(path), 0, 10**6) == LINES
 
 
 def test_the_head_of_many_documents_is_tokenized_a_few_times(write):
@@ -350,7 +350,7 @@ def test_the_head_of_many_documents_is_tokenized_a_few_times(write):
         calls.append(len(text))
         return {"offset_mapping": [(i, i + 5) for i in range(0, len(text) - 4, 5)]}
 
-    head = text_from(tokenizer, path, 0, 10_000)
+    head = text_from(tokenizer, Documents(path), 0, 10_000)
     assert 5 * 10_000 < len(head) < 2 * 5 * 10_000
     assert len(calls) < 10
 
@@ -358,15 +358,15 @@ def test_the_head_of_many_documents_is_tokenized_a_few_times(write):
 def test_the_head_of_documents(write):
     texts = LINES.split("\n")
     path = write(texts, "a.jsonl")
-    head = text_from(tiny_tokenizer(), path, 0, 40)
-    assert JOIN.join(documents(path)).startswith(head)
+    head = text_from(tiny_tokenizer(), Documents(path), 0, 40)
+    assert JOIN.join(Documents(path)).startswith(head)
     assert len(head) < 1000
     assert len(ids_of(head)) >= 40
 
 
 def test_a_text_from_the_middle(write):
     path = write(LINES)
-    found = text_from(tiny_tokenizer(), path, 50, 30)
+    found = text_from(tiny_tokenizer(), Documents(path), 50, 30)
     assert LINES.endswith(found) or found in LINES
     assert ids_of(found)[:30] == ids_of(LINES)[50:80]
-    assert text_from(tiny_tokenizer(), path, 10**6, 30) == ""
+    assert text_from(tiny_tokenizer(), Documents(path), 10**6, 30) == ""
