@@ -123,8 +123,9 @@ def verify(
     if text:
         protocol = Protocol(context=context or min(tokens, default_context(theirs)), tokens=tokens)
         check_positions(against, load_config(theirs.family, theirs.config, theirs.reduced), protocol.context)
-        found = read_source(text, Reading(field=field))
-        held = scoring_windows(load_tokenizer(theirs.folder), found, protocol, theirs.dims.vocab_size)
+        tokenizer = load_tokenizer(theirs.folder)
+        found = read_source(text, Reading(field=field, tokenizer=lambda: tokenizer))
+        held = scoring_windows(tokenizer, found, protocol, theirs.dims.vocab_size)
     with progress_bar("verifying") as progress:
         result = run(ours, theirs, held, progress)
     if as_json:

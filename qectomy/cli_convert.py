@@ -1,5 +1,6 @@
 """The command that takes W_Q out of a checkpoint; `cli.py` registers it."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -148,7 +149,7 @@ def _note_what_stops_it(settings: Any, asked: _Asked) -> None:
     if not settings.texts and not asked.self_generated:
         typer.echo("note: there is no --text yet to calibrate on", err=True)
     for name in filter(None, (*settings.texts, settings.eval_text)):
-        if not Path(name).is_file():
+        if not os.path.exists(name):
             typer.echo(f"note: {name} is no file here; it will be looked for as a dataset", err=True)
     if (left := WorkFolder(asked.out).path).exists() and not (asked.resume or asked.clean):
         typer.echo(f"note: {left} is there: the conversion will want --resume, --clean or another --out", err=True)

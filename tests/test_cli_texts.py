@@ -22,13 +22,14 @@ def test_every_command_reads_records_by_their_field(cli, tiny_checkpoint, record
     model = tiny_checkpoint()
     plain = tmp_path / "plain.txt"
     plain.write_text("\n\n".join(json.loads(line)["body"] for line in records.read_text().splitlines()))
+    first = ["eval", model, *ARGUMENTS]
     if command == "verify":
         assert cli("convert", model, "--query", "exact", "--out", tmp_path / "exact").code == 0
 
     def run(text, *more):
         out = tmp_path / f"out-{len(more)}"
         arguments = {
-            "eval": ["eval", model, *ARGUMENTS],
+            "eval": first,
             "verify": ["verify", tmp_path / "exact", "--against", model, *ARGUMENTS],
             "inspect": ["inspect", model, "--audit", "--no-probe", *ARGUMENTS],
             "convert": ["convert", model, "--out", out, *QUICK],
@@ -52,3 +53,10 @@ def test_every_command_reads_records_by_their_field(cli, tiny_checkpoint, record
         (text,) = found["calibration"]["texts"]
         assert text["read_as"].items() > read_as.items()
         assert found["perplexity"]["protocol"]["text_read_as"] == text["read_as"]
+        words = f"{text['read_as']['records']} records (JSON lines), field body"
+        assert words in (tmp_path / "out-2/README.md").read_text()
+        cli("report", tmp_path / "out-2")
+        assert words in (tmp_path / "out-2/report.html").read_text()
+    if command == "eval":
+        shown = " ".join(cli(*first, "--text", records, "--field", "body").out.split())
+        assert "records (JSON lines), field body), " in shown

@@ -94,8 +94,8 @@ def _windows(source: Checkpoint, texts: Sequence[str], tokens: int, context: int
     ConvertSettings(context=context).check_context(source)
     if tokens < context:
         raise TextError(f"--tokens {tokens} is fewer than one window of {context}; give more, or a smaller --context")
-    sources = [read_source(name, Reading(field=field)) for name in texts]
     tokenizer, vocab_size = load_tokenizer(source.folder), source.dims.vocab_size
+    sources = [read_source(name, Reading(field=field, tokenizer=lambda: tokenizer)) for name in texts]
     return make_windows(tokenizer, sources, context=context, tokens=tokens, vocab_size=vocab_size)
 
 

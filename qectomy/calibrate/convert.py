@@ -195,7 +195,7 @@ def _windows(source: Checkpoint, settings: ConvertSettings) -> tuple[Windows, Sc
     if not settings.texts:
         raise TextError("no calibration text: give --text FILE, some 32,768 tokens of the kind the model is used on")
     tokenizer = load_tokenizer(source.folder)
-    reading = Reading(field=settings.field)
+    reading = Reading(field=settings.field, tokenizer=lambda: tokenizer)
     sources = [read_source(name, reading) for name in settings.texts]
     held_source = read_source(settings.eval_text, reading) if settings.eval_text else sources[0]
     protocol = Protocol(context=settings.context, tokens=settings.eval_tokens)

@@ -194,8 +194,9 @@ def _windows(source: Checkpoint, settings: ConvertSettings) -> ScoringWindows | 
         return None
     settings.check_context(source)
     protocol = Protocol(context=settings.context, tokens=settings.eval_tokens)
-    held = read_source(name, Reading(field=settings.field))
-    return scoring_windows(load_tokenizer(source.folder), held, protocol, source.dims.vocab_size)
+    tokenizer = load_tokenizer(source.folder)
+    held = read_source(name, Reading(field=settings.field, tokenizer=lambda: tokenizer))
+    return scoring_windows(tokenizer, held, protocol, source.dims.vocab_size)
 
 
 def _measure(

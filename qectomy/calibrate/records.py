@@ -2,14 +2,16 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from qectomy.errors import TextError, shown
+from qectomy.calibrate.chats import ChatWriter, is_chat
+from qectomy.errors import TextError, clean, shown
 
-TEXT_FIELDS = ("text", "page", "content", "document")
+CHAT = "messages"
+TEXT_FIELDS = ("text", CHAT, "page", "content", "document")
 MAX_LINE = 1 << 28  # characters; text8, all of it one line, has 10^8
 MAX_ENTRY = 1 << 24  # characters of one entry of a JSON list
 LINE_ENDINGS = (".jsonl", ".ndjson")  # of files that are refused, not read as prose, where a line is no JSON
@@ -24,9 +26,16 @@ Placed = Iterator[tuple[str, Any]]  # records, each after the words that say whe
 class Texts:
     """The texts of records: of the field that is named, else of the one that the first record with a text settles."""
 
-    def __init__(self, what: str, field: str | None):
-        self._what, self.field = what, field
+    def __init__(self, what: str, field: str | None, tokenizer: Callable[[], Any] | None = None):
+        self._what, self.field, self._tokenizer = what, field, tokenizer
+        self._writer: ChatWriter | None = None
         self.records = 0  # that gave a text
+
+    @property
+    def read_as(self) -> dict[str, str]:
+        """What a report says of how a text was made of a record."""
+        field = {} if self.field is None else {"field": clean(self.field)}
+        return field | ({} if self._writer is None else {"chat_template_sha256": self._writer.sha256})
 
     def of(self, record: Any, place: str = "") -> str | None:
         """Return a record's text, None where its field is null. Raises TextError where it has none."""
@@ -37,9 +46,12 @@ class Texts:
             raise TextError(f"{where}: {shown(record)} is no record with fields, and no text")
         if self.field is None:
             self.field = text_field(record, where)
-        value = record.get(self.field) if self.field is not None else None
+        value: Any = record.get(self.field) if self.field is not None else None
         if isinstance(value, str):
             return self._whole(value, where)
+        if is_chat(value) and self._tokenizer is not None:
+            self._writer = self._writer or ChatWriter(self._tokenizer(), where)
+            return self._whole(self._writer.written(value, where), where)
         if self.field is None or (value is None and self.field in record):
             return None
         raise TextError(
@@ -56,11 +68,12 @@ class Texts:
 
 
 def text_field(record: dict[str, Any], where: str) -> str | None:
-    """Return the field that holds a record's text: a known name, else the only one of text; None while it is null.
+    """Return the field that holds a record's text or chat: a known name, else the only text; None while it is null.
 
     Raises TextError, naming the fields, where that is not clear.
     """
     texts = [name for name, value in record.items() if isinstance(value, str)]
+    texts += [CHAT] if is_chat(record.get(CHAT)) else []
     if known := next((name for name in TEXT_FIELDS if name in texts), None):
         return known
     if any(name in record and record[name] is None for name in TEXT_FIELDS):

@@ -57,13 +57,14 @@ def evaluate_all(
     """Return one result a checkpoint, each also compared with the first on the same windows.
 
     `text`: a file or dataset; None only for a published protocol that has its own. `field`: of its records, the one
-    with the text. `progress(name)` is given each
+    with the text; chats are written by the first checkpoint's template. `progress(name)` is given each
     checkpoint's name and gives the function that its windows are reported to.
     """
+    reading = Reading(field=field, tokenizer=lambda: load_tokenizer(locate(names[0])))
     if measure.protocol.name is not None:
-        source: Source | Text = read_text(text, measure.protocol.name, Reading(field=field))
+        source: Source | Text = read_text(text, measure.protocol.name, reading)
     elif text is not None:
-        source = read_source(text, Reading(field=field))
+        source = read_source(text, reading)
     else:
         raise TextError("no text to measure on: give --text FILE, or a --protocol that has a text of its own")
     for name in names:

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from qectomy.eval.card_metadata import Origin, card_metadata, one_line, origin
+from qectomy.eval.text_words import read_as_words
 from qectomy.surgery.checkpoint import Checkpoint
 
 FITTED = """The query projections of this {family} checkpoint were taken out by Qectomy {version}:
@@ -172,9 +173,10 @@ def _measured(report: dict[str, Any]) -> str:
     if "perplexity" not in report:
         return f"Largest difference of a logit {report['logit_error']:.1e} of the largest, on random tokens.\n"
     protocol, agreement = report["perplexity"]["protocol"], report["top1_agreement"]
+    read_as = f"; {_code(words)}" if (words := read_as_words(protocol)) else ""
     return f"""Mean KL to the original {report["kl"]:.4f} nats a token; same most likely token {agreement:.2%} of the
 time. Measured on {protocol["scored_tokens"]:,} tokens of `{_code(protocol["text"])}`
-(sha256 {protocol["text_sha256"][:16]}), windows of {protocol["context"]} tokens, stride {protocol["stride"]},
+(sha256 {protocol["text_sha256"][:16]}{read_as}), windows of {protocol["context"]} tokens, stride {protocol["stride"]},
 BOS: {protocol["bos"]}, float32. Perplexity on other text differs.
 """
 

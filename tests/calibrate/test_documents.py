@@ -94,9 +94,7 @@ def test_a_bad_byte_after_a_byte_order_mark_is_counted_from_the_files_start(writ
 
 
 def test_a_folder_and_a_file_that_cannot_be_opened(write, tmp_path, monkeypatch):
-    with pytest.raises(
-        TextError, match=r"is a folder; give a text file, a \.jsonl or \.parquet file or a dataset's name"
-    ):
+    with pytest.raises(TextError, match=r"is a folder; give a text file, JSON or \.parquet, a folder that save_to"):
         list(Documents(str(tmp_path)))
     path = write("text")
 

@@ -1,15 +1,17 @@
 """Records are read as records whatever a file is called, by the field that holds the text, and prose is left prose."""
 
+import hashlib
 import json
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_models import tiny_tokenizer
 
 from qectomy import errors
 from qectomy.calibrate import documents as documents_module
 from qectomy.calibrate import records as records_module
-from qectomy.calibrate.documents import JOIN, Documents, Reading
+from qectomy.calibrate.documents import JOIN, Documents, Reading, own_hash
 from qectomy.calibrate.records import list_entries
 from qectomy.calibrate.text import read_source
 from qectomy.errors import TextError
@@ -224,3 +226,124 @@ def test_a_plain_text_has_no_field(write, notes):
     path = write("Nevermore.\n")
     assert read_source(path, Reading(field="body")).text == "Nevermore.\n"
     assert notes == [f"{path} is plain text: --field body does not concern it"]
+
+
+# Chats
+
+
+CHATS = [
+    [{"role": "user", "content": "Who is there?"}, {"role": "assistant", "content": f"Nobody {i}."}] for i in range(3)
+]
+TEMPLATE = "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}{% endfor %}"
+WRITTEN = [f"<user>Who is there?<assistant>Nobody {i}." for i in range(3)]
+
+
+def chat_tokenizer(template=TEMPLATE):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_chats_are_written_by_the_models_own_template(write, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    path = write(as_lines({"prompt": "Who", "id": "x", "messages": chat} for chat in CHATS), "a.json")
+    parquet.write_table(pyarrow.table({"prompt": ["Who"] * 3, "messages": CHATS}), tmp_path / "a.parquet")
+    for name in (path, str(tmp_path / "a.parquet")):
+        loaded = []
+        found = read_source(name, Reading(tokenizer=lambda loaded=loaded: loaded.append(1) or chat_tokenizer()))
+        assert found.text == JOIN.join(WRITTEN)
+        digest = hashlib.sha256(json.dumps(TEMPLATE).encode()).hexdigest()
+        assert found.read_as.items() > {"records": 3, "field": "messages", "chat_template_sha256": digest}.items()
+        assert loaded == [1]
+    other = write(as_lines({"talk": chat} for chat in CHATS), "b.json")
+    assert list(Documents(other, Reading(field="talk", tokenizer=chat_tokenizer))) == WRITTEN
+    assert read_source(path, Reading(field="prompt")).text == JOIN.join(["Who"] * 3)
+
+
+@pytest.mark.parametrize(
+    "template, chat, message",
+    [
+        (
+            None,
+            CHATS[0],
+            r"a\.json, line 1 holds a chat, and this model's tokenizer has no chat template .*--field",
+        ),
+        (TEMPLATE, [{"role": "user", "content": None}], r"line 1: a turn of the chat is not a `role` and a `content`"),
+        (TEMPLATE, [{"role": "user"}], r"line 1: a turn of the chat is not"),
+        (
+            "{{ raise_exception('no such role') }}",
+            CHATS[0],
+            r"line 1: the model's chat template .*no such role",
+        ),
+        (TEMPLATE, [], r"none of its fields is a text"),
+    ],
+)
+def test_a_chat_that_cannot_be_written(write, template, chat, message):
+    path = write(as_lines([{"messages": chat}]), "a.json")
+    with pytest.raises(TextError, match=message):
+        read_source(path, Reading(tokenizer=lambda: chat_tokenizer(template)))
+
+
+# Saved datasets
+
+
+def save(folder, **columns):
+    from datasets import Dataset
+
+    Dataset.from_dict(columns).save_to_disk(folder, num_shards=2)
+    return folder
+
+
+def test_a_saved_dataset(tmp_path):
+    folder = save(tmp_path / "saved", id=list(range(40)), text=TEXTS, title=["t"] * 40)
+    found = read_source(str(folder))
+    assert found.text == JOIN.join(TEXTS)
+    assert (found.name, found.read_as) == ("saved", {"kind": "saved dataset", "records": 40, "field": "text"})
+    assert found.sha256 == own_hash(str(folder)) == read_source(str(folder), Reading(field="title")).sha256
+    assert found.sha256 != own_hash(str(save(tmp_path / "other", id=list(range(40)), text=TEXTS[::-1])))
+    chats = save(tmp_path / "chats", messages=CHATS)
+    assert list(Documents(str(chats), Reading(tokenizer=chat_tokenizer))) == WRITTEN
+
+
+def test_the_splits_of_a_saved_dataset(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    parts = {name: Dataset.from_dict({"text": [name]}) for name in ("train", "test")}
+    for names in (("train", "test"), ("test",)):
+        DatasetDict({name: parts[name] for name in names}).save_to_disk(tmp_path / "-".join(names))
+    assert read_source(str(tmp_path / "train-test")).text == "train"
+    assert read_source(str(tmp_path / "train-test/test")).text == read_source(str(tmp_path / "test")).text == "test"
+    (tmp_path / "train-test/dataset_dict.json").write_text('{"splits": ["test", "../test"]}')
+    assert read_source(str(tmp_path / "train-test")).text == "test"
+    (tmp_path / "train-test/valid").mkdir()
+    (tmp_path / "train-test/dataset_dict.json").write_text('{"splits": ["test", "valid"]}')
+    with pytest.raises(TextError, match=r"holds several splits, \['test', 'valid'\]; give one, as \S+train-test/test"):
+        read_source(str(tmp_path / "train-test"))
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        ("{", r"state\.json cannot be read"),
+        ("[]", r"holds no JSON object"),
+        ('{"_data_files": []}', r"names no files of rows"),
+        ('{"_data_files": [{"filename": "../outside"}]}', r"or not only such as lie beside it: \['\.\./outside'\]"),
+        ('{"_data_files": [{"filename": 3}]}', r"names no files of rows"),
+        ('{"_data_files": [{"filename": "link"}]}', r"or not only such as lie beside it"),
+        ('{"_data_files": [{"filename": "gone.arrow"}]}', r"gone\.arrow is missing"),
+        ('{"_data_files": [{"filename": "state.json"}]}', r"saved cannot be read"),
+        (
+            '{"_data_files": [{"filename": "a"}], "_indices_data_files": [{"filename": "b"}]}',
+            r"a selection of",
+        ),
+    ],
+)
+def test_a_damaged_saved_dataset(tmp_path, state, message):
+    folder = save(tmp_path / "saved", text=TEXTS)
+    (tmp_path / "outside").write_text("private")
+    (folder / "link").symlink_to(tmp_path / "outside")
+    (folder / "state.json").write_text(state)
+    with pytest.raises(TextError, match=message):
+        read_source(str(folder))

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qectomy.calibrate.documents import Documents, Reading
+from qectomy.calibrate.documents import Documents, Reading, own_hash
 from qectomy.calibrate.healing.export import fitted_report
 from qectomy.calibrate.healing.packing import Packed, Reserved, pack, text_from
 from qectomy.calibrate.healing.settings import HealSettings
@@ -12,7 +12,7 @@ from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.text import Source, load_tokenizer, read_source
 from qectomy.errors import TextError
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
-from qectomy.surgery.checkpoint import Checkpoint, sha256
+from qectomy.surgery.checkpoint import Checkpoint
 
 
 def prepare(
@@ -23,8 +23,9 @@ def prepare(
     What an earlier process packed there is kept.
     """
     vocab_size = student.dims.vocab_size
-    tokenizer, reading = load_tokenizer(student.folder), Reading(field=settings.field)
-    hashes = [sha256(Path(name)) if Path(name).is_file() else name for name in names]
+    tokenizer = load_tokenizer(student.folder)
+    reading = Reading(field=settings.field, tokenizer=lambda: tokenizer)
+    hashes = [own_hash(name) or name for name in names]
     fitted = {name: fitted_span(student, name, own) for name, own in zip(names, hashes, strict=True)}
     reserved = {name: Reserved(fitted=stop) for name, (_, stop) in fitted.items()}
     if twice := [name for name, own in zip(names, hashes, strict=True) if hashes.count(own) > 1]:
@@ -77,7 +78,7 @@ def _own_eval_text(
         start, text = 0, text_from(tokenizer, documents, 0, 8 * settings.eval_tokens)
         there = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     tokens = min(settings.eval_tokens, most, there // 8) // settings.context * settings.context
-    own = (Path(name).name, sha256(Path(name))) if Path(name).is_file() else (name, "")
+    own = (Path(name).name, documents.sha256) if documents.is_file else (name, "")
     return Source(*own, text, documents.read_as), start, max(settings.context, tokens)
 
 
@@ -88,7 +89,7 @@ def fitted_span(student: Checkpoint, name: str, own: str) -> tuple[int, int]:
     """
     calibration = fitted_report(student).get("calibration")
     texts = calibration.get("texts") if isinstance(calibration, dict) else None
-    known_by = "sha256" if Path(name).is_file() else "file"
+    known_by = "file" if own == name else "sha256"
     for text in texts if isinstance(texts, list) else []:
         if not isinstance(text, dict):
             continue

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from qectomy.calibrate.convert import check_device
+from qectomy.calibrate.documents import own_hash
 from qectomy.calibrate.healing.data import prepare
 from qectomy.calibrate.healing.export import Outcome, export, teacher_perplexity
 from qectomy.calibrate.healing.mendable import explained
@@ -41,7 +42,7 @@ from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.processes import Processes
 from qectomy.errors import CheckpointError, TextError
 from qectomy.eval.protocol import ScoringWindows
-from qectomy.surgery.checkpoint import Checkpoint, sha256
+from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.locked_folder import read_record
 from qectomy.surgery.output import check_absent, check_room
 
@@ -175,7 +176,7 @@ def fingerprint(student: Checkpoint, original: Checkpoint, settings: HealSetting
     return {
         **told,
         "texts": list(settings.texts),
-        "text hashes": {name: sha256(Path(name)) for name in texts if Path(name).is_file()},
+        "text hashes": {name: own for name in texts if (own := own_hash(name))},
         "reduced checkpoint": student.hashes(),
         "original checkpoint": original.hashes(),
     }

@@ -7,6 +7,7 @@ from qectomy.eval.page import numbers
 from qectomy.eval.page.blocks import Block, Chart, Facts, Prose, Section, Table
 from qectomy.eval.page.charts import layer_chart, perplexity_chart, position_chart
 from qectomy.eval.page.reading import Folder
+from qectomy.eval.text_words import read_as_words
 from qectomy.surgery.query_maps import ranges
 
 CONDITIONS = ("W_Q_condition", "basis_condition", "pivot_condition")
@@ -95,6 +96,7 @@ def protocol_words(protocol: dict[str, Any]) -> str:
     words += f"{protocol['scored_tokens']:,} scored tokens of " if "scored_tokens" in protocol else ""
     words += protocol.get("text", "a text")
     words += f" (sha256 {protocol['text_sha256'][:16]})" if "text_sha256" in protocol else ""
+    words += f", {read_as}" if (read_as := read_as_words(protocol)) else ""
     if "in_words" in protocol:
         words += f"; {protocol['in_words']}"
     elif "context" in protocol:

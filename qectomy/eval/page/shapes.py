@@ -20,10 +20,12 @@ from qectomy.eval.page.checked import (
 )
 
 VERSIONS = mapping(string)
+READ_AS = record({"kind": string, "records": count, "field": string, "chat_template_sha256": string})
 PROTOCOL = record(
     {
         "text": string,
         "text_sha256": string,
+        "text_read_as": READ_AS,
         "tokenizer": string,
         "context": count,
         "stride": count,
