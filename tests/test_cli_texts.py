@@ -1,6 +1,7 @@
 """Texts as people have them, on the command line: records by any name, the field, and what is said of them."""
 
 import json
+import random
 
 import pytest
 from test_cli import QUICK, cli  # noqa: F401
@@ -60,3 +61,51 @@ def test_every_command_reads_records_by_their_field(cli, tiny_checkpoint, record
     if command == "eval":
         shown = " ".join(cli(*first, "--text", records, "--field", "body").out.split())
         assert "records (JSON lines), field body), " in shown
+
+
+@pytest.fixture
+def random_words(tmp_path):
+    """Return a function (name, seed) -> path of a text of 3,000 words in which nothing comes twice."""
+
+    def make(name, seed):
+        dice = random.Random(seed)
+        words = ["".join(dice.choices("abcdefghij", k=3)) for _ in range(3000)]
+        path = tmp_path / name
+        path.write_text("\n".join(" ".join(words[at : at + 10]) for at in range(0, 3000, 10)))
+        return path
+
+    return make
+
+
+def test_a_part_of_the_fitted_text_in_a_file_of_its_own_is_found(cli, tiny_checkpoint, random_words, tmp_path):  # noqa: F811
+    """By its content: another file, other line ends."""
+    model, whole, other = tiny_checkpoint(), random_words("whole.txt", 0), random_words("other.txt", 1)
+    part, out, clear = tmp_path / "part.txt", tmp_path / "out", tmp_path / "clear"
+    part.write_bytes(whole.read_bytes()[:3000].replace(b"\n", b"\r\n"))
+    options = ["--tokens", "2400", "--context", "32", "--eval-tokens", "1600"]
+    said = "100% of the measured text stands in text that was fitted or trained on"
+    shown = cli("convert", model, "--out", out, "--text", whole, "--eval-text", part, *options)
+    assert said in " ".join(shown.out.split())
+    assert said in (out / "README.md").read_text()
+    report = json.loads((out / "qectomy.json").read_text())
+    assert report["perplexity"]["protocol"]["overlap"]["share"] == 1
+    cli("report", out)
+    assert said in (out / "report.html").read_text()
+    shown = cli("convert", model, "--out", clear, "--text", whole, "--eval-text", other, *options)
+    assert "the measured text is none of those fitted or trained on: 0.0% of" in " ".join(shown.out.split())
+    for text, words in ((part, said[5:]), (other, "is none of those fitted or trained on")):
+        shown = " ".join(cli("eval", model, clear, "--text", text, "--context", "32").out.split())
+        assert words in shown
+        assert f"{model}: " not in shown  # an original was not fitted on anything here
+    report.pop("fitted_spans")
+    (clear / "qectomy.json").write_text(json.dumps(report))  # as an older version wrote it
+    shown = " ".join(cli("eval", clear, "--text", other, "--context", "32").out.split())
+    assert "is not known: what was fitted or trained on is not recorded by its content" in shown
+
+
+def test_the_same_file_twice_is_said_on_the_terminal_and_in_the_card(cli, tiny_checkpoint, random_words, tmp_path):  # noqa: F811
+    whole = random_words("whole.txt", 0)
+    shown = cli("convert", tiny_checkpoint(), "--out", tmp_path / "out", "--text", whole, *QUICK)
+    said = "he measured tokens are another part of a text that was fitted on: other text will cost more"
+    assert said in " ".join(shown.out.split())
+    assert said in (tmp_path / "out/README.md").read_text()

@@ -9,6 +9,7 @@ Calibration and evaluation windows ride together; the evaluation windows are nev
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qectomy.calibrate.layer_pass import LayerPass, Progress
 from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.shared_run import check_alike, shared_folder
+from qectomy.calibrate.spans import FittedSpans, Sketch
 from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.calibrate.text import Windows, load_tokenizer, make_windows, read_source
 from qectomy.calibrate.together import Together
@@ -155,7 +157,7 @@ def _finish(run: LayerPass, scores: FinalScores, digests: dict[str, str], fitted
         reload=reload,
         processes=run.share.together.count,
     )
-    report["tensors_sha256"] = digests
+    report |= {"tensors_sha256": digests, "fitted_spans": fitted.spans["fitted_spans"]}
     write_report(result, report, source)
     return report
 
@@ -208,4 +210,8 @@ def _windows(source: Checkpoint, settings: ConvertSettings) -> tuple[Windows, Sc
         vocab_size=source.dims.vocab_size,
         skip={held_source.sha256: settings.eval_tokens},
     )
-    return fitted, held
+    spans = FittedSpans(held.text, Sketch())
+    for text in fitted.texts(tokenizer):
+        spans.add(text)
+    found = spans.record()
+    return replace(fitted, spans=found), replace(held, report=held.report | {"overlap": found["overlap"]})

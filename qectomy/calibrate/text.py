@@ -46,6 +46,13 @@ class Windows:
     tokens: torch.Tensor  # (n, context) int64
     bos: bool  # whether each window starts with BOS
     sources: list[dict[str, Any]]  # what a report says of each text: file, sha256, tokens, skipped
+    spans: dict[str, Any] = field(default_factory=dict)  # what a report keeps of their content
+
+    def texts(self, tokenizer: Any) -> Iterator[str]:
+        """Yield the part of each text that the windows hold."""
+        rows = [source["tokens"] // self.tokens.shape[1] for source in self.sources]
+        for block in self.tokens[:, int(self.bos) :].split(rows):
+            yield text_of(tokenizer, block.flatten().tolist())
 
     @property
     def scored(self) -> int:
@@ -216,6 +223,11 @@ def first_tokens_and_ends(
             kept = slice(None if count is None else count)
             return ids[kept], [stop for _, stop in found["offset_mapping"][kept]] if ends else None
         length *= 2
+
+
+def text_of(tokenizer: Any, ids: list[int]) -> str:
+    """Return the text that tokens stand for, as the tokenizer writes it."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def make_windows(

@@ -3,13 +3,15 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qectomy.calibrate.documents import Reading
+from qectomy.calibrate.spans import Sketch, overlap, sketch_in
 from qectomy.calibrate.text import Source, load_tokenizer, read_source
-from qectomy.errors import QectomyError, TextError
+from qectomy.errors import CheckpointError, QectomyError, TextError
 from qectomy.eval.loading import check_dtype, load_model, naming_dtype, read_config
 from qectomy.eval.protocol import (
     Protocol,
@@ -25,7 +27,7 @@ from qectomy.eval.scoring import Progress, score_model
 from qectomy.eval.streamed import StreamedModel, open_any, score_streamed
 from qectomy.eval.summary import compare, summarize
 from qectomy.surgery.checkpoint import locate
-from qectomy.surgery.headers import TORCH_NAMES
+from qectomy.surgery.headers import TORCH_NAMES, read_json
 from qectomy.surgery.identity import fingerprint
 
 OTHER_TOKENIZER = (
@@ -118,7 +120,19 @@ def _evaluate(
     if other is None:  # else two models ran
         result["tokens_per_second"] = round(windows.report["scored_tokens"] / seconds, 1)
     result |= {"device": measure.device, "streamed": measure.streamed}
-    return {**result, "protocol": {**windows.report, "dtype": dtype_name}}, _Found(windows, scores)
+    protocol = {**windows.report, "dtype": dtype_name}
+    if (path := locate(name) / "qectomy.json").is_file():
+        protocol["overlap"] = overlap(windows.text, _fitted_on(path))
+    return {**result, "protocol": protocol}, _Found(windows, scores)
+
+
+def _fitted_on(path: Path) -> Sketch | None:
+    """Return the sketch of what a checkpoint was fitted on, by its report; None where that does not tell."""
+    try:
+        report = read_json(path)
+    except CheckpointError:
+        return None
+    return sketch_in(report) if isinstance(report, dict) else None
 
 
 def _not_comparable(

@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qectomy.eval.tables import between, console, shown
-from qectomy.eval.text_words import read_as_words
+from qectomy.eval.text_words import read_as_words, text_doubt
 
 MOST_COLUMNS, LONGEST_NAME = 3, 24  # checkpoints side by side by name; more or longer ones by number
 
@@ -41,6 +41,10 @@ def show_evaluations(results: list[dict[str, Any]]) -> None:
         for why in dict.fromkeys((row.get("reference_refused"), row.get("paired_refused"))):
             if why:
                 console.print(f"{row['checkpoint']}: {why}", markup=False)
+    for row in results:
+        if "overlap" in row["protocol"]:
+            _, words = text_doubt({}, row["protocol"]) or (None, "")
+            console.print(f"{row['checkpoint']}: {words}", markup=False)
     protocol = results[0]["protocol"]
     name = f"{protocol['name']}: " if protocol.get("name") else ""
     if "only_first_tokens" in protocol:

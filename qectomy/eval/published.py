@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from qectomy.calibrate.documents import JOIN, Documents, Reading
-from qectomy.calibrate.text import Source, first_tokens_and_ends
+from qectomy.calibrate.text import Source, first_tokens_and_ends, text_of
 from qectomy.errors import QectomyError, TextError
 from qectomy.eval.protocol import Protocol, ScoringWindows, about, check_ids
 from qectomy.eval.text_spans import spans_of
@@ -113,7 +113,8 @@ def joined_windows(tokenizer: Any, text: Text, protocol: Protocol, vocab_size: i
         "tail": "tokens after the last whole window are left out",
     }
     first = torch.ones(n, dtype=torch.int64)
-    return ScoringWindows(ids[: n * context].view(n, context), first, n_bytes, report, n_words)
+    measured = text_of(tokenizer, read[: n * context])
+    return ScoringWindows(ids[: n * context].view(n, context), first, n_bytes, report, n_words, text=measured)
 
 
 def page_windows(tokenizer: Any, text: Text, protocol: Protocol, vocab_size: int) -> ScoringWindows:
@@ -171,7 +172,8 @@ def _rolling(
         "scored_words": n_words,
         "tail": "all tokens are scored",
     }
-    return ScoringWindows(padded, torch.tensor([first for _, first in rows]), n_bytes, report, n_words, lengths)
+    measured, first = JOIN.join(text.documents[:n_documents]), torch.tensor([first for _, first in rows])
+    return ScoringWindows(padded, first, n_bytes, report, n_words, lengths, measured)
 
 
 def rolling_rows(ids: list[int], prefix: int, context: int) -> list[tuple[list[int], int]]:

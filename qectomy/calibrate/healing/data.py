@@ -9,6 +9,7 @@ from qectomy.calibrate.healing.export import fitted_report
 from qectomy.calibrate.healing.packing import Packed, Reserved, pack, text_from
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.layer_pass import Progress
+from qectomy.calibrate.spans import FittedSpans, overlap, sketch_in
 from qectomy.calibrate.text import Source, load_tokenizer, read_source
 from qectomy.errors import TextError
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
@@ -43,9 +44,7 @@ def prepare(
     held = scoring_windows(tokenizer, source, Protocol(context=settings.context, tokens=measured), vocab_size)
     was_fitted = not settings.eval_text and start < fitted[names[0]][1] and fitted[names[0]][0] < start + measured
     held = replace(held, report=held.report | {"first_token": start, "fitted_on": was_fitted})
-    if (kept := Packed.kept(folder)) is not None:
-        return kept, held
-    packed = pack(
+    packed = Packed.kept(folder) or pack(
         tokenizer,
         names,
         folder,
@@ -55,9 +54,10 @@ def prepare(
         vocab_size=vocab_size,
         reserved=reserved,
         reading=reading,
+        spans=FittedSpans(held.text, sketch_in(fitted_report(student))),
         progress=progress,
     )
-    return packed, held
+    return packed, replace(held, report=held.report | {"overlap": packed.spans.get("overlap", overlap("", None))})
 
 
 def _own_eval_text(

@@ -22,7 +22,8 @@ from torch.utils.data import Dataset
 
 from qectomy.calibrate.documents import Documents, Reading, grouped
 from qectomy.calibrate.layer_pass import Progress
-from qectomy.calibrate.text import adds_bos, token_ids
+from qectomy.calibrate.spans import FittedSpans
+from qectomy.calibrate.text import adds_bos, text_of, token_ids
 from qectomy.errors import CheckpointError, QectomyError, TextError
 from qectomy.surgery.locked_folder import read_record, write_json
 
@@ -82,16 +83,18 @@ class Packed:
     train: Path
     validation: Path
     report: list[dict[str, Any]]
+    spans: dict[str, Any]  # what a report keeps of the content of all that was fitted and trained on; or nothing
 
     @staticmethod
     def kept(folder: Path) -> "Packed | None":
         """Return what `pack` wrote to a folder before, if it got to its end."""
         if not (folder / RECORD).is_file():
             return None
-        texts = read_record(folder / RECORD).get("texts")
+        record = read_record(folder / RECORD)
+        texts, spans = record.get("texts"), record.get("spans", {})
         if not isinstance(texts, list):
             raise QectomyError(f"{folder / RECORD} is not what a run writes; remove the folder to start anew")
-        return Packed(folder / "train.bin", folder / "validation.bin", texts)
+        return Packed(folder / "train.bin", folder / "validation.bin", texts, spans)
 
 
 def pack(
@@ -105,12 +108,14 @@ def pack(
     vocab_size: int,
     reserved: dict[str, Reserved] | None = None,
     reading: Reading | None = None,
+    spans: FittedSpans | None = None,
     progress: Progress | None = None,
 ) -> Packed:
     """Write train.bin and validation.bin to `folder`: at most `tokens` and `validation_tokens`, evenly from the texts.
 
-    Where a text is short, an eighth of it at most is for validation. `reserved`: by a text's name. Raises TextError for
-    a text that is too short to train on, CheckpointError for ids beyond the embedding.
+    Where a text is short, an eighth of it at most is for validation. `reserved`: by a text's name. `spans` is given
+    what is trained on. Raises TextError for a text that is too short to train on, CheckpointError for ids beyond the
+    embedding.
     """
     report: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -120,20 +125,34 @@ def pack(
             aside = stream.set_aside((reserved or {}).get(name, Reserved()))
             share = -(-tokens * (number + 1) // len(names)) - (-(-tokens * number // len(names)))
             wanted = max(1, share // context), max(1, validation_tokens // len(names) // context)
-            report.append(_pack_one(stream, aside, *wanted, parts["train"], parts["validation"]))
+            report.append(_pack_one(stream, aside, *wanted, parts["train"], parts["validation"], spans))
             if progress:
                 progress(number + 1, len(names), f"{report[-1]['tokens']:,} tokens of {name}")
         for file in parts.values():
             file.flush()
             os.fsync(file.fileno())
-    write_json(folder / RECORD, {"texts": report})
-    return Packed(folder / "train.bin", folder / "validation.bin", report)
+    found = spans.record() if spans else {}
+    write_json(folder / RECORD, {"texts": report, "spans": found})
+    return Packed(folder / "train.bin", folder / "validation.bin", report, found)
 
 
 def _pack_one(
-    stream: "_WindowStream", aside: np.ndarray, wanted: int, held: int, train: BinaryIO, validation: BinaryIO
+    stream: "_WindowStream",
+    aside: np.ndarray,
+    wanted: int,
+    held: int,
+    train: BinaryIO,
+    validation: BinaryIO,
+    spans: FittedSpans | None,
 ) -> dict[str, Any]:
     """Write a text's windows, those `aside` last; return what the report says of the text."""
+
+    def write(windows: np.ndarray) -> int:
+        train.write(windows.tobytes())
+        if spans is not None and len(windows):
+            spans.add(stream.text(windows))
+        return len(windows)
+
     first = stream.take(8 * held)
     if len(first) < 2:  # the fit had it all
         first, aside = np.concatenate([aside, first])[::-1], aside[:0]  # its end for validation
@@ -143,11 +162,9 @@ def _pack_one(
     validation.write(first[:held].tobytes())
     block, written = first[held:], 0
     while len(block) and written < wanted:
-        train.write(block[: wanted - written].tobytes())
-        written += len(block[: wanted - written])
+        written += write(block[: wanted - written])
         block = stream.take(min(BLOCK, wanted - written))
-    train.write(aside[: wanted - written].tobytes())
-    written += len(aside[: wanted - written])
+    written += write(aside[: wanted - written])
     return stream.report() | {"validation_tokens": held * stream.context, "tokens": written * stream.context}
 
 
@@ -200,6 +217,10 @@ class _WindowStream:
     def take(self, windows: int) -> np.ndarray:
         """Return the next windows (n, context), fewer where the text ends."""
         return self._cut(self._tokens(windows * self._width))
+
+    def text(self, windows: np.ndarray) -> str:
+        """Return the text of windows (n, context) that follow each other."""
+        return text_of(self._tokenizer, windows[:, self.context - self._width :].flatten().tolist())
 
     def _cut(self, ids: np.ndarray) -> np.ndarray:
         cut = ids[: len(ids) // self._width * self._width].reshape(-1, self._width)

@@ -7,7 +7,7 @@ from qectomy.eval.page import numbers
 from qectomy.eval.page.blocks import Block, Chart, Facts, Prose, Section, Table
 from qectomy.eval.page.charts import layer_chart, perplexity_chart, position_chart
 from qectomy.eval.page.reading import Folder
-from qectomy.eval.text_words import read_as_words
+from qectomy.eval.text_words import read_as_words, text_doubt
 from qectomy.surgery.query_maps import ranges
 
 CONDITIONS = ("W_Q_condition", "basis_condition", "pivot_condition")
@@ -106,6 +106,8 @@ def protocol_words(protocol: dict[str, Any]) -> str:
         words += f", {apart}"
     for name, say in (("bos", "BOS token: {}"), ("dtype", "computed in {}"), ("tail", "{}")):
         words += f"; {say.format(protocol[name])}" if name in protocol else ""
+    told = text_doubt({}, protocol) if "overlap" in protocol else None
+    words += f"; {told[1]}" if told else ""
     return words + ". Perplexity on other text differs."
 
 

@@ -20,6 +20,7 @@ from qectomy.eval.page.checked import (
 )
 
 VERSIONS = mapping(string)
+OVERLAP = record({"share": share, "spans": count, "words": count, "complete": flag})
 READ_AS = record({"kind": string, "records": count, "field": string, "chat_template_sha256": string})
 PROTOCOL = record(
     {
@@ -40,6 +41,7 @@ PROTOCOL = record(
         "only_first_tokens": count,
         "first_token": count,
         "fitted_on": flag,
+        "overlap": OVERLAP,
         "dtype": string,
     }
 )

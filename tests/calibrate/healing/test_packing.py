@@ -13,6 +13,7 @@ from qectomy.calibrate import documents as documents_module
 from qectomy.calibrate.documents import JOIN, Documents
 from qectomy.calibrate.healing import packing
 from qectomy.calibrate.healing.packing import Packed, PackedWindows, Reserved, Shuffled, pack, text_from
+from qectomy.calibrate.spans import FittedSpans, Sketch
 from qectomy.errors import CheckpointError, TextError
 from qectomy.surgery.checkpoint import sha256
 
@@ -370,3 +371,25 @@ def test_a_text_from_the_middle(write):
     assert LINES.endswith(found) or found in LINES
     assert ids_of(found)[:30] == ids_of(LINES)[50:80]
     assert text_from(tiny_tokenizer(), Documents(path), 10**6, 30) == ""
+
+
+def test_what_is_trained_on_is_compared_with_the_measured_text(write, tmp_path):
+    """The validation windows, which only choose the best step, are not trained on; a run that goes on knows it all."""
+    dice = np.random.default_rng(0)
+    words = ["".join(dice.choice(list("abcdefghij"), 3)) for _ in range(1200)]
+    path, options = (
+        write(" ".join(words)),
+        dict(context=C, tokens=10**9, validation_tokens=3 * C, vocab_size=VOCAB_SIZE),
+    )
+    measured = {"trained on": words[-300:], "validated on": words[:20], "other": words[::-1]}
+    shares = {}
+    for name, part in measured.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        found = pack(tiny_tokenizer(), [path], folder, **options, spans=FittedSpans(" ".join(part), Sketch()))
+        assert Packed.kept(folder).spans == found.spans
+        shares[name] = found.spans["overlap"]["share"]
+    assert shares["trained on"] > 0.9
+    assert shares["validated on"] == shares["other"] == 0
+    (folder / "data.json").write_text(json.dumps({"texts": []}))  # as an older version wrote it
+    assert Packed.kept(folder).spans == {}
