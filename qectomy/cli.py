@@ -15,7 +15,7 @@ from qectomy.cli_renew import renew
 from qectomy.cli_report import report
 from qectomy.cli_rewrites import fold_norms, import_nanogpt, materialize
 from qectomy.errors import QectomyError, clean
-from qectomy.terminal import Field, Json, print_json, progress_bar
+from qectomy.terminal import Field, Json, check_texts, print_json, progress_bar
 from qectomy.versions import check_transformers
 
 app = typer.Typer(
@@ -109,6 +109,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Certify that a reduced checkpoint computes what its original does; exit code 1 if it is not exact."""
+    check_texts([text], field, context or 2)
     from qectomy.calibrate.documents import Reading
     from qectomy.calibrate.settings import default_context
     from qectomy.calibrate.text import load_tokenizer, read_source

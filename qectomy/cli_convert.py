@@ -11,7 +11,7 @@ import typer
 
 from qectomy.cli_heal import count, show
 from qectomy.errors import QectomyError
-from qectomy.terminal import Clean, Field, Json, Resume, check_out, command_line, print_json, progress_bar
+from qectomy.terminal import Clean, Field, Json, Resume, check_out, check_texts, command_line, print_json, progress_bar
 
 CONTEXT_HELP = "Tokens a window. Default: 512, or what the model was made for if that is less."
 NoProbe = Annotated[
@@ -73,6 +73,7 @@ def convert(
 
     On several devices: `torchrun --nproc-per-node 8 -m qectomy convert ...`, each with its share of the windows.
     """
+    check_texts([*(text or ()), eval_text], field, context or 16)
     from qectomy.calibrate.settings import ConvertSettings, default_context
     from qectomy.surgery.checkpoint import open_checkpoint
     from qectomy.surgery.query_maps import parse_exact, parse_recipe

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from qectomy.cli_convert import Device
-from qectomy.terminal import Field, Json, command_line, note_old_code, print_json, progress_bar
+from qectomy.terminal import Field, Json, check_texts, command_line, note_old_code, print_json, progress_bar
 
 
 def evaluate(
@@ -60,6 +60,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, bits per byte and the cost of a reduction, all by one recorded protocol."""
+    check_texts([text], field, context or 2)
     from qectomy.calibrate.convert import check_device
     from qectomy.eval.evaluate import Measure, evaluate_all, settle
     from qectomy.eval.report import made

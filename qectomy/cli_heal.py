@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qectomy.terminal import Field, Json, command_line, print_json, progress_bar
+from qectomy.terminal import Field, Json, check_texts, command_line, print_json, progress_bar
 
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
@@ -122,6 +122,7 @@ def heal(
     On several devices: `torchrun --nproc-per-node 8 -m qectomy heal ...` or `accelerate launch -m qectomy heal ...`
     (DDP, FSDP, DeepSpeed as configured there).
     """
+    check_texts([*(text or ()), eval_text], field, context or 16)
     from qectomy.calibrate.healing.heal import heal as run
     from qectomy.calibrate.healing.run_folder import check_unhealed
     from qectomy.calibrate.healing.settings import HealSettings

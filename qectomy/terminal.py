@@ -33,6 +33,14 @@ def check_out(out: Path, resume: bool, clean: bool) -> None:
         check_free(out)
 
 
+def check_texts(names: Sequence[str | None], field: str | None, tokens: int) -> None:
+    """Refuse a text that is mistyped, empty or too short for a window before anything is loaded."""
+    from qectomy.calibrate.documents import check_texts as check
+
+    if launch().count == 1:  # of several processes the first one says it, once they have met
+        check(names, field, tokens)
+
+
 def one_process() -> None:
     """End all but the first of several processes that a launcher started: there is nothing to share."""
     found = launch()

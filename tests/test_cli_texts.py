@@ -2,9 +2,14 @@
 
 import json
 import random
+import re
+import subprocess
+import sys
 
 import pytest
 from test_cli import QUICK, cli  # noqa: F401
+
+from qectomy.calibrate.documents import Documents, check_texts
 
 ARGUMENTS = ["--tokens", "160", "--context", "32"]
 
@@ -109,3 +114,87 @@ def test_the_same_file_twice_is_said_on_the_terminal_and_in_the_card(cli, tiny_c
     said = "he measured tokens are another part of a text that was fitted on: other text will cost more"
     assert said in " ".join(shown.out.split())
     assert said in (tmp_path / "out/README.md").read_text()
+
+
+# Mistyped, empty and short
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Refuse to ask the hub."""
+    refuse = lambda *_, **__: pytest.fail("the hub was asked")  # noqa: E731
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        (
+            "calib.tx",
+            r"no file 'calib.tx'; did you mean calib.txt\? \(a dataset of that name on the hub: calib",
+        ),
+        ("calib.text", r"did you mean calib.txt\?"),
+        ("texts/calip.json", r"no file 'texts/calip.json', and no dataset .*; did you mean texts/calib.json\?"),
+        ("texts/calip", r"did you mean texts/calib\?"),
+        ("./other", r"no file './other', and its slashes are those of a path"),
+        ("a/b/c", r"no file 'a/b/c', and its slashes"),
+        ("gone.gz", r"no file 'gone.gz', and no dataset of that name could be read: its ending is a file's$"),
+        ("empty.txt", r"empty.txt holds no text"),
+        ("short.txt", r"short.txt has 5 bytes of text, which cannot fill a window of (16|32) tokens; give more"),
+        ("empty.json", r"empty.json holds no text"),
+    ],
+)
+def test_a_text_that_is_not_there_or_too_short_is_found_at_once(cli, tmp_path, monkeypatch, offline, name, message):  # noqa: F811
+    """Before the model is looked for, which is not there either."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for there in ("calib.txt", "texts/calib.json", "texts/calib"):
+        (tmp_path / there).write_text("a text that is long enough to fill a window of tokens")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("short\n")
+    (tmp_path / "empty.json").write_text("[]")
+    for command in (
+        ["convert", "model", "--out", "out", "--text", name],
+        ["convert", "model", "--out", "out", "--text", "calib.txt", "--eval-text", name],
+        ["heal", "model", "--teacher", "model", "--out", "out", "--text", name],
+        ["eval", "model", "--context", "32", "--text", name],
+        ["verify", "model", "--against", "model", "--context", "32", "--text", name],
+    ):
+        done = cli(*command)
+        assert done.code == 1
+        assert re.search(message, done.err.strip()), done.err
+        assert len(done.err.splitlines()) == 1
+
+
+def test_a_mistyped_text_is_found_before_torch_is_loaded(tmp_path):
+    (tmp_path / "calib.txt").write_text("text")
+    script = (
+        "import sys; sys.argv = ['qectomy', 'convert', 'model', '--out', 'out', '--text', 'calib.tx']\n"
+        "from qectomy.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "did you mean calib.txt?" in done.stderr
+    assert done.stdout == "set()\n"
+
+
+def test_a_mistyped_model_is_found_at_once(cli, tiny_copy, raven, tmp_path, monkeypatch, offline):  # noqa: F811
+    tiny_copy().rename(tmp_path / "smol")
+    (tmp_path / "smolls").mkdir()  # which is no model
+    monkeypatch.chdir(tmp_path)
+    for name, near in (("smoll", "smol"), (f"{tmp_path}/smoll", f"{tmp_path}/smol")):
+        for command in (["convert", name, "--out", "out", "--text", raven], ["eval", name, "--text", raven]):
+            done = cli(*command)
+            assert done.code == 1
+            assert f"no folder {name}; did you mean {near}? A model of the hub: its full id, OWNER/NAME" in done.err
+
+
+def test_the_hub_is_still_asked_for_what_is_like_nothing_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "calib.txt").write_text("text")
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [{"text": "from the hub"}])
+    for name in ("wikitext", "some/data", "calib.tx::train", "calib:config"):
+        check_texts([name], None, 16)
+        assert list(Documents(name)) == ["from the hub"]

@@ -12,7 +12,7 @@ from typing import Any
 from qectomy.calibrate.records import Placed, Texts, json_records, lines_of, looks_like
 from qectomy.calibrate.tables import parquet_rows, saved_files, saved_rows
 from qectomy.calibrate.text_bytes import BYTES_A_READ, Hashed, decoded, peeked, unpacked
-from qectomy.errors import TextError, note, reason_of
+from qectomy.errors import TextError, nearest, note, reason_of
 
 JOIN = "\n\n"
 # Of a name mistyped, not of a dataset's.
@@ -110,8 +110,7 @@ class Documents:
     def _dataset(self) -> Iterator[str]:
         """Yield a dataset's text, streamed: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (split `train` by default)."""
         name = self.name
-        if name.endswith(FILE_ENDINGS):
-            raise TextError(f"no file {name!r}, and no dataset of that name could be read: its ending is a file's")
+        check_not_mistyped(name)
         repo, _, rest = name.partition(":")
         config, _, split = rest.partition(":")
         try:
@@ -146,6 +145,51 @@ def _sha256(path: Path) -> str:
         while file.read(BYTES_A_READ):
             pass
         return raw.digest.hexdigest()
+
+
+def check_not_mistyped(name: str) -> None:
+    """Raise TextError for what is not there and looks like a path, so that no network is asked for it."""
+    near = nearest(name)
+    meant = f"; did you mean {near}?" if near else ""
+    if name.endswith(FILE_ENDINGS):
+        raise TextError(f"no file {name!r}, and no dataset of that name could be read: its ending is a file's{meant}")
+    if near or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        meant = meant or ", and its slashes are those of a path"
+        raise TextError(f"no file {name!r}{meant} (a dataset of that name on the hub: {name}::train)")
+
+
+def check_texts(names: Iterable[str | None], field: str | None, tokens: int) -> None:
+    """Raise TextError for a text that is mistyped, empty, or has fewer bytes than `tokens`; nothing heavy is loaded.
+
+    What can be read once alone, or only from elsewhere, is left to the one who reads it.
+    """
+    for name in filter(None, names):
+        if not os.path.exists(name):
+            if ":" not in name:
+                check_not_mistyped(name)
+            continue
+        if not (os.path.isfile(name) or os.path.isdir(name)):
+            continue
+        length = 0
+        for document in Documents(name, Reading(field=field, tokenizer=_Plainly)):
+            length += len(document.strip().encode(errors="replace"))
+            if length >= tokens:
+                break
+        if not length:
+            raise TextError(f"{name} holds no text")
+        if length < tokens:
+            raise TextError(
+                f"{name} has {length} bytes of text, which cannot fill a window of {tokens} tokens; give more"
+            )
+
+
+class _Plainly:
+    """What writes a chat before there is a tokenizer, to know that it is one."""
+
+    chat_template = "plain"
+
+    def apply_chat_template(self, chat: list[dict[str, str]], **_: Any) -> str:
+        return "\n".join(turn["content"] for turn in chat)
 
 
 def own_hash(name: str) -> str | None:

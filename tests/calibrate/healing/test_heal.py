@@ -160,6 +160,7 @@ def test_the_report_is_complete(healed, raven):
         {
             "text": "raven.txt",
             "sha256": sha256(raven),
+            "read_as": {"kind": "plain text"},
             "left_out": [0, 160],
             "validation_tokens": 160,
             "tokens": STEPS * STEP,
