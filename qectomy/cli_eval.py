@@ -60,7 +60,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, bits per byte and the cost of a reduction, all by one recorded protocol."""
-    check_texts([text], field, context or 2)
+    check_texts([text], field, 1 if protocol else context or 2)
     from qectomy.calibrate.convert import check_device
     from qectomy.eval.evaluate import Measure, evaluate_all, settle
     from qectomy.eval.report import made

@@ -26,6 +26,7 @@ from tiny_models import RAVEN, tiny_tokenizer
 from qectomy.calibrate.documents import Documents, Reading
 from qectomy.calibrate.healing.data import fitted_span
 from qectomy.calibrate.healing.export import fitted_report
+from qectomy.calibrate.spans import Sketch, overlap, sketch_in, span_hashes
 from qectomy.calibrate.text import Source, first_tokens_and_ends, load_tokenizer, make_windows, read_source
 from qectomy.eval.page.page import page
 from qectomy.eval.page.reading import read_folders, read_points
@@ -218,6 +219,7 @@ def report_reader(grounds: Grounds) -> Reader:
     config, weights = grounds.files["reduced"]["config.json"], grounds.files["reduced"][SINGLE]
     names = list(grounds.files["reduced"])
     sound = {"calibration": {"texts": [{"file": "a", "sha256": "0", "tokens": 9, "first_token": 1}]}}
+    sound |= {"fitted_spans": Sketch(span_hashes(RAVEN)).record()}
     layers = [{"index": i, "map": "select"} for i in range(5)]
 
     def make(dice: Dice) -> Case:
@@ -243,6 +245,7 @@ def report_reader(grounds: Grounds) -> Reader:
         assert isinstance(report.get("source", {}), dict)
         first, stop = fitted_span(checkpoint, "a", "a")
         assert first <= stop
+        assert overlap("a text", sketch_in(report))["spans"] == 0
         refused_or_none(_edited, checkpoint)
         found = refused_or_none(read_points, folder / "points.json") or []
         folders = read_folders([folder])

@@ -92,7 +92,7 @@ class Packed:
             return None
         record = read_record(folder / RECORD)
         texts, spans = record.get("texts"), record.get("spans", {})
-        if not isinstance(texts, list):
+        if not isinstance(texts, list) or not isinstance(spans, dict):
             raise QectomyError(f"{folder / RECORD} is not what a run writes; remove the folder to start anew")
         return Packed(folder / "train.bin", folder / "validation.bin", texts, spans)
 
