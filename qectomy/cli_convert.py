@@ -73,7 +73,8 @@ def convert(
 
     On several devices: `torchrun --nproc-per-node 8 -m qectomy convert ...`, each with its share of the windows.
     """
-    check_texts([*(text or ()), eval_text], field, context or 16)
+    if not dry_run:  # which notes what is missing
+        check_texts([*(text or ()), eval_text], field, context or 16)
     from qectomy.calibrate.settings import ConvertSettings, default_context
     from qectomy.surgery.checkpoint import open_checkpoint
     from qectomy.surgery.query_maps import parse_exact, parse_recipe

@@ -141,7 +141,7 @@ def offline(monkeypatch):
         ("a/b/c", r"no file 'a/b/c', and its slashes"),
         ("gone.gz", r"no file 'gone.gz', and no dataset of that name could be read: its ending is a file's$"),
         ("empty.txt", r"empty.txt holds no text"),
-        ("short.txt", r"short.txt has 5 bytes of text, which cannot fill a window of (16|32) tokens; give more"),
+        ("short.txt", r"short.txt has 5 bytes of text, fewer than one window of (16|32) tokens; give more"),
         ("empty.json", r"empty.json holds no text"),
     ],
 )

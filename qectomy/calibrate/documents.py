@@ -178,9 +178,7 @@ def check_texts(names: Iterable[str | None], field: str | None, tokens: int) -> 
         if not length:
             raise TextError(f"{name} holds no text")
         if length < tokens:
-            raise TextError(
-                f"{name} has {length} bytes of text, which cannot fill a window of {tokens} tokens; give more"
-            )
+            raise TextError(f"{name} has {length} bytes of text, fewer than one window of {tokens} tokens; give more")
 
 
 class _Plainly:

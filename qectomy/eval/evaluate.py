@@ -120,10 +120,9 @@ def _evaluate(
     if other is None:  # else two models ran
         result["tokens_per_second"] = round(windows.report["scored_tokens"] / seconds, 1)
     result |= {"device": measure.device, "streamed": measure.streamed}
-    protocol = {**windows.report, "dtype": dtype_name}
     if (path := locate(name) / "qectomy.json").is_file():
-        protocol["overlap"] = overlap(windows.text, _fitted_on(path))
-    return {**result, "protocol": protocol}, _Found(windows, scores)
+        result["overlap"] = overlap(windows.text, _fitted_on(path))
+    return {**result, "protocol": {**windows.report, "dtype": dtype_name}}, _Found(windows, scores)
 
 
 def _fitted_on(path: Path) -> Sketch | None:

@@ -42,8 +42,8 @@ def show_evaluations(results: list[dict[str, Any]]) -> None:
             if why:
                 console.print(f"{row['checkpoint']}: {why}", markup=False)
     for row in results:
-        if "overlap" in row["protocol"]:
-            _, words = text_doubt({}, row["protocol"]) or (None, "")
+        if "overlap" in row:  # of what was fitted on nothing there is none
+            _, words = text_doubt({}, row) or (None, "")
             console.print(f"{row['checkpoint']}: {words}", markup=False)
     protocol = results[0]["protocol"]
     name = f"{protocol['name']}: " if protocol.get("name") else ""

@@ -131,7 +131,9 @@ def _evaluation(results: list[dict[str, Any]], known: dict[str, Any]) -> list[Bl
     table = Table(caption="Measured again by qectomy eval", columns=columns, rows=rows)
     protocol = results[0].get("protocol", {})
     same = protocol and all(protocol.get(name) == known.get(name) for name in SAME_MEASURE)
-    return [table, Prose(text="By the protocol above." if same else protocol_words(protocol))]
+    told = [(row["checkpoint"], text_doubt({}, row)) for row in results if "overlap" in row]
+    doubts = [Prose(text=f"{name}: {doubt[1]}.") for name, doubt in told if doubt]
+    return [table, Prose(text="By the protocol above." if same else protocol_words(protocol)), *doubts]
 
 
 def position_section(folder: Folder, key: str) -> Section | None:

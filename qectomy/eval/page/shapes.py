@@ -211,6 +211,7 @@ EVALUATION = record(
                     "per_position": _positions("nll"),
                     "tokens_per_second": amount,
                     "protocol": PROTOCOL,
+                    "overlap": OVERLAP,
                     "kl": number,
                     "top1_agreement": share,
                     "paired": record(
