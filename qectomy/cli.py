@@ -17,7 +17,7 @@ from qectomy.cli_report import report
 from qectomy.cli_rewrites import fold_norms, import_nanogpt, materialize
 from qectomy.errors import STOPPED_SAFELY, QectomyError, clean
 from qectomy.launch import launch
-from qectomy.terminal import Json, command_to_go_on, print_json, progress_bar, resumed
+from qectomy.terminal import Field, Json, check_texts, command_to_go_on, print_json, progress_bar, resumed
 from qectomy.versions import check_transformers
 
 app = typer.Typer(
@@ -54,6 +54,7 @@ def inspect(
         list[str] | None,
         typer.Option(help="With --audit: text to take the ranks on, as for convert. Default: white states."),
     ] = None,
+    field: Field = None,
     no_probe: NoProbe = False,
     as_json: Json = False,
 ) -> None:
@@ -74,7 +75,7 @@ def inspect(
         from qectomy.surgery.fold_choice import choose_folds
 
         with progress_bar("auditing") as progress:
-            records = audit_layers(source, text or (), tokens=tokens, context=context, progress=progress)
+            records = audit_layers(source, text or (), tokens=tokens, context=context, field=field, progress=progress)
             verdicts = choose_folds(source).verdicts
         for layer, record in zip(result["layers"], records, strict=True):
             verdict = verdicts[source.dims.stored_layer(layer["index"])]
@@ -102,13 +103,16 @@ def verify(
     against: Annotated[str, typer.Option(help="Folder or hub id of the original.")],
     text: Annotated[
         str | None,
-        typer.Option(help="Text to measure on: a file, .jsonl file or dataset's name. Default: 256 random tokens."),
+        typer.Option(help="Text to measure on: a file or a dataset's name. Default: 256 random tokens."),
     ] = None,
+    field: Field = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to measure on.")] = 2048,
     context: Annotated[int | None, typer.Option(min=2, help=CONTEXT_HELP)] = None,
     as_json: Json = False,
 ) -> None:
     """Certify that a reduced checkpoint computes what its original does; exit code 1 if it is not exact."""
+    check_texts([text], field, context or 2)
+    from qectomy.calibrate.documents import Reading
     from qectomy.calibrate.settings import default_context
     from qectomy.calibrate.text import load_tokenizer, read_source
     from qectomy.eval.protocol import Protocol, check_positions, scoring_windows
@@ -122,7 +126,9 @@ def verify(
     if text:
         protocol = Protocol(context=context or min(tokens, default_context(theirs)), tokens=tokens)
         check_positions(against, load_config(theirs.family, theirs.config, theirs.reduced), protocol.context)
-        held = scoring_windows(load_tokenizer(theirs.folder), read_source(text), protocol, theirs.dims.vocab_size)
+        tokenizer = load_tokenizer(theirs.folder)
+        found = read_source(text, Reading(field=field, tokenizer=lambda: tokenizer))
+        held = scoring_windows(tokenizer, found, protocol, theirs.dims.vocab_size)
     with progress_bar("verifying") as progress:
         result = run(ours, theirs, held, progress)
     if as_json:

@@ -1,5 +1,6 @@
 """The command that takes W_Q out of a checkpoint; `cli.py` registers it."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -10,7 +11,19 @@ import typer
 
 from qectomy.cli_heal import count, show
 from qectomy.errors import QectomyError
-from qectomy.terminal import Clean, Json, Resume, ResumeOnly, check_out, command_line, go_on, print_json, progress_bar
+from qectomy.terminal import (
+    Clean,
+    Field,
+    Json,
+    Resume,
+    ResumeOnly,
+    check_out,
+    check_texts,
+    command_line,
+    go_on,
+    print_json,
+    progress_bar,
+)
 
 CONTEXT_HELP = "Tokens a window. Default: 512, or what the model was made for if that is less."
 NoProbe = Annotated[
@@ -32,8 +45,9 @@ def convert(
     ] = "key-shared",
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Calibration text: a UTF-8, .jsonl or .parquet file or a dataset's name. May be repeated."),
+        typer.Option(help="Calibration text: a file (UTF-8, JSON, .parquet) or a dataset's name. May be repeated."),
     ] = None,
+    field: Field = None,
     self_generated: Annotated[
         bool,
         typer.Option(
@@ -81,6 +95,8 @@ def convert(
 
     On several devices: `torchrun --nproc-per-node 8 -m qectomy convert ...`, each with its share of the windows.
     """
+    if not dry_run:  # which notes what is missing
+        check_texts([*(text or ()), eval_text], field, context or 16)
     from qectomy.calibrate.settings import ConvertSettings, default_context
     from qectomy.surgery.checkpoint import open_checkpoint
     from qectomy.surgery.query_maps import parse_exact, parse_recipe
@@ -90,6 +106,7 @@ def convert(
         source = open_checkpoint(checkpoint)
         settings = ConvertSettings(
             texts=tuple(text or ()),
+            field=field,
             tokens=tokens,
             context=context or default_context(source),
             eval_text=eval_text,
@@ -164,7 +181,7 @@ def _note_what_stops_it(settings: Any, asked: _Asked) -> None:
     if not settings.texts and not asked.self_generated:
         typer.echo("note: there is no --text yet to calibrate on", err=True)
     for name in filter(None, (*settings.texts, settings.eval_text)):
-        if not Path(name).is_file():
+        if not os.path.exists(name):
             typer.echo(f"note: {name} is no file here; it will be looked for as a dataset", err=True)
     if (left := WorkFolder(asked.out).path).exists() and not (asked.resume or asked.clean):
         typer.echo(f"note: {left} is there: the conversion will want --resume, --clean or another --out", err=True)
@@ -242,6 +259,7 @@ def _convert_and_heal(source: Any, recipe: Any, settings: Any, tokens: int, aske
 
     heal_settings = HealSettings(
         texts=() if asked.self_generated else settings.texts,
+        field=settings.field,
         self_generated=asked.self_generated,
         tokens=tokens,
         context=settings.context,

@@ -6,15 +6,16 @@ from typing import Annotated, Any
 import typer
 
 from qectomy.cli_convert import Device
-from qectomy.terminal import Json, command_line, note_old_code, print_json, progress_bar
+from qectomy.terminal import Field, Json, check_texts, command_line, note_old_code, print_json, progress_bar
 
 
 def evaluate(
     checkpoints: Annotated[list[str], typer.Argument(help="Folders or hub ids; the original first.")],
     text: Annotated[
         str | None,
-        typer.Option(help="Text to measure on: a UTF-8, .jsonl or .parquet file or a dataset's name."),
+        typer.Option(help="Text to measure on: a file (UTF-8, JSON, .parquet) or a dataset's name."),
     ] = None,
+    field: Field = None,
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -59,6 +60,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, bits per byte and the cost of a reduction, all by one recorded protocol."""
+    check_texts([text], field, 1 if protocol else context or 2)
     from qectomy.calibrate.convert import check_device
     from qectomy.eval.evaluate import Measure, evaluate_all, settle
     from qectomy.eval.report import made
@@ -95,7 +97,7 @@ def evaluate(
         )
         with progress_bar("evaluating") as progress:
             report = lambda name: lambda done, total: progress(done, total, name)  # noqa: E731
-            result["results"] = evaluate_all(checkpoints, text, measure, report)
+            result["results"] = evaluate_all(checkpoints, text, measure, report, field)
     if loaded is not None:
         if save and "results" in result:
             save_result(result, save)  # the harness may take hours more, and fail

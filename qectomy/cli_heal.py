@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qectomy.terminal import Json, ResumeOnly, command_line, go_on, print_json, progress_bar
+from qectomy.terminal import Field, Json, ResumeOnly, check_texts, command_line, go_on, print_json, progress_bar
 
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
@@ -26,12 +26,13 @@ def heal(
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist. The run lies in OUT.healing.")],
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Text to heal on: a UTF-8 file, a .jsonl or .parquet file. May be repeated."),
+        typer.Option(help="Text to heal on: a file (UTF-8, JSON, .parquet). May be repeated."),
     ] = None,
     dataset: Annotated[
         list[str] | None,
         typer.Option(help="A dataset to heal on, streamed: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT. May be repeated."),
     ] = None,
+    field: Field = None,
     self_generated: Annotated[
         bool, typer.Option("--self-generated", help="Heal on text that the original writes; no corpus is needed.")
     ] = False,
@@ -125,6 +126,7 @@ def heal(
     On several devices: `torchrun --nproc-per-node 8 -m qectomy heal ...` or `accelerate launch -m qectomy heal ...`
     (DDP, FSDP, DeepSpeed as configured there).
     """
+    check_texts([*(text or ()), eval_text], field, context or 16)
     from qectomy.calibrate.healing.heal import heal as run
     from qectomy.calibrate.healing.run_folder import RunFolder, check_unhealed
     from qectomy.calibrate.healing.settings import HealSettings
@@ -137,6 +139,7 @@ def heal(
         RunFolder(out).check_there()
     settings = HealSettings(
         texts=(*(text or ()), *(dataset or ())),
+        field=field,
         self_generated=self_generated,
         generated_tokens=generated_tokens,
         tokens=tokens,

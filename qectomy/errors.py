@@ -1,5 +1,6 @@
 """Errors a user can mend. The message says what is wrong, why it matters and what to do."""
 
+import difflib
 import os
 import reprlib
 import sys
@@ -9,6 +10,8 @@ CONTROLS = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10
 CONTROLS |= dict.fromkeys((*range(0x7F, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF), "\ufffd")
 # What turns the order of the text around it: a command must read as it would be pasted.
 CONTROLS |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
+
+CLOSE = 0.8  # of names, from 0 to 1: one letter of five
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
@@ -49,6 +52,27 @@ def reason_of(error: BaseException, most: int = 200) -> str:
 
 STOPPED_SAFELY = 75  # exit code: EX_TEMPFAIL of sysexits.h, which asks to try again later
 AnyError = TypeVar("AnyError", bound="QectomyError")
+
+
+def nearest(name: str, holding: str | None = None) -> str | None:
+    """Return the path of what lies where `name` leads to nothing and is called nearly so; None where nothing is.
+
+    `holding`: only of folders that hold a file of this name.
+    """
+    if ":" in name:
+        return None
+    where, own = os.path.split(name.rstrip("/"))
+    try:
+        there = [
+            entry.name for entry in os.scandir(where or ".") if not holding or os.path.isfile(f"{entry.path}/{holding}")
+        ]
+    except (OSError, ValueError):
+        return None
+    if holding:
+        there = [other for other in there if os.path.isfile(os.path.join(where, other, holding))]
+    found = difflib.get_close_matches(own, there, 1, CLOSE)
+    return os.path.join(where, found[0]) if found else None
+
 
 _NOTED: set[str] = set()
 

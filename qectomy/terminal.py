@@ -18,6 +18,12 @@ ResumeOnly = Annotated[
     bool, typer.Option("--resume-only", help="The same, but refuse where there is nothing to go on from.")
 ]
 Clean = Annotated[bool, typer.Option("--clean", help="First remove what a run before left in OUT.converting.")]
+Field = Annotated[
+    str | None,
+    typer.Option(
+        "--field", metavar="NAME", help="Of texts that are records: the field to read. Default: text, or the only one."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 SECONDS_A_LINE = 30  # of progress, where stderr is no terminal
 
@@ -37,6 +43,14 @@ def check_out(out: Path, resume: Any, clean: bool) -> None:
         check_free(out)
     elif resume == "only" and not out.exists():
         WorkFolder(out).check_there()
+
+
+def check_texts(names: Sequence[str | None], field: str | None, tokens: int) -> None:
+    """Refuse a text that is mistyped, empty or too short for a window before anything is loaded."""
+    from qectomy.calibrate.documents import check_texts as check
+
+    if launch().count == 1:  # of several processes the first one says it, once they have met
+        check(names, field, tokens)
 
 
 def one_process() -> None:

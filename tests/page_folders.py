@@ -16,6 +16,7 @@ def _protocol() -> dict[str, Any]:
     return {
         "text": "handbook.txt",
         "text_sha256": SHA,
+        "overlap": {"share": 0.001, "spans": 2000, "words": 20, "complete": True},
         "tokenizer": "TokenizersBackend",
         "context": 512,
         "stride": 512,

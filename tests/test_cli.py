@@ -185,7 +185,7 @@ def test_usage_errors_exit_with_2(cli, arguments, tmp_path, monkeypatch):
         ("inspect gpt2 --audit --text raven.txt --context 129", r"longer than the model's 128 positions; use 128"),
         ("convert model --out there --text raven.txt", r"there exists; nothing is overwritten"),
         ("convert model --out new --query selekt", r"unknown query map 'selekt'; known: .* Did you mean 'select'\?"),
-        ("convert model --out new --query 0=select", r"says nothing of layer\(s\) 1 of 2"),
+        ("convert model --out new --query 0=select", r"says nothing of layer\(s\) 1 of 2; to leave .* add ,1=dense$"),
         ("convert model --out new --query low-rank:99", r"query map low-rank:99 stores"),
         ("convert model --out new --text raven.txt --dtype int8", r"unknown --dtype 'int8'; known: float32"),
         ("convert model --out new --text raven.txt --device abacus", r"--device abacus: not usable here"),

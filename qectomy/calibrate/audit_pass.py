@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qectomy.calibrate.documents import Reading
 from qectomy.calibrate.layer_pass import BYTES_A_READ, TOKENS_A_BATCH
 from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.settings import ConvertSettings
@@ -30,7 +31,13 @@ WHITE = "white states"
 
 
 def audit_layers(
-    source: Checkpoint, texts: Sequence[str], *, tokens: int, context: int, progress: Progress | None = None
+    source: Checkpoint,
+    texts: Sequence[str],
+    *,
+    tokens: int,
+    context: int,
+    field: str | None = None,
+    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Return one record a layer: condition of W_Q, its distance from orthogonal, and its rank at 99 % of the energy.
 
@@ -39,7 +46,7 @@ def audit_layers(
     weights or states that are not finite.
     """
     if texts:
-        windows = _windows(source, texts, tokens, context)
+        windows = _windows(source, texts, tokens, context, field)
         names = ", ".join(text["file"] for text in windows.sources)
         data, moments = f"{names}, {windows.tokens.numel():,} tokens", text_moments(source, windows.tokens)
     else:
@@ -80,15 +87,15 @@ def text_moments(source: Checkpoint, tokens: torch.Tensor) -> Moments:
             yield total / tokens.numel()
 
 
-def _windows(source: Checkpoint, texts: Sequence[str], tokens: int, context: int) -> Windows:
+def _windows(source: Checkpoint, texts: Sequence[str], tokens: int, context: int, field: str | None) -> Windows:
     """Cut the texts into windows. Raises TextError where they, or `tokens`, do not fill one."""
     if source.reduced:
         raise UnsupportedArchitecture(f"{source.folder} is no stock model: audit it without a text")
     ConvertSettings(context=context).check_context(source)
     if tokens < context:
         raise TextError(f"--tokens {tokens} is fewer than one window of {context}; give more, or a smaller --context")
-    sources = [read_source(name) for name in texts]
     tokenizer, vocab_size = load_tokenizer(source.folder), source.dims.vocab_size
+    sources = [read_source(name, Reading(field=field, tokenizer=lambda: tokenizer)) for name in texts]
     return make_windows(tokenizer, sources, context=context, tokens=tokens, vocab_size=vocab_size)
 
 

@@ -9,16 +9,19 @@ Calibration and evaluation windows ride together; the evaluation windows are nev
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qectomy.calibrate.documents import Reading
 from qectomy.calibrate.final_scores import FinalScores
 from qectomy.calibrate.layer_pass import LayerPass, Progress
 from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.shared_run import check_alike, shared_folder
+from qectomy.calibrate.spans import FittedSpans, Sketch
 from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.calibrate.text import Windows, load_tokenizer, make_windows, read_source
 from qectomy.calibrate.together import Together
@@ -157,7 +160,7 @@ def _finish(run: LayerPass, scores: FinalScores, digests: dict[str, str], fitted
         reload=reload,
         processes=run.share.together.count,
     )
-    report["tensors_sha256"] = digests
+    report |= {"tensors_sha256": digests, "fitted_spans": fitted.spans["fitted_spans"]}
     write_report(result, report, source)
     return report
 
@@ -179,6 +182,7 @@ def fingerprint(
         "device": torch.device(settings.device).type,
         "seed": settings.seed,
         **({} if settings.refit else {"refit": "left out (--no-refit)"}),  # older versions noted nothing: all refitted
+        **({} if settings.field is None else {"field": settings.field}),
     }
 
 
@@ -197,8 +201,9 @@ def _windows(source: Checkpoint, settings: ConvertSettings) -> tuple[Windows, Sc
     if not settings.texts:
         raise TextError("no calibration text: give --text FILE, some 32,768 tokens of the kind the model is used on")
     tokenizer = load_tokenizer(source.folder)
-    sources = [read_source(name) for name in settings.texts]
-    held_source = read_source(settings.eval_text) if settings.eval_text else sources[0]
+    reading = Reading(field=settings.field, tokenizer=lambda: tokenizer)
+    sources = [read_source(name, reading) for name in settings.texts]
+    held_source = read_source(settings.eval_text, reading) if settings.eval_text else sources[0]
     protocol = Protocol(context=settings.context, tokens=settings.eval_tokens)
     held = scoring_windows(tokenizer, held_source, protocol, source.dims.vocab_size)
     fitted = make_windows(
@@ -209,4 +214,8 @@ def _windows(source: Checkpoint, settings: ConvertSettings) -> tuple[Windows, Sc
         vocab_size=source.dims.vocab_size,
         skip={held_source.sha256: settings.eval_tokens},
     )
-    return fitted, held
+    spans = FittedSpans(held.text, Sketch())
+    for text in fitted.texts(tokenizer):
+        spans.add(text)
+    found = spans.record()
+    return replace(fitted, spans=found), replace(held, report=held.report | {"overlap": found["overlap"]})

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qectomy.calibrate.documents import Reading
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.calibrate.text import load_tokenizer, read_source
@@ -109,6 +110,7 @@ def _fingerprint(settings: ConvertSettings, kept: frozenset[int], held: ScoringW
     if held is not None:
         text = f"{held.report['text']} (sha256 {held.report['text_sha256']})"
         told |= {"eval text": text, "eval tokens": settings.eval_tokens, "context": settings.context}
+        told |= {} if settings.field is None else {"field": settings.field}
     return told
 
 
@@ -193,7 +195,9 @@ def _windows(source: Checkpoint, settings: ConvertSettings) -> ScoringWindows | 
         return None
     settings.check_context(source)
     protocol = Protocol(context=settings.context, tokens=settings.eval_tokens)
-    return scoring_windows(load_tokenizer(source.folder), read_source(name), protocol, source.dims.vocab_size)
+    tokenizer = load_tokenizer(source.folder)
+    held = read_source(name, Reading(field=settings.field, tokenizer=lambda: tokenizer))
+    return scoring_windows(tokenizer, held, protocol, source.dims.vocab_size)
 
 
 def _measure(

@@ -1,37 +1,129 @@
 """The documents of a text, one at a time, so that a text of any length is read in the memory of one of them."""
 
-import codecs
-import json
+import hashlib
+import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from qectomy.errors import TextError, reason_of, shown
+from qectomy.calibrate.records import Placed, Texts, json_records, lines_of, looks_like
+from qectomy.calibrate.tables import parquet_rows, saved_files, saved_rows
+from qectomy.calibrate.text_bytes import BYTES_A_READ, Hashed, decoded, peeked, unpacked
+from qectomy.errors import TextError, nearest, note, reason_of
 
-FILE_ENDINGS = (".txt", ".jsonl", ".ndjson", ".json", ".md", ".parquet")  # of a name mistyped, not of a dataset's
-TEXT_FIELDS = ("text", "page", "content", "document")
-MAX_LINE = 1 << 28  # bytes; text8, all of it one line, has 10^8
+JOIN = "\n\n"
+# Of a name mistyped, not of a dataset's.
+FILE_ENDINGS = (".txt", ".jsonl", ".ndjson", ".json", ".md", ".parquet", ".gz", ".zst", ".csv", ".html")
 PIECE = 1 << 20  # characters of a plain text that are taken as one document, up to the next end of a line
+PARQUET = b"PAR1"  # its first bytes
+PLAIN = "plain text"
 
 
-def documents(name: str) -> Iterator[str]:
-    """Yield the documents of a text file, a .jsonl or .parquet file, or a dataset, in their order.
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How records are read. `field`: the one with the text; None: what `records.text_field` finds."""
 
-    A plain text comes in pieces that end with a line and are to be joined by nothing; documents of the other kinds are
-    joined by a blank line. Raises TextError naming what cannot be read.
+    field: str | None = None
+    tokenizer: Callable[[], Any] | None = None  # the one whose chat template writes chats as text
+
+
+class Documents:
+    """The documents of a text file, plain, JSON or parquet by its content, or of a dataset, in order, once.
+
+    A plain text comes in pieces that end with a line; `join` is what stands between two documents. It and `read_as`,
+    what a report says of it, are known from the first document on. Raises TextError naming what cannot be read.
     """
-    path = Path(name)
-    if not os.path.exists(name):  # unlike Path's own, false for a name too long to be one
-        yield from dataset_documents(name)
-    elif path.suffix in (".jsonl", ".ndjson"):
-        with _opened(path) as file:
-            yield from jsonl_documents(path, _decoded(path, file))
-    elif path.suffix == ".parquet":
-        yield from parquet_documents(path)
-    else:
-        with _opened(path) as file:
-            yield from grouped(_decoded(path, file), PIECE)
+
+    def __init__(self, name: str, reading: Reading | None = None):
+        self.name, self._path, self._reading = name, Path(name), reading or Reading()
+        self.is_file = os.path.exists(name)  # unlike Path's own, false for a name too long to be one
+        self.read_as: dict[str, Any] = {}
+        self._digest, self._at_end = hashlib.sha256(), False
+
+    @property
+    def join(self) -> str:
+        return "" if self.read_as.get("kind") == PLAIN else JOIN
+
+    @property
+    def sha256(self) -> str:
+        """Of a file's bytes, or a saved dataset's; of a dataset elsewhere, of the text that was read, joined."""
+        if self._path.is_dir():
+            return hashlib.sha256("".join(map(_sha256, saved_files(self._path))).encode()).hexdigest()
+        if self.is_file and not self._at_end:
+            return _sha256(self._path)
+        return self._digest.hexdigest()
+
+    def __iter__(self) -> Iterator[str]:
+        field = self._reading.field
+        if not self.is_file:
+            for number, document in enumerate(self._dataset()):
+                self._digest.update(((JOIN if number else "") + document).encode())
+                yield document
+        elif self._path.is_dir():
+            with saved_rows(self._path, field) as (column, rows):
+                yield from self._texts("saved dataset", str(self._path), rows, column)
+        elif self._path.suffix == ".parquet":
+            yield from self._parquet()
+        else:
+            yield from self._file()
+
+    def _file(self) -> Iterator[str]:
+        """Yield the documents of a file that is known by its content."""
+        with Hashed(self._path) as raw, io.BufferedReader(raw, BYTES_A_READ) as file:
+            if peeked(self._path, file) == PARQUET:
+                yield from self._parquet()
+                return
+            kind, records, pieces = json_records(self._path, decoded(self._path, unpacked(self._path, raw, file)))
+            if kind is not None:
+                yield from self._texts(kind, str(self._path), records)
+            else:
+                yield from self._plain(pieces)
+            self._digest, self._at_end = raw.digest, True
+
+    def _parquet(self) -> Iterator[str]:
+        with parquet_rows(self._path, self._reading.field) as (column, rows):
+            yield from self._texts("parquet", str(self._path), rows, column)
+
+    def _texts(self, kind: str, what: str, records: Placed, field: str | None = None) -> Iterator[str]:
+        """Yield the texts of records, each given with its place in the whole."""
+        texts = Texts(what, field or self._reading.field, self._reading.tokenizer)
+        for place, record in records:
+            if (text := texts.of(record, place)) is not None:
+                self.read_as = {"kind": kind, "records": texts.records, **texts.read_as}
+                yield text
+
+    def _plain(self, pieces: Iterator[str]) -> Iterator[str]:
+        self.read_as = {"kind": PLAIN}
+        head = next(pieces, "")
+        if likely := looks_like(self._path, head):
+            note(
+                f"{self._path} looks like {likely} and is read as prose, with all its marks; as records are read JSON "
+                "objects, one a line, a JSON list of them, and .parquet files"
+            )
+        if self._reading.field is not None:
+            note(f"{self._path} is plain text: --field {self._reading.field} does not concern it")
+        yield from grouped(lines_of(self._path, chain([head], pieces)), PIECE)
+
+    def _dataset(self) -> Iterator[str]:
+        """Yield a dataset's text, streamed: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (split `train` by default)."""
+        name = self.name
+        check_not_mistyped(name)
+        repo, _, rest = name.partition(":")
+        config, _, split = rest.partition(":")
+        try:
+            from datasets import load_dataset
+
+            rows = load_dataset(repo, config or None, split=split or "train", streaming=True)
+            yield from self._texts("dataset", f"dataset {name!r}", (("", row) for row in rows))
+        except TextError:
+            raise
+        except Exception as error:  # no such file, no such dataset, no network: one message covers them
+            raise TextError(
+                f"no file {name!r}, and no dataset of that name could be read: {reason_of(error)}"
+            ) from error
 
 
 def grouped(pieces: Iterable[str], characters: int) -> Iterator[str]:
@@ -48,96 +140,56 @@ def grouped(pieces: Iterable[str], characters: int) -> Iterator[str]:
         yield "".join(held)
 
 
-def is_plain(name: str) -> bool:
-    """Whether a text is one document, that `documents` cuts into pieces."""
-    return os.path.exists(name) and Path(name).suffix not in (".jsonl", ".ndjson", ".parquet")
+def _sha256(path: Path) -> str:
+    with Hashed(path) as raw, io.BufferedReader(raw, BYTES_A_READ) as file:
+        while file.read(BYTES_A_READ):
+            pass
+        return raw.digest.hexdigest()
 
 
-def jsonl_documents(path: Path, lines: Iterable[str]) -> Iterator[str]:
-    """Yield the text of each line's record."""
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise TextError(f"{path}, line {number}: not JSON ({error})") from error
-        field = next((f for f in TEXT_FIELDS if isinstance(record, dict) and isinstance(record.get(f), str)), None)
-        if field is None:
-            raise TextError(f"{path}, line {number}: no text in any of the fields {', '.join(TEXT_FIELDS)}")
-        try:
-            record[field].encode()
-        except UnicodeEncodeError as error:
-            raise TextError(f"{path}, line {number}: half of a surrogate pair, which is no character") from error
-        yield record[field]
-
-
-def parquet_documents(path: Path) -> Iterator[str]:
-    """Yield the text column of a parquet file, some rows in memory at a time."""
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            field = _text_field(str(path), file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                yield from (entry for entry in batch.column(0).to_pylist() if isinstance(entry, str))
-    except (ArrowException, OSError, ValueError, KeyError, IndexError, RecursionError) as error:
-        raise TextError(f"{path} cannot be read: {reason_of(error)}") from error
-
-
-def dataset_documents(name: str) -> Iterator[str]:
-    """Yield a dataset's text, streamed: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (split `train` by default)."""
+def check_not_mistyped(name: str) -> None:
+    """Raise TextError for what is not there and looks like a path, so that no network is asked for it."""
+    near = nearest(name)
+    meant = f"; did you mean {near}?" if near else ""
     if name.endswith(FILE_ENDINGS):
-        raise TextError(f"no file {name!r}, and no dataset of that name could be read: its ending is a file's")
-    repo, _, rest = name.partition(":")
-    config, _, split = rest.partition(":")
-    field = None
-    try:
-        from datasets import load_dataset
-
-        for row in load_dataset(repo, config or None, split=split or "train", streaming=True):
-            field = field or _text_field(f"dataset {name!r}", list(row))
-            if isinstance(row[field], str):
-                yield row[field]
-    except TextError:
-        raise
-    except Exception as error:  # no such file, no such dataset, no network: one message covers them
-        raise TextError(f"no file {name!r}, and no dataset of that name could be read: {reason_of(error)}") from error
+        raise TextError(f"no file {name!r}, and no dataset of that name could be read: its ending is a file's{meant}")
+    if near or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        meant = meant or ", and its slashes are those of a path"
+        raise TextError(f"no file {name!r}{meant} (a dataset of that name on the hub: {name}::train)")
 
 
-def _text_field(what: str, columns: list[str]) -> str:
-    field = next((f for f in TEXT_FIELDS if f in columns), None)
-    if field is None:
-        raise TextError(f"{what} has no column {', '.join(TEXT_FIELDS)}; it has {shown(columns)}")
-    return field
+def check_texts(names: Iterable[str | None], field: str | None, tokens: int) -> None:
+    """Raise TextError for a text that is mistyped, empty, or has fewer bytes than `tokens`; nothing heavy is loaded.
+
+    What can be read once alone, or only from elsewhere, is left to the one who reads it.
+    """
+    for name in filter(None, names):
+        if not os.path.exists(name):
+            if ":" not in name:
+                check_not_mistyped(name)
+            continue
+        if not (os.path.isfile(name) or os.path.isdir(name)):
+            continue
+        length = 0
+        for document in Documents(name, Reading(field=field, tokenizer=_Plainly)):
+            length += len(document.strip().encode(errors="replace"))
+            if length >= tokens:
+                break
+        if not length:
+            raise TextError(f"{name} holds no text")
+        if length < tokens:
+            raise TextError(f"{name} has {length} bytes of text, fewer than one window of {tokens} tokens; give more")
 
 
-def _opened(path: Path) -> Any:
-    check_ends(path)
-    if path.is_dir():
-        raise TextError(f"{path} is a folder; give a text file, a .jsonl or .parquet file or a dataset's name")
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise TextError(f"{path} cannot be read: {error.strerror}") from error
+class _Plainly:
+    """What writes a chat before there is a tokenizer, to know that it is one."""
+
+    chat_template = "plain"
+
+    def apply_chat_template(self, chat: list[dict[str, str]], **_: Any) -> str:
+        return "\n".join(turn["content"] for turn in chat)
 
 
-def check_ends(path: Path) -> None:
-    """Raise TextError for a device: a file ends, and so does a pipe."""
-    if path.is_char_device() or path.is_block_device():
-        raise TextError(f"{path} is a device, not a text")
-
-
-def _decoded(path: Path, file: BinaryIO) -> Iterator[str]:
-    """Yield the lines of an opened UTF-8 file; no byte of a longer character is a line's end, so lines decode alone."""
-    done = 0
-    while line := file.readline(MAX_LINE + 1):
-        if len(line) > MAX_LINE:
-            raise TextError(f"{path} has a line of more than {MAX_LINE:,} bytes; break it, or give another text")
-        mark = len(codecs.BOM_UTF8) if done == 0 and line.startswith(codecs.BOM_UTF8) else 0
-        try:
-            yield line[mark:].decode()
-        except UnicodeDecodeError as error:
-            raise TextError(f"{path} is not UTF-8 text (byte {done + mark + error.start} does not decode)") from error
-        done += len(line)
+def own_hash(name: str) -> str | None:
+    """Return the sha256 of a text that is a file or a saved dataset; None for a dataset's name, and for a pipe."""
+    return Documents(name).sha256 if os.path.isfile(name) or os.path.isdir(name) else None

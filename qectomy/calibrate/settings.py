@@ -17,6 +17,7 @@ class ConvertSettings:
     """Settings of one conversion. `texts` and `eval_text` are files or dataset names; token counts are totals."""
 
     texts: tuple[str, ...] = ()
+    field: str | None = None  # of records, the one with the text; None: found
     tokens: int = 32_768
     context: int = CONTEXT
     eval_text: str | None = None

@@ -1,32 +1,27 @@
-"""Text to windows of tokens: files, JSONL, parquet or a `datasets` name in, (n, context) token ids out.
+"""Text to windows of tokens: files, plain, JSON or parquet, or a `datasets` name in, (n, context) token ids out.
 
 How windows are made: the documents of a source are joined by a blank line and tokenized as one text without
 special tokens; the first tokens are cut into windows of `context` tokens that do not overlap. Where the
 tokenizer itself starts a text with BOS, every window starts with BOS too (and holds one text token fewer).
 """
 
-import codecs
-import hashlib
 import importlib.util
 import json
 import math
-import os
 import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qectomy.calibrate.documents import check_ends, dataset_documents, jsonl_documents, parquet_documents
+from qectomy.calibrate.documents import Documents, Reading
 from qectomy.errors import CheckpointError, TextError, reason_of
-from qectomy.surgery.checkpoint import sha256
 from qectomy.surgery.config_files import MAX_CARRIED_BYTES, TOKENIZER_FILES, companions, tokenizer_class
 
-JOIN = "\n\n"
 MAX_GROWTH = 1e4  # of a text by a tokenizer's replacements; those of Llama's and Gemma's keep its length
 MAX_TEXT_BYTES = 4_000_000_000
 # Of a pattern: a class of characters, a class's or a character's escape, or a plain character; not one to leave out.
@@ -41,6 +36,7 @@ class Source:
     name: str
     sha256: str
     text: str
+    read_as: dict[str, Any] = field(default_factory=dict)  # its kind; of records their number and field
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,13 @@ class Windows:
     tokens: torch.Tensor  # (n, context) int64
     bos: bool  # whether each window starts with BOS
     sources: list[dict[str, Any]]  # what a report says of each text: file, sha256, tokens, skipped
+    spans: dict[str, Any] = field(default_factory=dict)  # what a report keeps of their content
+
+    def texts(self, tokenizer: Any) -> Iterator[str]:
+        """Yield the part of each text that the windows hold."""
+        rows = [source["tokens"] // self.tokens.shape[1] for source in self.sources]
+        for block in self.tokens[:, int(self.bos) :].split(rows):
+            yield text_of(tokenizer, block.flatten().tolist())
 
     @property
     def scored(self) -> int:
@@ -57,44 +60,29 @@ class Windows:
         return self.tokens.shape[0] * (self.tokens.shape[1] - 1)
 
 
-def read_source(name: str) -> Source:
-    """Read a UTF-8 text file, a JSONL or parquet file, or a dataset. Raises TextError if there is nothing to read."""
+def read_source(name: str, reading: Reading | None = None) -> Source:
+    """Read a text file, plain, JSON or parquet, or a dataset. Raises TextError if there is nothing to read."""
+    documents = Documents(name, reading)
     path = Path(name)
-    if os.path.isdir(name):  # unlike Path's own, false for a name too long to be one
-        raise TextError(f"{path} is a folder; give a text file, a .jsonl or .parquet file or a dataset's name")
-    if not os.path.exists(name):
-        text = JOIN.join(dataset_documents(name))
-        return Source(name, hashlib.sha256(text.encode()).hexdigest(), text)
-    if path.suffix == ".parquet":
-        text, digest = JOIN.join(parquet_documents(path)), sha256(path)
-    else:
-        text, digest = _read_file(path)
-    if not text.strip():
+    if documents.is_file and path.is_file() and path.stat().st_size > MAX_TEXT_BYTES:
+        raise TextError(_too_long(path))
+    held, length = [], 0
+    for document in documents:
+        held.append(document)
+        length += len(document)
+        if length > MAX_TEXT_BYTES:
+            raise TextError(_too_long(path))
+    text = documents.join.join(held)
+    if documents.is_file and not text.strip():
         raise TextError(f"{path} holds no text")
-    return Source(path.name, digest, text)
+    return Source(path.name if documents.is_file else name, documents.sha256, text, documents.read_as)
 
 
-def _read_file(path: Path) -> tuple[str, str]:
-    """Return the text of a plain or a JSONL file, and the sha256 of its bytes."""
-    check_ends(path)
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            data = file.read(MAX_TEXT_BYTES + 1) if size <= MAX_TEXT_BYTES else None
-        if data is None or len(data) > MAX_TEXT_BYTES:
-            raise TextError(
-                f"{path} has more than {MAX_TEXT_BYTES:,} bytes, and all are held in memory. Give a part of it: "
-                f"{shlex.join(['head', '-n', '100000', str(path)])} > part{path.suffix}"
-            )
-        mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
-        text = data[mark:].decode()
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text (byte {mark + error.start} does not decode)") from error
-    except OSError as error:
-        raise TextError(f"{path} cannot be read: {error.strerror}") from error
-    if path.suffix in (".jsonl", ".ndjson"):
-        text = JOIN.join(jsonl_documents(path, text.split("\n")))  # splitlines would cut at a U+2028 inside a string
-    return text, hashlib.sha256(data).hexdigest()
+def _too_long(path: Path) -> str:
+    return (
+        f"{path} has more than {MAX_TEXT_BYTES:,} bytes, and all are held in memory. Give a part of it: "
+        f"{shlex.join(['head', '-n', '100000', str(path)])} > part{path.suffix}"
+    )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -237,6 +225,11 @@ def first_tokens_and_ends(
         length *= 2
 
 
+def text_of(tokenizer: Any, ids: list[int]) -> str:
+    """Return the text that tokens stand for, as the tokenizer writes it."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
 def make_windows(
     tokenizer: Any,
     sources: list[Source],
@@ -276,9 +269,8 @@ def make_windows(
                 "tokenizer and weights do not belong together"
             )
         blocks.append(block)
-        reports.append(
-            {"file": source.name, "sha256": source.sha256, "tokens": count * context, "first_token": left_out}
-        )
+        told = {"file": source.name, "sha256": source.sha256, "tokens": count * context, "first_token": left_out}
+        reports.append(told | ({"read_as": source.read_as} if source.read_as else {}))
     all_blocks = torch.cat(blocks)
     if bos:
         start = torch.full((all_blocks.shape[0], 1), tokenizer.bos_token_id, dtype=torch.int64)

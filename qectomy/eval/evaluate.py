@@ -3,12 +3,15 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from qectomy.calibrate.documents import Reading
+from qectomy.calibrate.spans import Sketch, overlap, sketch_in
 from qectomy.calibrate.text import Source, load_tokenizer, read_source
-from qectomy.errors import QectomyError, TextError
+from qectomy.errors import CheckpointError, QectomyError, TextError
 from qectomy.eval.loading import check_dtype, load_model, naming_dtype, read_config
 from qectomy.eval.protocol import (
     Protocol,
@@ -24,7 +27,7 @@ from qectomy.eval.scoring import Progress, score_model
 from qectomy.eval.streamed import StreamedModel, open_any, score_streamed
 from qectomy.eval.summary import compare, summarize
 from qectomy.surgery.checkpoint import locate
-from qectomy.surgery.headers import TORCH_NAMES
+from qectomy.surgery.headers import TORCH_NAMES, read_json
 from qectomy.surgery.identity import fingerprint
 
 OTHER_TOKENIZER = (
@@ -51,17 +54,19 @@ class _Found:
 
 
 def evaluate_all(
-    names: Sequence[str], text: str | None, measure: Measure, progress: Any | None = None
+    names: Sequence[str], text: str | None, measure: Measure, progress: Any | None = None, field: str | None = None
 ) -> list[dict[str, Any]]:
     """Return one result a checkpoint, each also compared with the first on the same windows.
 
-    `text`: a file or dataset; None only for a published protocol that has its own. `progress(name)` is given each
+    `text`: a file or dataset; None only for a published protocol that has its own. `field`: of its records, the one
+    with the text; chats are written by the first checkpoint's template. `progress(name)` is given each
     checkpoint's name and gives the function that its windows are reported to.
     """
+    reading = Reading(field=field, tokenizer=lambda: load_tokenizer(locate(names[0])))
     if measure.protocol.name is not None:
-        source: Source | Text = read_text(text, measure.protocol.name)
+        source: Source | Text = read_text(text, measure.protocol.name, reading)
     elif text is not None:
-        source = read_source(text)
+        source = read_source(text, reading)
     else:
         raise TextError("no text to measure on: give --text FILE, or a --protocol that has a text of its own")
     for name in names:
@@ -115,7 +120,18 @@ def _evaluate(
     if other is None:  # else two models ran
         result["tokens_per_second"] = round(windows.report["scored_tokens"] / seconds, 1)
     result |= {"device": measure.device, "streamed": measure.streamed}
+    if (path := locate(name) / "qectomy.json").is_file():
+        result["overlap"] = overlap(windows.text, _fitted_on(path))
     return {**result, "protocol": {**windows.report, "dtype": dtype_name}}, _Found(windows, scores)
+
+
+def _fitted_on(path: Path) -> Sketch | None:
+    """Return the sketch of what a checkpoint was fitted on, by its report; None where that does not tell."""
+    try:
+        report = read_json(path)
+    except CheckpointError:
+        return None
+    return sketch_in(report) if isinstance(report, dict) else None
 
 
 def _not_comparable(

@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qectomy.eval.tables import between, console, shown
+from qectomy.eval.text_words import read_as_words, text_doubt
 
 MOST_COLUMNS, LONGEST_NAME = 3, 24  # checkpoints side by side by name; more or longer ones by number
 
@@ -40,15 +41,20 @@ def show_evaluations(results: list[dict[str, Any]]) -> None:
         for why in dict.fromkeys((row.get("reference_refused"), row.get("paired_refused"))):
             if why:
                 console.print(f"{row['checkpoint']}: {why}", markup=False)
+    for row in results:
+        if "overlap" in row:  # of what was fitted on nothing there is none
+            _, words = text_doubt({}, row) or (None, "")
+            console.print(f"{row['checkpoint']}: {words}", markup=False)
     protocol = results[0]["protocol"]
     name = f"{protocol['name']}: " if protocol.get("name") else ""
     if "only_first_tokens" in protocol:
         name += f"NOT the whole text, its first {protocol['only_first_tokens']:,} tokens or so: "
     dtypes = ", ".join(dtypes_of(results))
+    read_as = f", {words}" if (words := read_as_words(protocol)) else ""
     console.print(
-        f"{name}{protocol['text']} (sha256 {protocol['text_sha256'][:16]}), {protocol['scored_tokens']:,} tokens "
-        f"scored in {protocol['windows']:,} windows, {dtypes}: {protocol['in_words']}. "
-        f"BOS: {protocol['bos']}; "
+        f"{name}{protocol['text']} (sha256 {protocol['text_sha256'][:16]}{read_as}), "
+        f"{protocol['scored_tokens']:,} tokens scored in {protocol['windows']:,} windows, {dtypes}: "
+        f"{protocol['in_words']}. BOS: {protocol['bos']}; "
         f"{protocol['tail']}. 95 %: bootstrap over windows.",
         markup=False,
     )

@@ -9,6 +9,7 @@ from qectomy.eval.card_verdict import card_verdict
 from qectomy.eval.moved_words import moved_meaning, moved_table
 from qectomy.eval.page.verdict import verdict
 from qectomy.eval.query_share import query_share
+from qectomy.eval.text_words import read_as_words, text_doubt
 from qectomy.surgery.checkpoint import Checkpoint
 
 FITTED = """The query projections of this {family} checkpoint were taken out by Qectomy {version}:
@@ -192,10 +193,13 @@ def _measured(report: dict[str, Any]) -> str:
     if "perplexity" not in report:
         return f"Largest difference of a logit {report['logit_error']:.1e} of the largest, on random tokens.\n"
     protocol, agreement = report["perplexity"]["protocol"], report["top1_agreement"]
+    read_as = f"; {_code(words)}" if (words := read_as_words(protocol)) else ""
+    told = None if report.get("method") == "exact" else text_doubt(report, protocol)
+    doubt = f"\n{told[1][0].upper()}{told[1][1:]}." if told else ""
     return f"""Mean KL to the original {report["kl"]:.4f} nats a token; same most likely token {agreement:.2%} of the
 time. Measured on {protocol["scored_tokens"]:,} tokens of `{_code(protocol["text"])}`
-(sha256 {protocol["text_sha256"][:16]}), windows of {protocol["context"]} tokens, stride {protocol["stride"]},
-BOS: {protocol["bos"]}, float32. Perplexity on other text differs.
+(sha256 {protocol["text_sha256"][:16]}{read_as}), windows of {protocol["context"]} tokens, stride {protocol["stride"]},
+BOS: {protocol["bos"]}, float32. Perplexity on other text differs.{doubt}
 """
 
 

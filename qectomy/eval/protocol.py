@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qectomy.calibrate.settings import CONTEXT
-from qectomy.calibrate.text import Source, adds_bos, first_tokens_and_ends
+from qectomy.calibrate.text import Source, adds_bos, first_tokens_and_ends, text_of
 from qectomy.errors import CheckpointError, TextError
 from qectomy.eval.text_spans import spans_of
 from qectomy.surgery.checkpoint import locate
@@ -37,6 +37,7 @@ class ScoringWindows:
     report: dict[str, Any]
     n_words: int = 0  # words that begin in the scored tokens
     lengths: torch.Tensor | None = None  # (n,) tokens of each window; None: L each
+    text: str = ""  # that the scored tokens stand for
 
     def scored_mask(self) -> torch.Tensor:
         """(n, L - 1): True where the next token, at position t + 1, is scored."""
@@ -110,12 +111,14 @@ def scoring_windows(tokenizer: Any, source: Source, protocol: Protocol, vocab_si
         "scored_words": n_words,
         "tail": "tokens after the last whole window are left out",
     }
-    return ScoringWindows(windows, first, n_bytes, report, n_words)
+    measured = text_of(tokenizer, read[: report["tokens"]])
+    return ScoringWindows(windows, first, n_bytes, report, n_words, text=measured)
 
 
 def about(source: Source) -> dict[str, Any]:
-    """What a report says of a text: its name and hash."""
-    return {"text": source.name, "text_sha256": source.sha256}
+    """What a report says of a text: its name, its hash and as what it was read."""
+    read_as = {"text_read_as": source.read_as} if source.read_as else {}
+    return {"text": source.name, "text_sha256": source.sha256, **read_as}
 
 
 def check_ids(ids: torch.Tensor, vocab_size: int) -> None:

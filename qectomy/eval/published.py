@@ -10,23 +10,20 @@
 They are measured on the dataset where a network is, or on a local file in its place (--text).
 """
 
-import hashlib
 import io
-import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qectomy.calibrate.documents import documents, is_plain
-from qectomy.calibrate.text import JOIN, Source, first_tokens_and_ends
+from qectomy.calibrate.documents import JOIN, Documents, Reading
+from qectomy.calibrate.text import Source, first_tokens_and_ends, text_of
 from qectomy.errors import QectomyError, TextError
 from qectomy.eval.protocol import Protocol, ScoringWindows, about, check_ids
 from qectomy.eval.text_spans import spans_of
-from qectomy.surgery.checkpoint import sha256
 
 WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 WIKITEXT2_PAGES = "EleutherAI/wikitext_document_level:wikitext-2-raw-v1:test"
@@ -40,6 +37,7 @@ class Text:
     name: str
     sha256: str
     documents: list[str]
+    read_as: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,21 +57,20 @@ def published(name: str) -> Published:
     return PUBLISHED[name]
 
 
-def read_text(name: str | None, protocol: str) -> Text:
+def read_text(name: str | None, protocol: str, reading: Reading | None = None) -> Text:
     """Read the documents of a named protocol: its dataset's, or those of a local file. Raises TextError."""
     chosen = published(protocol)
     name = name or chosen.dataset
     if name is None:
         raise TextError(f"--protocol {protocol} is measured on a text of your own: give --text")
-    found = list(documents(name))
-    if is_plain(name):
+    read = Documents(name, reading)
+    found = list(read)
+    if read.join == "":
         found = ["".join(found)]
         found = _as_rows(found[0]) if chosen.lines else found
     if not any(document.strip() for document in found):
         raise TextError(f"{name} holds no text")
-    if os.path.exists(name):
-        return Text(Path(name).name, sha256(Path(name)), found)
-    return Text(name, hashlib.sha256(JOIN.join(found).encode()).hexdigest(), found)
+    return Text(Path(name).name if read.is_file else name, read.sha256, found, read.read_as)
 
 
 def _as_rows(text: str) -> list[str]:
@@ -116,7 +113,8 @@ def joined_windows(tokenizer: Any, text: Text, protocol: Protocol, vocab_size: i
         "tail": "tokens after the last whole window are left out",
     }
     first = torch.ones(n, dtype=torch.int64)
-    return ScoringWindows(ids[: n * context].view(n, context), first, n_bytes, report, n_words)
+    measured = text_of(tokenizer, read[: n * context])
+    return ScoringWindows(ids[: n * context].view(n, context), first, n_bytes, report, n_words, text=measured)
 
 
 def page_windows(tokenizer: Any, text: Text, protocol: Protocol, vocab_size: int) -> ScoringWindows:
@@ -174,7 +172,8 @@ def _rolling(
         "scored_words": n_words,
         "tail": "all tokens are scored",
     }
-    return ScoringWindows(padded, torch.tensor([first for _, first in rows]), n_bytes, report, n_words, lengths)
+    measured, first = JOIN.join(text.documents[:n_documents]), torch.tensor([first for _, first in rows])
+    return ScoringWindows(padded, first, n_bytes, report, n_words, lengths, measured)
 
 
 def rolling_rows(ids: list[int], prefix: int, context: int) -> list[tuple[list[int], int]]:
@@ -197,7 +196,7 @@ def _encoded(tokenizer: Any, text: str, prefix: int) -> list[int]:
 
 
 def _named(text: Text, protocol: Protocol, tokenizer: Any) -> dict[str, Any]:
-    source = Source(text.name, text.sha256, "")
+    source = Source(text.name, text.sha256, "", text.read_as)
     of_all = {} if protocol.tokens is None else {"only_first_tokens": protocol.tokens}
     return {
         "name": protocol.name,

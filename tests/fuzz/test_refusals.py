@@ -18,7 +18,7 @@ from page_folders import full_report, write_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import EVERY_MAP, RAVEN, bos_tokenizer, tiny_tokenizer
 
-from qectomy.calibrate.documents import documents
+from qectomy.calibrate.documents import Documents
 from qectomy.calibrate.pass_steps import is_whole
 from qectomy.calibrate.text import Source, check_growth, load_tokenizer, make_windows, read_source
 from qectomy.cli import complain
@@ -404,7 +404,7 @@ def test_texts_without_an_end(tmp_path):
     with pytest.raises(TextError, match=r"zero.txt is a device"):
         read_source(str(tmp_path / "zero.txt"))
     with pytest.raises(TextError, match=r"zero.txt is a device"):
-        next(documents(str(tmp_path / "zero.txt")))
+        next(iter(Documents(str(tmp_path / "zero.txt"))))
     whole_lines = r"head -n 100000 \S+long.txt > part.txt$"
     with pytest.raises(TextError, match=rf"long.txt has more than 4,000,000,000 bytes, .*: {whole_lines}"):
         read_source(str(tmp_path / "long.txt"))

@@ -106,7 +106,11 @@ def test_any_text_gives_a_recipe_or_an_explanation(text, n_layers):
         ),
         ("0-5=dense,", r"'' in --query names no layers"),
         ("0-2=dense,2-=select", r"layer 2 is named twice in --query '0-2=dense,2-=select'"),
-        ("0-1=dense,4=select", r"says nothing of layer\(s\) 2-3, 5 of 6"),
+        ("0-1=key-shared", r"says nothing of layer\(s\) 2-5 of 6; to leave them as they are add ,2-=dense$"),
+        (
+            "0-1=dense,4=select",
+            r"says nothing of layer\(s\) 2-3, 5 of 6; to leave .* add ,2-3=dense,5=dense$",
+        ),
         ("0-6=dense", r"layers '0-6' are outside this model, whose layers are 0-5"),
         ("9=dense", "layers '9' are outside this model"),
         ("4-2=dense", "layers '4-2' are outside"),

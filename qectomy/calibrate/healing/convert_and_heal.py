@@ -71,6 +71,7 @@ def convert_and_heal(
 def _heal_command(fitted: Path, source: Checkpoint, out: Path, settings: HealSettings) -> str:
     """Return the command line that heals the fitted checkpoint as `convert --heal` does."""
     told = {
+        "field": settings.field,
         "teacher": source.folder,
         "out": out,
         "tokens": settings.tokens,

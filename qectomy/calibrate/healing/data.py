@@ -4,14 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qectomy.calibrate.documents import Documents, Reading, own_hash
 from qectomy.calibrate.healing.export import fitted_report
 from qectomy.calibrate.healing.packing import Packed, Reserved, pack, text_from
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.layer_pass import Progress
+from qectomy.calibrate.spans import FittedSpans, overlap, sketch_in
 from qectomy.calibrate.text import Source, load_tokenizer, read_source
 from qectomy.errors import TextError
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
-from qectomy.surgery.checkpoint import Checkpoint, sha256
+from qectomy.surgery.checkpoint import Checkpoint
 
 
 def prepare(
@@ -23,27 +25,26 @@ def prepare(
     """
     vocab_size = student.dims.vocab_size
     tokenizer = load_tokenizer(student.folder)
-    hashes = [sha256(Path(name)) if Path(name).is_file() else name for name in names]
+    reading = Reading(field=settings.field, tokenizer=lambda: tokenizer)
+    hashes = [own_hash(name) or name for name in names]
     fitted = {name: fitted_span(student, name, own) for name, own in zip(names, hashes, strict=True)}
     reserved = {name: Reserved(fitted=stop) for name, (_, stop) in fitted.items()}
     if twice := [name for name, own in zip(names, hashes, strict=True) if hashes.count(own) > 1]:
         raise TextError(f"the same text is given twice ({', '.join(twice)}); give each once")
     measured, start = settings.eval_tokens, 0
     if settings.eval_text:
-        source = read_source(settings.eval_text)
+        source = read_source(settings.eval_text, reading)
         for name, own in zip(names, hashes, strict=True):
             if own in (source.sha256, settings.eval_text):
                 reserved[name] = replace(reserved[name], stop=measured)
     else:
-        source, start, measured = _own_eval_text(settings, tokenizer, names[0], fitted[names[0]])
+        source, start, measured = _own_eval_text(settings, tokenizer, names[0], fitted[names[0]], reading)
         untouched = fitted[names[0]][0] if start == 0 else 0  # convert measured on all of it
         reserved[names[0]] = replace(reserved[names[0]], start=start, stop=max(start + measured, untouched))
     held = scoring_windows(tokenizer, source, Protocol(context=settings.context, tokens=measured), vocab_size)
     was_fitted = not settings.eval_text and start < fitted[names[0]][1] and fitted[names[0]][0] < start + measured
     held = replace(held, report=held.report | {"first_token": start, "fitted_on": was_fitted})
-    if (kept := Packed.kept(folder)) is not None:
-        return kept, held
-    packed = pack(
+    packed = Packed.kept(folder) or pack(
         tokenizer,
         names,
         folder,
@@ -52,13 +53,15 @@ def prepare(
         validation_tokens=settings.validation_tokens,
         vocab_size=vocab_size,
         reserved=reserved,
+        reading=reading,
+        spans=FittedSpans(held.text, sketch_in(fitted_report(student))),
         progress=progress,
     )
-    return packed, held
+    return packed, replace(held, report=held.report | {"overlap": packed.spans.get("overlap", overlap("", None))})
 
 
 def _own_eval_text(
-    settings: HealSettings, tokenizer: Any, name: str, fitted: tuple[int, int]
+    settings: HealSettings, tokenizer: Any, name: str, fitted: tuple[int, int], reading: Reading
 ) -> tuple[Source, int, int]:
     """Return (text to measure on, its first token, tokens), where none was given: the start of the first text.
 
@@ -67,15 +70,16 @@ def _own_eval_text(
     """
     untouched = fitted[0] >= settings.context
     start, most = (0, fitted[0]) if untouched else (fitted[1], settings.eval_tokens)
-    text = text_from(tokenizer, name, start, 8 * settings.eval_tokens)
+    documents = Documents(name, reading)
+    text = text_from(tokenizer, documents, start, 8 * settings.eval_tokens)
     there = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if start and there < 8 * settings.context:
-        start, text = 0, text_from(tokenizer, name, 0, 8 * settings.eval_tokens)
+        documents = Documents(name, reading)
+        start, text = 0, text_from(tokenizer, documents, 0, 8 * settings.eval_tokens)
         there = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     tokens = min(settings.eval_tokens, most, there // 8) // settings.context * settings.context
-    is_file = Path(name).is_file()
-    source = Source(Path(name).name if is_file else name, sha256(Path(name)) if is_file else "", text)
-    return source, start, max(settings.context, tokens)
+    own = (Path(name).name, documents.sha256) if documents.is_file else (name, "")
+    return Source(*own, text, documents.read_as), start, max(settings.context, tokens)
 
 
 def fitted_span(student: Checkpoint, name: str, own: str) -> tuple[int, int]:
@@ -85,7 +89,7 @@ def fitted_span(student: Checkpoint, name: str, own: str) -> tuple[int, int]:
     """
     calibration = fitted_report(student).get("calibration")
     texts = calibration.get("texts") if isinstance(calibration, dict) else None
-    known_by = "sha256" if Path(name).is_file() else "file"
+    known_by = "file" if own == name else "sha256"
     for text in texts if isinstance(texts, list) else []:
         if not isinstance(text, dict):
             continue

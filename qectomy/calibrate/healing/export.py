@@ -84,7 +84,8 @@ def export(
         healing = _record(
             settings, outcome, packed, curve, scores, held, outcome.generated, device, time.perf_counter() - begun
         )
-        report = _report(student, original, settings, healing, held, scores, reload) | {"tensors_sha256": digests}
+        report = _report(student, original, settings, healing, held, scores, reload)
+        report |= {"tensors_sha256": digests, "fitted_spans": packed.spans.get("fitted_spans")}
         name = report["source"].get("name")  # the hub's, where the fit knew it
         write_report(work, report, replace(original, name=name) if isinstance(name, str) else original)
         RunFolder(out).will_publish(work)

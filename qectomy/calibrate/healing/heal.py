@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from qectomy.calibrate.convert import check_device
+from qectomy.calibrate.documents import own_hash
 from qectomy.calibrate.healing.budget import Budget, budget_of, spending
 from qectomy.calibrate.healing.data import prepare
 from qectomy.calibrate.healing.export import Outcome, export, teacher_perplexity
@@ -43,7 +44,7 @@ from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.processes import Processes
 from qectomy.errors import CheckpointError, TextError
 from qectomy.eval.protocol import ScoringWindows
-from qectomy.surgery.checkpoint import Checkpoint, sha256
+from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.locked_folder import GoOn, read_record
 from qectomy.surgery.output import check_absent, check_room, interruptible
 
@@ -180,11 +181,13 @@ def fingerprint(student: Checkpoint, original: Checkpoint, settings: HealSetting
     # Neither do these change what is computed, and they are the knobs to turn when memory runs out.
     for name in ("command", "device", "report_to", "micro_batch", "activation_checkpointing"):
         told.pop(name)
+    if settings.field is None:
+        told.pop("field")
     texts = [*settings.texts, *([settings.eval_text] if settings.eval_text else [])]
     return {
         **told,
         "texts": list(settings.texts),
-        "text hashes": {name: sha256(Path(name)) for name in texts if Path(name).is_file()},
+        "text hashes": {name: own for name in texts if (own := own_hash(name))},
         "reduced checkpoint": student.hashes(),
         "original checkpoint": original.hashes(),
     }

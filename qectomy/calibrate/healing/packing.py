@@ -9,7 +9,6 @@ trained on last, where the rest is short. Nothing else but a piece of the text i
 when it is asked for.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -22,9 +21,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from qectomy.calibrate.documents import documents, grouped, is_plain
+from qectomy.calibrate.documents import Documents, Reading, grouped
 from qectomy.calibrate.layer_pass import Progress
-from qectomy.calibrate.text import JOIN, adds_bos, token_ids
+from qectomy.calibrate.spans import FittedSpans
+from qectomy.calibrate.text import adds_bos, text_of, token_ids
 from qectomy.errors import CheckpointError, QectomyError, TextError, note
 from qectomy.surgery.checkpoint import sha256
 from qectomy.surgery.locked_folder import read_record, write_record
@@ -85,6 +85,7 @@ class Packed:
     train: Path
     validation: Path
     report: list[dict[str, Any]]
+    spans: dict[str, Any]  # what a report keeps of the content of all that was fitted and trained on; or nothing
 
     @staticmethod
     def kept(folder: Path) -> "Packed | None":
@@ -92,10 +93,10 @@ class Packed:
         if not (folder / RECORD).is_file():
             return None
         record = read_record(folder / RECORD)
-        texts, digests = record.get("texts"), record.get("files")
-        if not isinstance(texts, list) or not isinstance(digests, dict):
+        texts, digests, spans = record.get("texts"), record.get("files"), record.get("spans", {})
+        if not (isinstance(texts, list) and isinstance(digests, dict) and isinstance(spans, dict)):
             raise QectomyError(f"{folder / RECORD} is not what a run writes; remove the folder to start anew")
-        found = Packed(folder / "train.bin", folder / "validation.bin", texts)
+        found = Packed(folder / "train.bin", folder / "validation.bin", texts, spans)
         if damaged := [name for name, digest in found.digests().items() if digest != digests.get(name)]:
             note(f"{' and '.join(damaged)} in {folder} was damaged on the disk: the texts are packed again")
             return None
@@ -116,30 +117,32 @@ def pack(
     validation_tokens: int,
     vocab_size: int,
     reserved: dict[str, Reserved] | None = None,
+    reading: Reading | None = None,
+    spans: FittedSpans | None = None,
     progress: Progress | None = None,
 ) -> Packed:
     """Write train.bin and validation.bin to `folder`: at most `tokens` and `validation_tokens`, evenly from the texts.
 
-    Where a text is short, an eighth of it at most is for validation. `reserved`: by a text's name. Raises TextError for
-    a text that is too short to train on, CheckpointError for ids beyond the embedding, QectomyError where the folder
-    tells of an earlier packing that came to something else.
+    Where a text is short, an eighth of it at most is for validation. `reserved`: by a text's name. `spans` is given
+    what is trained on. Raises TextError for a text that is too short to train on, CheckpointError for ids beyond the
+    embedding, QectomyError where the folder tells of an earlier packing that came to something else.
     """
     report: list[dict[str, Any]] = []
     with ExitStack() as stack:
         parts = {part: stack.enter_context((folder / f"{part}.bin").open("wb")) for part in ("train", "validation")}
         for number, name in enumerate(names):
-            stream = _WindowStream(tokenizer, name, vocab_size, context)
+            stream = _WindowStream(tokenizer, Documents(name, reading), vocab_size, context)
             aside = stream.set_aside((reserved or {}).get(name, Reserved()))
             share = -(-tokens * (number + 1) // len(names)) - (-(-tokens * number // len(names)))
             wanted = max(1, share // context), max(1, validation_tokens // len(names) // context)
-            report.append(_pack_one(stream, aside, *wanted, parts["train"], parts["validation"]))
+            report.append(_pack_one(stream, aside, *wanted, parts["train"], parts["validation"], spans))
             if progress:
                 progress(number + 1, len(names), f"{report[-1]['tokens']:,} tokens of {name}")
         for file in parts.values():
             file.flush()
             os.fsync(file.fileno())
-    packed = Packed(folder / "train.bin", folder / "validation.bin", report)
-    record = {"texts": report, "files": packed.digests()}
+    packed = Packed(folder / "train.bin", folder / "validation.bin", report, spans.record() if spans else {})
+    record = {"texts": report, "files": packed.digests(), "spans": packed.spans}
     if (folder / RECORD).is_file() and read_record(folder / RECORD) != json.loads(json.dumps(record)):
         raise QectomyError(
             f"{', '.join(names)}: packed again, this is not the text that the run in {folder} began with, as a dataset "
@@ -150,9 +153,22 @@ def pack(
 
 
 def _pack_one(
-    stream: "_WindowStream", aside: np.ndarray, wanted: int, held: int, train: BinaryIO, validation: BinaryIO
+    stream: "_WindowStream",
+    aside: np.ndarray,
+    wanted: int,
+    held: int,
+    train: BinaryIO,
+    validation: BinaryIO,
+    spans: FittedSpans | None,
 ) -> dict[str, Any]:
     """Write a text's windows, those `aside` last; return what the report says of the text."""
+
+    def write(windows: np.ndarray) -> int:
+        train.write(windows.tobytes())
+        if spans is not None and len(windows):
+            spans.add(stream.text(windows))
+        return len(windows)
+
     first = stream.take(8 * held)
     if len(first) < 2:  # the fit had it all
         first, aside = np.concatenate([aside, first])[::-1], aside[:0]  # its end for validation
@@ -162,19 +178,17 @@ def _pack_one(
     validation.write(first[:held].tobytes())
     block, written = first[held:], 0
     while len(block) and written < wanted:
-        train.write(block[: wanted - written].tobytes())
-        written += len(block[: wanted - written])
+        written += write(block[: wanted - written])
         block = stream.take(min(BLOCK, wanted - written))
-    train.write(aside[: wanted - written].tobytes())
-    written += len(aside[: wanted - written])
+    written += write(aside[: wanted - written])
     return stream.report() | {"validation_tokens": held * stream.context, "tokens": written * stream.context}
 
 
-def text_from(tokenizer: Any, name: str, start: int, tokens: int) -> str:
+def text_from(tokenizer: Any, documents: Documents, start: int, tokens: int) -> str:
     """Return a text from its token `start` on: `tokens` tokens and some more, or all that there is."""
     held: list[str] = []
     length, due = 0, 2 * (start + tokens)
-    for piece in _pieces(name):
+    for piece in _pieces(documents):
         held.append(piece)
         length += len(piece)
         if length > due:  # not at every piece: all that was read is tokenized
@@ -193,23 +207,21 @@ def _offsets(tokenizer: Any, text: str) -> list[tuple[int, int]]:
     return token_ids(tokenizer, text, **options)["offset_mapping"]
 
 
-def _pieces(name: str) -> Iterator[str]:
+def _pieces(documents: Documents) -> Iterator[str]:
     """Yield a text in pieces to be joined by nothing."""
-    join = "" if is_plain(name) else JOIN
-    for number, document in enumerate(documents(name)):
-        yield (join if number else "") + document
+    for number, document in enumerate(documents):
+        yield (documents.join if number else "") + document
 
 
 class _WindowStream:
     """The windows of a text, taken from the front."""
 
-    def __init__(self, tokenizer: Any, name: str, vocab_size: int, context: int):
-        self._tokenizer, self._name, self._vocab_size, self.context = tokenizer, name, vocab_size, context
+    def __init__(self, tokenizer: Any, documents: Documents, vocab_size: int, context: int):
+        self._tokenizer, self._documents, self._vocab_size, self.context = tokenizer, documents, vocab_size, context
         self._bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
         self._width = context - (self._bos is not None)
-        self._pieces = grouped(self._hashed(_pieces(name)), CHARACTERS)  # not a call of the tokenizer for each
+        self._pieces = grouped(_pieces(documents), CHARACTERS)  # not a call of the tokenizer for each
         self._left = np.empty(0, ITEM)
-        self._digest = hashlib.sha256()
         self._taken, self._measured = 0, (0, 0)
 
     def set_aside(self, reserved: Reserved) -> np.ndarray:
@@ -222,6 +234,10 @@ class _WindowStream:
         """Return the next windows (n, context), fewer where the text ends."""
         return self._cut(self._tokens(windows * self._width))
 
+    def text(self, windows: np.ndarray) -> str:
+        """Return the text of windows (n, context) that follow each other."""
+        return text_of(self._tokenizer, windows[:, self.context - self._width :].flatten().tolist())
+
     def _cut(self, ids: np.ndarray) -> np.ndarray:
         cut = ids[: len(ids) // self._width * self._width].reshape(-1, self._width)
         if self._bos is not None:
@@ -230,10 +246,11 @@ class _WindowStream:
 
     def report(self) -> dict[str, Any]:
         """Return name, hash (of a file's bytes, of what was read of a dataset), and the tokens that are measured on."""
-        is_file = os.path.exists(self._name)
+        read = self._documents
         return {
-            "text": Path(self._name).name if is_file else self._name,
-            "sha256": sha256(Path(self._name)) if is_file else self._digest.hexdigest(),
+            "text": Path(read.name).name if read.is_file else read.name,
+            "sha256": read.sha256,
+            "read_as": read.read_as,
             "left_out": list(self._measured),
         }
 
@@ -241,8 +258,8 @@ class _WindowStream:
         kept = self._measured[1] - self._measured[0]
         apart = f"; less {kept}, which are kept for evaluation, that is" if kept else ","
         return (
-            f"{self._name} has {self._taken} tokens{apart} fewer than the two windows of {self._width} that training "
-            "and validation need; give more text"
+            f"{self._documents.name} has {self._taken} tokens{apart} fewer than the two windows of {self._width} that "
+            "training and validation need; give more text"
             + (", an --eval-text, fewer --eval-tokens" if kept else "")
             + " or a smaller --context"
         )
@@ -264,8 +281,3 @@ class _WindowStream:
         self._left = joined[count:]
         self._taken += len(joined[:count])
         return joined[:count]
-
-    def _hashed(self, pieces: Iterator[str]) -> Iterator[str]:
-        for piece in pieces:
-            self._digest.update(piece.encode())
-            yield piece

@@ -22,6 +22,7 @@ class HealSettings:
     """
 
     texts: tuple[str, ...] = ()
+    field: str | None = None  # of records, the one with the text
     self_generated: bool = False
     generated_tokens: int = GENERATED  # at most, that the original writes
     tokens: int | None = None  # to train on; the text is read again when it is shorter

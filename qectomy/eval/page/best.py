@@ -3,6 +3,7 @@
 from typing import Any
 
 from qectomy.eval.page.reading import Folder
+from qectomy.eval.text_words import text_doubt
 
 OWN, SAVED = "qectomy.json", "evaluation.json"
 NOT_ITS_ORIGINAL = (
@@ -39,19 +40,12 @@ def saved_measurement(folder: Folder) -> dict[str, Any] | None:
         if "perplexity_95" in row
     }
     values = {"before": rows[0]["perplexity"], "after": mine["perplexity"]}
-    return {**values, **paired, **bounds, "protocol": mine.get("protocol", {}), "file": SAVED}
-
-
-def seen_before(report: dict[str, Any], protocol: dict[str, Any]) -> bool | None:
-    """Whether the measured text was fitted or trained on, or a part of it; None where the report does not say."""
-    if protocol.get("fitted_on"):
-        return True
-    texts = [*report.get("calibration", {}).get("texts", []), *report.get("healing", {}).get("texts", [])]
-    hashes = {text["sha256"] for text in texts if "sha256" in text}
-    return protocol["text_sha256"] in hashes if hashes and "text_sha256" in protocol else None
+    protocol = mine.get("protocol", {}) | {name: mine[name] for name in ("overlap",) if name in mine}
+    return {**values, **paired, **bounds, "protocol": protocol, "file": SAVED}
 
 
 def _worth(report: dict[str, Any], perplexity: dict[str, Any]) -> tuple[Any, ...]:
     protocol, interval = perplexity.get("protocol", {}), perplexity.get("ratio_95")
     width = interval[1] - interval[0] if interval else 0.0
-    return not seen_before(report, protocol), bool(interval), protocol.get("scored_tokens", 0), -width
+    doubt = text_doubt(report, protocol)
+    return doubt is None or doubt[0] is not False, bool(interval), protocol.get("scored_tokens", 0), -width

@@ -10,6 +10,7 @@ from qectomy.eval.page.blocks import Block, Chart, Facts, Prose, Section, Table
 from qectomy.eval.page.charts import layer_chart, perplexity_chart, position_chart
 from qectomy.eval.page.reading import Folder
 from qectomy.eval.page.verdict import heldout_ratio
+from qectomy.eval.text_words import read_as_words, text_doubt
 from qectomy.surgery.query_maps import ranges
 
 CONDITIONS = ("W_Q_condition", "basis_condition", "pivot_condition")
@@ -101,6 +102,7 @@ def protocol_words(protocol: dict[str, Any]) -> str:
     words += f"{protocol['scored_tokens']:,} scored tokens of " if "scored_tokens" in protocol else ""
     words += protocol.get("text", "a text")
     words += f" (sha256 {protocol['text_sha256'][:16]})" if "text_sha256" in protocol else ""
+    words += f", {read_as}" if (read_as := read_as_words(protocol)) else ""
     if "in_words" in protocol:
         words += f"; {protocol['in_words']}"
     elif "context" in protocol:
@@ -110,6 +112,8 @@ def protocol_words(protocol: dict[str, Any]) -> str:
         words += f", {apart}"
     for name, say in (("bos", "BOS token: {}"), ("dtype", "computed in {}"), ("tail", "{}")):
         words += f"; {say.format(protocol[name])}" if name in protocol else ""
+    told = text_doubt({}, protocol) if "overlap" in protocol else None
+    words += f"; {told[1]}" if told else ""
     return words + ". Perplexity on other text differs."
 
 
@@ -133,7 +137,9 @@ def _evaluation(results: list[dict[str, Any]], known: dict[str, Any]) -> list[Bl
     table = Table(caption="Measured again by qectomy eval", columns=columns, rows=rows)
     protocol = results[0].get("protocol", {})
     same = protocol and all(protocol.get(name) == known.get(name) for name in SAME_MEASURE)
-    return [table, Prose(text="By the protocol above." if same else protocol_words(protocol))]
+    told = [(row["checkpoint"], text_doubt({}, row)) for row in results if "overlap" in row]
+    doubts = [Prose(text=f"{name}: {doubt[1]}.") for name, doubt in told if doubt]
+    return [table, Prose(text="By the protocol above." if same else protocol_words(protocol)), *doubts]
 
 
 def position_section(folder: Folder, key: str) -> Section | None:

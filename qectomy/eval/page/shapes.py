@@ -20,10 +20,13 @@ from qectomy.eval.page.checked import (
 )
 
 VERSIONS = mapping(string)
+OVERLAP = record({"share": share, "spans": count, "words": count, "complete": flag})
+READ_AS = record({"kind": string, "records": count, "field": string, "chat_template_sha256": string})
 PROTOCOL = record(
     {
         "text": string,
         "text_sha256": string,
+        "text_read_as": READ_AS,
         "tokenizer": string,
         "context": count,
         "stride": count,
@@ -38,6 +41,7 @@ PROTOCOL = record(
         "only_first_tokens": count,
         "first_token": count,
         "fitted_on": flag,
+        "overlap": OVERLAP,
         "dtype": string,
     }
 )
@@ -218,6 +222,7 @@ EVALUATION = record(
                     "per_position": _positions("nll"),
                     "tokens_per_second": amount,
                     "protocol": PROTOCOL,
+                    "overlap": OVERLAP,
                     "kl": number,
                     "top1_agreement": share,
                     "paired": record(

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qectomy.eval.page import numbers
-from qectomy.eval.page.best import NOT_ITS_ORIGINAL, SAVED, best_report, saved_measurement, seen_before
+from qectomy.eval.page.best import NOT_ITS_ORIGINAL, SAVED, best_report, saved_measurement
 from qectomy.eval.page.reading import Folder
+from qectomy.eval.text_words import text_doubt
 
 CLOSE, USABLE = 1.05, 1.5  # of the perplexity ratio
 FEW_TOKENS = 10_000  # scored: below this the interval says more than the number
@@ -157,15 +158,8 @@ def _text_check(report: dict[str, Any], protocol: dict[str, Any]) -> list[Check]
     """Whether the measured text is another than those fitted and trained on."""
     if "text_sha256" not in protocol:
         return []
-    if protocol.get("fitted_on"):
-        return [Check(holds=False, text="The measured text was fitted on, which flatters the result.")]
-    seen = seen_before(report, protocol)
-    if seen is None:
-        return [Check(holds=None, text="The report does not say which texts were fitted on.")]
-    if seen:
-        text = "The measured tokens are another part of a text that was fitted on: other text will cost more."
-        return [Check(holds=False, text=text)]
-    return [Check(holds=True, text="The measured text is none of those fitted or trained on.")]
+    doubt = text_doubt(report, protocol)
+    return [] if doubt is None else [Check(holds=doubt[0], text=f"{doubt[1][0].upper()}{doubt[1][1:]}.")]
 
 
 def heldout_ratio(layer: dict[str, Any]) -> float | None:

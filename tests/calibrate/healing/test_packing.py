@@ -10,12 +10,13 @@ import torch
 from tiny_models import RAVEN, VOCAB_SIZE, bos_tokenizer, tiny_tokenizer
 
 from qectomy.calibrate import documents as documents_module
-from qectomy.calibrate.documents import documents
+from qectomy.calibrate.documents import JOIN, Documents
 from qectomy.calibrate.healing import packing
 from qectomy.calibrate.healing.packing import Packed, PackedWindows, Reserved, Shuffled, pack, text_from
-from qectomy.calibrate.text import JOIN
+from qectomy.calibrate.spans import FittedSpans, Sketch
 from qectomy.errors import CheckpointError, QectomyError, TextError
 from qectomy.surgery.checkpoint import sha256
+from qectomy.surgery.locked_folder import write_record
 
 C = 16
 LINES = "".join(f"{number} {word}\n" for number, word in enumerate(RAVEN.split() * 8))  # no blank line
@@ -73,6 +74,7 @@ def test_windows_are_those_of_the_whole_text(write, packed, skip):
         {
             "text": "text.txt",
             "sha256": sha256(Path(path)),
+            "read_as": {"kind": "plain text"},
             "left_out": [0, skip],
             "validation_tokens": 3 * C,
             "tokens": len(train) * C,
@@ -351,12 +353,12 @@ def test_the_order_does_not_hang_on_the_way_it_is_asked_for():
 def test_the_head_has_the_tokens_that_were_asked_for(write, monkeypatch):
     monkeypatch.setattr(documents_module, "PIECE", 50)
     path = write(LINES)
-    head = text_from(tiny_tokenizer(), path, 0, 100)
+    head = text_from(tiny_tokenizer(), Documents(path), 0, 100)
     assert LINES.startswith(head)
     assert len(head) < len(LINES) // 2
     assert ids_of(head)[:100] == ids_of(LINES)[:100]
     assert len(ids_of(head)) >= 100
-    assert text_from(tiny_tokenizer(), path, 0, 10**6) == LINES
+    assert text_from(tiny_tokenizer(), Documents(path), 0, 10**6) == LINES
 
 
 def test_the_head_of_many_documents_is_tokenized_a_few_times(write):
@@ -367,7 +369,7 @@ def test_the_head_of_many_documents_is_tokenized_a_few_times(write):
         calls.append(len(text))
         return {"offset_mapping": [(i, i + 5) for i in range(0, len(text) - 4, 5)]}
 
-    head = text_from(tokenizer, path, 0, 10_000)
+    head = text_from(tokenizer, Documents(path), 0, 10_000)
     assert 5 * 10_000 < len(head) < 2 * 5 * 10_000
     assert len(calls) < 10
 
@@ -375,15 +377,37 @@ def test_the_head_of_many_documents_is_tokenized_a_few_times(write):
 def test_the_head_of_documents(write):
     texts = LINES.split("\n")
     path = write(texts, "a.jsonl")
-    head = text_from(tiny_tokenizer(), path, 0, 40)
-    assert JOIN.join(documents(path)).startswith(head)
+    head = text_from(tiny_tokenizer(), Documents(path), 0, 40)
+    assert JOIN.join(Documents(path)).startswith(head)
     assert len(head) < 1000
     assert len(ids_of(head)) >= 40
 
 
 def test_a_text_from_the_middle(write):
     path = write(LINES)
-    found = text_from(tiny_tokenizer(), path, 50, 30)
+    found = text_from(tiny_tokenizer(), Documents(path), 50, 30)
     assert LINES.endswith(found) or found in LINES
     assert ids_of(found)[:30] == ids_of(LINES)[50:80]
-    assert text_from(tiny_tokenizer(), path, 10**6, 30) == ""
+    assert text_from(tiny_tokenizer(), Documents(path), 10**6, 30) == ""
+
+
+def test_what_is_trained_on_is_compared_with_the_measured_text(write, tmp_path):
+    """The validation windows, which only choose the best step, are not trained on; a run that goes on knows it all."""
+    dice = np.random.default_rng(0)
+    words = ["".join(dice.choice(list("abcdefghij"), 3)) for _ in range(1200)]
+    path, options = (
+        write(" ".join(words)),
+        dict(context=C, tokens=10**9, validation_tokens=3 * C, vocab_size=VOCAB_SIZE),
+    )
+    measured = {"trained on": words[-300:], "validated on": words[:20], "other": words[::-1]}
+    shares = {}
+    for name, part in measured.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        found = pack(tiny_tokenizer(), [path], folder, **options, spans=FittedSpans(" ".join(part), Sketch()))
+        assert Packed.kept(folder).spans == found.spans
+        shares[name] = found.spans["overlap"]["share"]
+    assert shares["trained on"] > 0.9
+    assert shares["validated on"] == shares["other"] == 0
+    write_record(folder / "data.json", {"texts": [], "files": found.digests()})  # as before spans were looked for
+    assert Packed.kept(folder).spans == {}

@@ -1,0 +1,134 @@
+"""How much of a text stands in another: counted against sets of word tuples, and kept in a sketch of bounded size."""
+
+import json
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qectomy.calibrate.spans import KEPT, WORDS, FittedSpans, Sketch, overlap, sketch_in, span_hashes
+from qectomy.eval.text_words import text_doubt
+
+DICE = random.Random(0)
+VOCABULARY = [f"word{i}" for i in range(500)]
+LONG = [" ".join(DICE.choices(VOCABULARY, k=12)) for _ in range(5000)]  # 60,000 words in lines
+OTHER = "\n".join(" ".join(DICE.choices(VOCABULARY, k=12)) for _ in range(500))
+
+
+def sketch(*texts):
+    found = FittedSpans("", Sketch())
+    for text in texts:
+        found.add(text)
+    return Sketch.of_record(json.loads(json.dumps(found.record()["fitted_spans"])))
+
+
+def share(measured, *texts):
+    return overlap(measured, sketch(*texts))["share"]
+
+
+@given(words=st.lists(st.sampled_from("ab"), max_size=80), others=st.lists(st.sampled_from("ab"), max_size=80))
+def test_the_share_is_that_of_equal_tuples_of_words(words, others):
+    tuples = [[tuple(text[i : i + WORDS]) for i in range(len(text) - WORDS + 1)] for text in (words, others)]
+    hashes = span_hashes(" ".join(words))
+    assert len(hashes) == len(tuples[0])
+    assert len(np.unique(hashes)) == len(set(tuples[0]))
+    wanted = np.mean([entry in set(tuples[1]) for entry in tuples[0]]) if tuples[0] else None
+    assert share(" ".join(words), " ".join(others)) == wanted
+
+
+def test_spaces_line_ends_and_offsets_do_not_matter():
+    text = "\n".join(LONG)
+    for measured in ("\r\n".join(LONG[200:900]), "  \t".join(LONG[200:900]), "more before " + " ".join(LONG[200:900])):
+        assert share(measured, text) > 0.99
+    paragraphs = ["\n".join(LONG[at : at + 20]) for at in range(200, 900, 20)]
+    random.Random(1).shuffle(paragraphs)
+    assert 0.85 < share("\n".join(paragraphs), text) < 0.97  # but for the spans across two of them
+    assert share(OTHER, text) == 0
+    assert 0.4 < share(OTHER + "\n" + "\n".join(LONG[:500]), text) < 0.6
+
+
+def test_languages_without_spaces():
+    text = "".join(DICE.choices("日月火水木金土山川田人口目耳手足力出入立休先夕本文字学校村町森正生青赤", k=3000))
+    assert len(span_hashes(text)) == 3000 - WORDS + 1
+    assert share(text[500:900], text) == 1
+
+
+def test_a_sketch_is_bounded_and_says_what_it_compared():
+    found = sketch("\n".join(LONG))
+    assert len(found.hashes) == KEPT
+    record = found.record()
+    assert len(json.dumps(record)) < 60_000
+    told = overlap("\n".join(LONG[:2500]), found)
+    assert told["share"] == 1
+    every = len(span_hashes("\n".join(LONG[:2500])))
+    assert told["spans"] == pytest.approx(every * KEPT / len(span_hashes("\n".join(LONG))), rel=0.1)
+    assert overlap(OTHER, found)["share"] == 0
+
+
+def test_sketches_join_to_that_of_both_texts():
+    halves = "\n".join(LONG[:2500]), "\n".join(LONG[2500:])
+    one, other = sketch(halves[0]), sketch(halves[1])
+    joined, both = one.joined(other.hashes, other.below), sketch(*halves)
+    assert np.array_equal(joined.hashes, both.hashes)
+    assert joined.below == both.below
+    assert joined.complete
+    assert not one.joined(other.hashes, complete=False).complete
+
+
+def test_what_is_fitted_now_is_compared_whole_and_with_what_was_fitted_before():
+    earlier = sketch("\n".join(LONG))
+    found = FittedSpans(OTHER, earlier)
+    assert found.record()["overlap"]["share"] == 0
+    found.add(OTHER)
+    assert found.record()["overlap"]["share"] == 1
+    assert overlap(OTHER, Sketch.of_record(found.record()["fitted_spans"]))["share"] == 1
+    unknown = FittedSpans(OTHER, None)
+    unknown.add("\n".join(LONG))
+    assert unknown.record()["overlap"] == {"share": 0, "spans": len(span_hashes(OTHER)), "words": 20, "complete": False}
+    assert not unknown.record()["fitted_spans"]["complete"]
+
+
+def test_a_report_without_a_sketch_tells_nothing():
+    assert sketch_in({}) is None
+    assert sketch_in({"method": "exact"}).complete
+    for damaged in (None, [], {"words": 20}, {**Sketch().record(), "hashes": "x"}, {**Sketch().record(), "below": -1}):
+        assert sketch_in({"fitted_spans": damaged}) is None
+    assert sketch_in({"fitted_spans": {**sketch(OTHER).record(), "hashes": "AAAA"}}) is None
+    assert overlap(OTHER, None) == {"share": None, "spans": 0, "words": 20, "complete": False}
+
+
+@pytest.mark.parametrize(
+    "found, fitted_on, digest, holds, words",
+    [
+        ({"share": 0.0, "spans": 500}, False, "b", True, "none of those fitted or trained on: 0.0% of 500 spans of 20"),
+        ({"share": 0.009, "spans": 100}, False, "b", True, "none of those"),
+        ({"share": 0.01, "spans": 100}, False, "b", False, "1% of the measured text stands in text that was fitted or"),
+        ({"share": 0.996, "spans": 40, "complete": False}, False, "b", False, "100% of the measured text stands in"),
+        ({"share": 0.0, "spans": 99}, False, "b", None, "is not known: only 99 spans of 20 words could be compared"),
+        ({"share": None, "spans": 0}, False, "b", None, "is not known: only 0 spans"),
+        ({"share": 0.0, "spans": 500, "complete": False}, False, "b", None, "is not recorded by its content"),
+        ({}, False, "b", None, "is not recorded by its content"),
+        ({"share": 0.0, "spans": 500}, False, "a", False, "another part of a text that was fitted on"),
+        ({"share": 0.0, "spans": 500}, True, "b", False, "was fitted on, which flatters"),
+    ],
+)
+def test_the_words_go_by_the_share_and_by_what_was_compared(found, fitted_on, digest, holds, words):
+    told = {"complete": True, "words": 20, **found} if found else {}
+    report = {"calibration": {"texts": [{"sha256": "a"}]}}
+    doubt = text_doubt(report, {"text_sha256": digest, "fitted_on": fitted_on, **({"overlap": told} if told else {})})
+    assert doubt[0] is holds
+    assert words in doubt[1]
+    assert text_doubt({}, {})[0] is None
+
+
+def test_hashes_have_no_pattern():
+    """The smallest are a fair sample: hashes of neighbours are spread evenly."""
+    hashes = span_hashes(" ".join(LONG)) / 2.0**48
+    assert abs(hashes.mean() - 0.5) < 0.01
+    assert abs(np.corrcoef(hashes[:-1], hashes[1:])[0, 1]) < 0.02
+    assert all(
+        abs(np.mean((hashes >= low) & (hashes < high)) - 0.1) < 0.01 for low, high in pairwise(np.arange(11) / 10)
+    )
