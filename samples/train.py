@@ -36,8 +36,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from qectomy.surgery.modeling_qectomy_gpt2 import QectomyGPT2Config, QectomyGPT2ForCausalLM
-from qectomy.surgery.modeling_qectomy_llama import QectomyLlamaConfig, QectomyLlamaForCausalLM
+from qectomy.modeling.modeling_qectomy_gpt2 import QectomyGPT2Config, QectomyGPT2ForCausalLM
+from qectomy.modeling.modeling_qectomy_llama import QectomyLlamaConfig, QectomyLlamaForCausalLM
 
 FOLDER = Path(__file__).parent
 VOCAB_SIZE = 4096

@@ -17,10 +17,10 @@ from qectomy.calibrate.projections import Projections, Start
 from qectomy.calibrate.refine import FitData
 from qectomy.calibrate.rope_pairs import Rope
 from qectomy.calibrate.starts import make_start
-from qectomy.surgery import modeling_qectomy_gpt2, modeling_qectomy_llama
+from qectomy.modeling import modeling_qectomy_gpt2, modeling_qectomy_llama
+from qectomy.modeling.modeling_qectomy_gpt2 import QectomyGPT2Config
+from qectomy.modeling.modeling_qectomy_llama import QectomyLlamaConfig
 from qectomy.surgery.family import Dimensions
-from qectomy.surgery.modeling_qectomy_gpt2 import QectomyGPT2Config
-from qectomy.surgery.modeling_qectomy_llama import QectomyLlamaConfig
 from qectomy.surgery.query_maps import QueryMapSpec, parse_query_map
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qectomy.surgery import modeling_qectomy_gpt2, modeling_qectomy_llama
+from qectomy.modeling import modeling_qectomy_gpt2, modeling_qectomy_llama
 from qectomy.surgery.architectures import FAMILIES
 from qectomy.surgery.family import Family
 

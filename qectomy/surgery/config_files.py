@@ -215,7 +215,7 @@ def copy_model_code(family: Family, folder: Path) -> None:
 
 def model_code(family: Family) -> Path:
     """Return the stand-alone model file of a family, which transformers runs."""
-    return Path(__file__).parent / f"{family.modeling}.py"
+    return Path(__file__).parents[1] / "modeling" / f"{family.modeling}.py"
 
 
 def model_files(family: Family) -> tuple[Path, ...]:

@@ -260,7 +260,7 @@ class Family:
         return importlib.import_module(f"transformers.models.{self.model_type}.modeling_{self.model_type}")
 
     def _reduced_module(self) -> Any:
-        return importlib.import_module(f"qectomy.surgery.{self.modeling}")
+        return importlib.import_module(f"qectomy.modeling.{self.modeling}")
 
     def _class(self, kind: str, reduced: bool) -> Any:
         if reduced:

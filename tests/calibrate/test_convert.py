@@ -18,9 +18,9 @@ from qectomy.calibrate.text import read_source
 from qectomy.errors import CheckpointError
 from qectomy.eval.evaluate import evaluate
 from qectomy.eval.protocol import Protocol
+from qectomy.modeling.modeling_qectomy_gpt2 import QectomyGPT2Model
+from qectomy.modeling.modeling_qectomy_llama import QectomyLlamaModel, QectomyMistralModel
 from qectomy.surgery.checkpoint import open_checkpoint, sha256
-from qectomy.surgery.modeling_qectomy_gpt2 import QectomyGPT2Model
-from qectomy.surgery.modeling_qectomy_llama import QectomyLlamaModel, QectomyMistralModel
 from qectomy.surgery.plan import scratch_bytes
 from qectomy.surgery.query_maps import parse_recipe
 

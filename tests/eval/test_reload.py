@@ -15,7 +15,7 @@ from qectomy.calibrate.settings import ConvertSettings
 from qectomy.errors import CheckpointError, Stopped
 from qectomy.eval import reload
 from qectomy.eval.streamed import StreamedModel
-from qectomy.surgery import modeling_qectomy_gpt2, modeling_qectomy_llama
+from qectomy.modeling import modeling_qectomy_gpt2, modeling_qectomy_llama
 from qectomy.surgery.checkpoint import open_checkpoint
 
 MODELING = {"llama": modeling_qectomy_llama, "mistral": modeling_qectomy_llama, "gpt2": modeling_qectomy_gpt2}

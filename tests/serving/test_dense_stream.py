@@ -8,8 +8,8 @@ from foldings import in_float64
 from tiny_models import tokens, variant_model
 from variant_reference import ungauge
 
+from qectomy.modeling.modeling_qectomy_llama import index_digest
 from qectomy.serving.dense_stream import dense_config, dense_tensors, own_tensors
-from qectomy.surgery.modeling_qectomy_llama import index_digest
 
 GAUGES = {  # family, query maps, value maps, what else differs
     "llama": ("llama", ["dense", "key-shared", "select"], ["gauge", "gauge", "dense"], {}),

@@ -8,7 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qectomy
-from qectomy.surgery.modeling_qectomy_llama import (
+from qectomy.modeling.modeling_qectomy_llama import (
     QUERY_MODULES,
     QectomyLlamaConfig,
     QectomyLlamaForCausalLM,

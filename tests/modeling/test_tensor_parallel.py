@@ -15,7 +15,7 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from qectomy.surgery.modeling_qectomy_llama import local_heads
+from qectomy.modeling.modeling_qectomy_llama import local_heads
 
 SCRIPT = """
 import json, sys

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import EVERY_MAP, load_reduced, tiny_model, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from qectomy.surgery.modeling_qectomy_gpt2 import QectomyGPT2Config, QectomyGPT2ForCausalLM
+from qectomy.modeling.modeling_qectomy_gpt2 import QectomyGPT2Config, QectomyGPT2ForCausalLM
 
 
 def relative(a, b):
@@ -33,7 +33,7 @@ def test_save_and_reload(tiny_reduced, tmp_path, name):
     folder, ids = tiny_reduced(EVERY_MAP, name), tokens(2, 60)
     first, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(first).__module__ == "qectomy.surgery.modeling_qectomy_gpt2"
+    assert type(first).__module__ == "qectomy.modeling.modeling_qectomy_gpt2"
     tied = name != "gpt2-untied"
     assert (first.lm_head.weight.data_ptr() == first.transformer.wte.weight.data_ptr()) == tied
     first.save_pretrained(tmp_path / "again")

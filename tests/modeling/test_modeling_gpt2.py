@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qectomy.surgery.modeling_qectomy_gpt2 import (
+from qectomy.modeling.modeling_qectomy_gpt2 import (
     QUERY_MODULES,
     QectomyGPT2Config,
     QectomyGPT2ForCausalLM,

@@ -7,7 +7,7 @@ from tiny_models import EVERY_MAP, load_reduced, save_tiny, tiny_model, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import qectomy
-from qectomy.surgery.modeling_qectomy_llama import (
+from qectomy.modeling.modeling_qectomy_llama import (
     QectomyLlamaConfig,
     QectomyLlamaForCausalLM,
     QectomyMistralConfig,
@@ -37,7 +37,7 @@ def test_save_and_reload(tiny_reduced, tmp_path, name):
     folder, ids = tiny_reduced(EVERY_MAP, name), tokens(2, 60)
     first, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(first).__module__ == "qectomy.surgery.modeling_qectomy_llama"
+    assert type(first).__module__ == "qectomy.modeling.modeling_qectomy_llama"
     first.save_pretrained(tmp_path / "again")
     second = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     with torch.no_grad():
