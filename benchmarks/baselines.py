@@ -30,10 +30,10 @@ from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.scoring import score_model
 from qectomy.eval.summary import summarize
+from qectomy.models.family import Family
+from qectomy.models.query_maps import parse_recipe
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
-from qectomy.surgery.family import Family
 from qectomy.surgery.plan import totals
-from qectomy.surgery.query_maps import parse_recipe
 
 WINDOWS_A_BATCH = 4
 

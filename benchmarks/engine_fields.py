@@ -23,10 +23,10 @@ from setting import print_table
 
 from qectomy.calibrate.text import load_tokenizer
 from qectomy.eval.loading import load_model
+from qectomy.models.query_maps import QueryMapSpec
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.config_files import copy_model_code, reduced_config, write_config
 from qectomy.surgery.materialize import materialize
-from qectomy.surgery.query_maps import QueryMapSpec
 
 FIELDS: dict[str, list[dict[str, Any]]] = {
     "samples/gpt2": [

@@ -122,8 +122,8 @@ def foretell(folder: Path, options: argparse.Namespace) -> list[list[str]]:
     from qectomy.calibrate.forecast import commands
     from qectomy.calibrate.forecast.forecast import forecast
     from qectomy.calibrate.forecast.work import plan_work
+    from qectomy.models.query_maps import parse_recipe
     from qectomy.surgery.checkpoint import open_checkpoint
-    from qectomy.surgery.query_maps import parse_recipe
 
     source = open_checkpoint(folder)
     recipe = tuple(parse_recipe(options.query, source.dims))

@@ -24,7 +24,7 @@ from setting import print_table
 
 from qectomy.errors import QectomyError
 from qectomy.eval.inference_cost import BenchSettings, compare
-from qectomy.surgery.architectures import FAMILIES
+from qectomy.models.architectures import FAMILIES
 
 LLAMA = dict(model_type="llama", rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
 SHAPES: dict[str, dict[str, Any]] = {

@@ -37,8 +37,8 @@ from qectomy.calibrate.text import load_tokenizer, read_source
 from qectomy.eval import streamed
 from qectomy.eval.protocol import Protocol, scoring_windows
 from qectomy.eval.streamed import StreamedModel, score_streamed
+from qectomy.models.query_maps import parse_recipe
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
-from qectomy.surgery.query_maps import parse_recipe
 from qectomy.surgery.read_ahead import Layers, LayersAhead, Tensors, read_layers
 
 Reader = Callable[..., Layers]

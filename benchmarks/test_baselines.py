@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qectomy.eval.protocol import ScoringWindows
-from qectomy.surgery.architectures import FAMILIES
+from qectomy.models.architectures import FAMILIES
 
 FAMILY = FAMILIES["llama"]
 D_MODEL, N_LAYERS, CONTEXT = 32, 4, 16

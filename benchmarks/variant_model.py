@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qectomy.surgery.architectures import FAMILIES
+from qectomy.models.architectures import FAMILIES
 
 PARTS = ("norms", "attention_skip", "mlp_skip")
 

@@ -29,7 +29,7 @@ def register() -> None:
     """Make transformers' Auto classes know every reduced family."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    from qectomy.surgery.architectures import FAMILIES
+    from qectomy.models.architectures import FAMILIES
 
     for family in FAMILIES.values():
         config = family.config_class(reduced=True)

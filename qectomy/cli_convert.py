@@ -98,8 +98,8 @@ def convert(
     if not dry_run:  # which notes what is missing
         check_texts([*(text or ()), eval_text], field, context or 16)
     from qectomy.calibrate.settings import ConvertSettings, default_context
+    from qectomy.models.query_maps import parse_exact, parse_recipe
     from qectomy.surgery.checkpoint import open_checkpoint
-    from qectomy.surgery.query_maps import parse_exact, parse_recipe
 
     with _together(device) as together:
         together.first_alone(lambda: check_out(out, go_on(resume, resume_only), clean))

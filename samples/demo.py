@@ -23,9 +23,9 @@ from qectomy.calibrate.settings import ConvertSettings, default_context
 from qectomy.calibrate.text import read_source
 from qectomy.errors import QectomyError
 from qectomy.eval.query_share import query_share
+from qectomy.models.query_maps import parse_exact, parse_recipe
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.output import check_absent
-from qectomy.surgery.query_maps import parse_exact, parse_recipe
 
 
 def main() -> int:

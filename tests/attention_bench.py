@@ -20,8 +20,8 @@ from qectomy.calibrate.starts import make_start
 from qectomy.modeling import modeling_qectomy_gpt2, modeling_qectomy_llama
 from qectomy.modeling.modeling_qectomy_gpt2 import QectomyGPT2Config
 from qectomy.modeling.modeling_qectomy_llama import QectomyLlamaConfig
-from qectomy.surgery.family import Dimensions
-from qectomy.surgery.query_maps import QueryMapSpec, parse_query_map
+from qectomy.models.family import Dimensions
+from qectomy.models.query_maps import QueryMapSpec, parse_query_map
 
 
 def reference_kl(teacher: Any, student: Any, allowed: torch.Tensor) -> torch.Tensor:

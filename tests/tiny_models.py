@@ -23,7 +23,9 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qectomy.surgery.architectures import FAMILIES
+from qectomy.models.architectures import FAMILIES
+from qectomy.models.linear_views import read_view, store_views
+from qectomy.models.query_maps import parse_query_map
 from qectomy.surgery.checkpoint import expected_tensors, open_checkpoint
 from qectomy.surgery.config_files import (
     copy_companions,
@@ -32,8 +34,6 @@ from qectomy.surgery.config_files import (
     reduced_config,
     write_reduced_config,
 )
-from qectomy.surgery.linear_views import read_view, store_views
-from qectomy.surgery.query_maps import parse_query_map
 from qectomy.surgery.writer import MAX_SHARD_BYTES, ShardWriter, TensorSpec
 
 VOCAB_SIZE = 320

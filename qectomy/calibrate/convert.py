@@ -31,13 +31,13 @@ from qectomy.eval.reload import check_reload
 from qectomy.eval.report import conversion_report, write_report
 from qectomy.eval.samples import token_sample
 from qectomy.eval.summary import cost
+from qectomy.models.query_maps import QueryMapSpec, written
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.config_files import copy_companions, copy_model_code
 from qectomy.surgery.headers import read_json
 from qectomy.surgery.locked_folder import GoOn
 from qectomy.surgery.output import check_room
 from qectomy.surgery.plan import scratch_bytes, totals
-from qectomy.surgery.query_maps import QueryMapSpec, written
 from qectomy.surgery.source_watch import SourceWatch
 from qectomy.surgery.step_writer import check_shards
 from qectomy.surgery.type_range import check_range

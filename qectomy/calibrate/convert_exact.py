@@ -22,6 +22,7 @@ from qectomy.eval.report import provenance, write_report
 from qectomy.eval.samples import token_sample
 from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_error, score_streamed
 from qectomy.eval.summary import cost
+from qectomy.models.query_maps import QueryMapSpec, ranges
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.config_files import copy_companions, copy_model_code, reduced_config, write_reduced_config
 from qectomy.surgery.exact import ExactPlan, Progress, fold_checkpoint, plan_exact
@@ -29,7 +30,6 @@ from qectomy.surgery.folding import usable_error
 from qectomy.surgery.headers import TORCH_NAMES, read_json
 from qectomy.surgery.locked_folder import GoOn
 from qectomy.surgery.output import check_room
-from qectomy.surgery.query_maps import QueryMapSpec, ranges
 from qectomy.surgery.source_watch import SourceWatch
 from qectomy.surgery.type_range import check_range
 from qectomy.surgery.work_folder import WorkFolder, finished, work_folder

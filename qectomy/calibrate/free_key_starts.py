@@ -15,7 +15,7 @@ from qectomy.calibrate.moments import Moments, ridge
 from qectomy.calibrate.projections import Projections, Start
 from qectomy.calibrate.rope_pairs import Rope
 from qectomy.calibrate.select_start import JointChoice, channel_rms
-from qectomy.surgery.query_maps import QueryMapSpec
+from qectomy.models.query_maps import QueryMapSpec
 
 RIDGE = 1e-4
 DAMPING = 1e-2  # of the bias: a channel that the keys hardly see is not moved far

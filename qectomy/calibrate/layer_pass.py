@@ -26,13 +26,13 @@ from qectomy.calibrate.text import Windows
 from qectomy.calibrate.together import Together
 from qectomy.errors import NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
+from qectomy.models.query_maps import QueryMapSpec
 from qectomy.surgery.audit import spectrum
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.config_files import reduced_config, write_reduced_config
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.folding import read_query
 from qectomy.surgery.plan import planned_tensors
-from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.read_ahead import Layers, read_layers
 from qectomy.surgery.source_watch import SourceWatch
 from qectomy.surgery.stream_basis import StreamBasis, random_basis

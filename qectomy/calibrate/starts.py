@@ -12,8 +12,8 @@ from qectomy.calibrate.moments import Moments, ridge
 from qectomy.calibrate.projections import Projections, Start
 from qectomy.calibrate.rope_pairs import Rope, pair_power, rotate_pairs
 from qectomy.calibrate.select_start import channel_rms, choose_channels, correlations
-from qectomy.surgery.family import Dimensions
-from qectomy.surgery.query_maps import QueryMapSpec
+from qectomy.models.family import Dimensions
+from qectomy.models.query_maps import QueryMapSpec
 
 SHRINKAGE = 1e-3  # of the mean diagonal: how strongly weights carried over to the student's stream keep to the old
 

@@ -71,7 +71,7 @@ def touch(model: torch.nn.Module) -> None:
 def _start(wanted: dict[str, Any]) -> FreshStart:
     import transformers  # noqa: F401  imports are not what is measured
 
-    from qectomy.surgery.architectures import FAMILIES
+    from qectomy.models.architectures import FAMILIES
 
     for family in FAMILIES.values():
         for reduced in (False, True):

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from qectomy.errors import clean
 from qectomy.eval.tables import console, layers_of, show_needs, show_verdicts, size
-from qectomy.surgery.query_maps import ranges
+from qectomy.models.query_maps import ranges
 
 AUDIT_COLUMNS = (
     "cond(W_Q): largest over smallest singular value of W_Q: how much inverting it may enlarge rounding errors. Where "

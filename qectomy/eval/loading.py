@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, reason_of, shown
-from qectomy.surgery.architectures import FAMILIES
+from qectomy.models.architectures import FAMILIES
 from qectomy.surgery.checkpoint import MAX_LAYERS, Checkpoint, locate, open_checkpoint, read_config_json
 from qectomy.surgery.config_files import load_config
 from qectomy.surgery.headers import FLOAT_BYTES, TORCH_NAMES, read_headers

@@ -13,10 +13,10 @@ from qectomy.eval.model_card import model_card
 from qectomy.eval.page.writing import write_page
 from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.reload import Reload
+from qectomy.models.query_maps import QueryMapSpec
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.identity import fingerprint
 from qectomy.surgery.plan import totals
-from qectomy.surgery.query_maps import QueryMapSpec
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 

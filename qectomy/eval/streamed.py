@@ -25,8 +25,8 @@ from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.scores import SLICE, TokenScores, empty_scores, score_tokens
 from qectomy.eval.scoring import Progress, batches
+from qectomy.models.family import Dimensions
 from qectomy.surgery.checkpoint import Checkpoint, locate, open_checkpoint
-from qectomy.surgery.family import Dimensions
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.headers import read_json
 from qectomy.surgery.memory import release_freed

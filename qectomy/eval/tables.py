@@ -10,7 +10,7 @@ from qectomy.errors import clean
 from qectomy.eval.moved_words import moved_summary
 from qectomy.eval.query_share import query_share
 from qectomy.eval.text_words import text_doubt
-from qectomy.surgery.query_maps import ranges
+from qectomy.models.query_maps import ranges
 
 console = Console(highlight=False, soft_wrap=False, emoji=False)
 FATES = {

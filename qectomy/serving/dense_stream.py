@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from qectomy.modeling import modeling_qectomy_gpt2, modeling_qectomy_llama
-from qectomy.surgery.architectures import FAMILIES
-from qectomy.surgery.family import Family
+from qectomy.models.architectures import FAMILIES
+from qectomy.models.family import Family
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 IN_LAYER = re.compile(r"(?P<stack>(?:.*\.)?(?:layers|h))\.(?P<layer>\d+)\.(?P<rest>.+)")

@@ -5,7 +5,7 @@ which load no model: vLLM's own models and torch are imported only where a reduc
 """
 
 from qectomy import register as register_with_transformers
-from qectomy.surgery.architectures import FAMILIES
+from qectomy.models.architectures import FAMILIES
 
 MODEL = "qectomy.serving.vllm_models:TransformersForCausalLM"
 

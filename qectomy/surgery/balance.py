@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from qectomy.surgery.linear_views import Projection
+from qectomy.models.linear_views import Projection
 
 Norm = dict[str, torch.Tensor]  # its gain, and its shift if it has one
 

@@ -25,12 +25,12 @@ from qectomy.errors import (
     reason_of,
     shown,
 )
-from qectomy.surgery.architectures import find_family, find_reduced_family
-from qectomy.surgery.config_fields import known_fields
-from qectomy.surgery.family import Dimensions, Family, Shapes
+from qectomy.models.architectures import find_family, find_reduced_family
+from qectomy.models.config_fields import known_fields
+from qectomy.models.family import Dimensions, Family, Shapes
+from qectomy.models.query_maps import QueryMapSpec, stored_maps
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.headers import TORCH_NAMES, TensorInfo, read_headers, read_json, second_set
-from qectomy.surgery.query_maps import QueryMapSpec, stored_maps
 from qectomy.surgery.stored_tensors import BYTES_A_READ, Same, check_tensors, refuse_quantized, same_bytes, settle_tie
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from qectomy.errors import CheckpointError, shown
-from qectomy.surgery.architectures import FAMILIES
+from qectomy.models.architectures import FAMILIES
+from qectomy.models.family import Family
+from qectomy.models.query_maps import QueryMapSpec
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
-from qectomy.surgery.family import Family
 from qectomy.surgery.headers import TORCH_NAMES, read_json
-from qectomy.surgery.query_maps import QueryMapSpec
 
 TOKENIZER_FILES = (
     "tokenizer*",

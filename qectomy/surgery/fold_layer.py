@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from qectomy.surgery.family import Dimensions, LayerRoles, LinearView
+from qectomy.models.family import Dimensions, LayerRoles, LinearView
+from qectomy.models.linear_views import Projection, read_view, store_views, without_views
+from qectomy.models.query_maps import QueryMapSpec
 from qectomy.surgery.folding import Basis, QueryFold
 from qectomy.surgery.gauge import fold_pivots, join_heads, split_heads
-from qectomy.surgery.linear_views import Projection, read_view, store_views, without_views
 from qectomy.surgery.norm_folding import absorb_gain, without_gain
-from qectomy.surgery.query_maps import QueryMapSpec
 
 Tensors = dict[str, torch.Tensor]
 PARTS = ("weight", "bias")  # of a norm

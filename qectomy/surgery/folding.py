@@ -12,11 +12,11 @@ from functools import lru_cache
 
 import torch
 
+from qectomy.models.family import Dimensions
+from qectomy.models.linear_views import read_view
 from qectomy.surgery.audit import condition_number
 from qectomy.surgery.checkpoint import Checkpoint
-from qectomy.surgery.family import Dimensions
 from qectomy.surgery.gauge import join_heads, orthonormal_gauge, pair_scales, split_heads
-from qectomy.surgery.linear_views import read_view
 from qectomy.surgery.streams import HEAD, Group, Place, Stream, Streams
 from qectomy.surgery.writer import DTYPES
 

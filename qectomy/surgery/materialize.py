@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from qectomy.errors import NonFiniteError, UnsupportedArchitecture
+from qectomy.models.family import Dimensions, Family, LayerRoles, LinearView
+from qectomy.models.linear_views import Projection, read_maps, read_view, store_views, without_views
+from qectomy.models.query_maps import QueryMapSpec
 from qectomy.surgery.balance import balance_channels, balance_heads
 from qectomy.surgery.checkpoint import Checkpoint, expected_tensors
 from qectomy.surgery.config_files import copy_companions, load_config, stock_config, write_config
 from qectomy.surgery.engines import dropped_fields
-from qectomy.surgery.family import Dimensions, Family, LayerRoles, LinearView
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.gauge import join_heads, split_heads
-from qectomy.surgery.linear_views import Projection, read_maps, read_view, store_views, without_views
 from qectomy.surgery.locked_folder import GoOn
 from qectomy.surgery.output import check_room
-from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.source_watch import SourceWatch
 from qectomy.surgery.step_writer import Progress, write_steps
 from qectomy.surgery.work_folder import WorkFolder, finished, without_report, work_folder

@@ -27,7 +27,10 @@ from typing import Any
 import torch
 
 from qectomy.errors import CheckpointError, NonFiniteError, UnsupportedArchitecture, shown
-from qectomy.surgery.architectures import FAMILIES
+from qectomy.models.architectures import FAMILIES
+from qectomy.models.family import Dimensions, flag, size
+from qectomy.models.linear_views import add_through, read_view, with_query
+from qectomy.models.query_maps import QueryMapSpec
 from qectomy.surgery.checkpoint import MAX_LAYERS, expected_tensors, open_checkpoint
 from qectomy.surgery.config_files import (
     TOKENIZER_FILES,
@@ -37,14 +40,11 @@ from qectomy.surgery.config_files import (
     reduced_fields,
     write_config,
 )
-from qectomy.surgery.family import Dimensions, flag, size
 from qectomy.surgery.finite import all_finite
 from qectomy.surgery.headers import TORCH_NAMES, open_regular
-from qectomy.surgery.linear_views import add_through, read_view, with_query
 from qectomy.surgery.locked_folder import GoOn
 from qectomy.surgery.nanogpt_relatives import about_pickled, check_binary, check_relatives, is_plain, unwrapped
 from qectomy.surgery.output import check_room
-from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.source_watch import FileWatch
 from qectomy.surgery.step_writer import write_steps
 from qectomy.surgery.work_folder import WorkFolder, finished, without_report, work_folder

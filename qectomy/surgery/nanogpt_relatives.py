@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qectomy.errors import CheckpointError, shown
-from qectomy.surgery.architectures import FAMILIES
+from qectomy.models.architectures import FAMILIES
 
 GPT2 = FAMILIES["gpt2"]
 WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.)*")  # what DDP and torch.compile put before every name

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from qectomy.errors import NonFiniteError, QectomyError, UnsupportedArchitecture
+from qectomy.models.family import LayerRoles
+from qectomy.models.linear_views import Projection, read_view, store_views
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.config_files import copy_companions, copy_model_code, with_code, write_config
-from qectomy.surgery.family import LayerRoles
 from qectomy.surgery.finite import all_finite
-from qectomy.surgery.linear_views import Projection, read_view, store_views
 from qectomy.surgery.locked_folder import GoOn
 from qectomy.surgery.output import check_room
 from qectomy.surgery.source_watch import SourceWatch

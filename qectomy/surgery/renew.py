@@ -15,10 +15,10 @@ from packaging.version import InvalidVersion, Version
 
 from qectomy import __version__
 from qectomy.errors import CheckpointError, OutputError, QectomyError, shown
-from qectomy.surgery.architectures import find_reduced_family
+from qectomy.models.architectures import find_reduced_family
+from qectomy.models.family import Family
 from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.config_files import code_fields, has_model_code, json_text, stale_model_files
-from qectomy.surgery.family import Family
 from qectomy.surgery.headers import read_json
 from qectomy.surgery.identity import fingerprint
 from qectomy.surgery.locked_folder import sync

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qectomy.errors import CheckpointError, UnreadableError, UnsupportedArchitecture, shown
-from qectomy.surgery.family import Dimensions, Family, Shapes
+from qectomy.models.family import Dimensions, Family, Shapes
 from qectomy.surgery.headers import FLOAT_BYTES, INDEX, INDEX_BYTES, TORCH_NAMES, TensorInfo
 
 BYTES_A_READ = 4_000_000

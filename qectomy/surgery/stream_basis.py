@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from qectomy.surgery.family import Family, LinearView
-from qectomy.surgery.linear_views import read_view, store_views
+from qectomy.models.family import Family, LinearView
+from qectomy.models.linear_views import read_view, store_views
 
 FAR = 4.0  # a channel whose final gain is this many times larger or smaller than the common one is not turned
 

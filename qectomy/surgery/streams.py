@@ -25,8 +25,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from qectomy.surgery.family import Dimensions
-from qectomy.surgery.query_maps import QueryMapSpec
+from qectomy.models.family import Dimensions
+from qectomy.models.query_maps import QueryMapSpec
 
 Place = tuple[str, int]  # ("attention" | "mlp", layer): the state that block reads; ("head", 0): what the head reads
 HEAD: Place = ("head", 0)

@@ -20,9 +20,9 @@ from qectomy.eval.evaluate import evaluate
 from qectomy.eval.protocol import Protocol
 from qectomy.modeling.modeling_qectomy_gpt2 import QectomyGPT2Model
 from qectomy.modeling.modeling_qectomy_llama import QectomyLlamaModel, QectomyMistralModel
+from qectomy.models.query_maps import parse_recipe
 from qectomy.surgery.checkpoint import open_checkpoint, sha256
 from qectomy.surgery.plan import scratch_bytes
-from qectomy.surgery.query_maps import parse_recipe
 
 MAPS = ["identity", "select", "key-shared", "low-rank:3", "dense"]
 MIXED = "0=identity,1=key-shared,2=select,3=dense,4=low-rank:3"

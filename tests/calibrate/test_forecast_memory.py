@@ -18,8 +18,8 @@ from qectomy.calibrate.forecast.memory import (
     peak,
 )
 from qectomy.calibrate.forecast.work import Work
-from qectomy.surgery.family import Dimensions
-from qectomy.surgery.query_maps import QueryMapSpec
+from qectomy.models.family import Dimensions
+from qectomy.models.query_maps import QueryMapSpec
 
 SHARED, TURNED = QueryMapSpec("key-shared"), QueryMapSpec("identity")
 DIMS = Dimensions(

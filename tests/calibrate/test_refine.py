@@ -7,7 +7,7 @@ import torch
 from attention_bench import AttentionBench
 
 from qectomy.calibrate.refine import RefineSettings, refine
-from qectomy.surgery.query_maps import parse_query_map
+from qectomy.models.query_maps import parse_query_map
 
 MAPS = ["identity", "select", "key-shared", "low-rank:3"]
 SHAPES = {

@@ -15,7 +15,7 @@ from qectomy.calibrate.projections import Start
 from qectomy.calibrate.refine import RefineSettings, refine
 from qectomy.calibrate.rope_pairs import rotate_pairs
 from qectomy.calibrate.starts import carry_over
-from qectomy.surgery.query_maps import parse_query_map
+from qectomy.models.query_maps import parse_query_map
 
 SHAPES = [dict(), dict(n_kv_heads=4), dict(n_kv_heads=1), dict(d_head=12), dict(d_head=6)]
 

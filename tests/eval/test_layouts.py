@@ -25,7 +25,7 @@ from qectomy.errors import QectomyError
 from qectomy.eval.loading import load_model
 from qectomy.eval.streamed import StreamedModel, open_any
 from qectomy.eval.verify import verify
-from qectomy.surgery.architectures import FAMILIES
+from qectomy.models.architectures import FAMILIES
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.headers import INDEX, SINGLE
 

@@ -7,9 +7,9 @@ from tiny_models import save_variant
 from qectomy.eval import tables
 from qectomy.eval.evaluation_table import show_evaluations
 from qectomy.eval.inspection_table import show_inspection
+from qectomy.models.query_maps import parse_recipe
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.plan import inspect, totals
-from qectomy.surgery.query_maps import parse_recipe
 
 NEEDS = dict(
     peak_memory_bytes=512_000_000,

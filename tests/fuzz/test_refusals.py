@@ -35,7 +35,7 @@ from qectomy.errors import (
 from qectomy.eval.loading import read_config
 from qectomy.eval.page.reading import ReportError, read_curve, read_folder
 from qectomy.eval.protocol import Protocol, scoring_windows
-from qectomy.surgery.architectures import find_family
+from qectomy.models.architectures import find_family
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.config_files import copy_companions, load_config
 from qectomy.surgery.headers import INDEX, MAX_DEPTH, SINGLE, parse_json

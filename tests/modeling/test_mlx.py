@@ -10,7 +10,7 @@ from tiny_models import BASE, EVERY_MAP, LLAMA_SHAPES, ROPES, load_reduced, save
 from transformers import AutoModelForCausalLM
 
 import qectomy
-from qectomy.surgery.architectures import FAMILIES
+from qectomy.models.architectures import FAMILIES
 from qectomy.surgery.config_files import model_files
 
 mx = pytest.importorskip("mlx.core")

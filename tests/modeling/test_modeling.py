@@ -13,7 +13,7 @@ from qectomy.modeling.modeling_qectomy_llama import (
     QectomyLlamaConfig,
     QectomyLlamaForCausalLM,
 )
-from qectomy.surgery.query_maps import NAMES
+from qectomy.models.query_maps import NAMES
 
 # B batch, T positions, D d_model, H n_heads, G n_kv_heads, K d_head
 

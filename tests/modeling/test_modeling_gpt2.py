@@ -16,7 +16,7 @@ from qectomy.modeling.modeling_qectomy_gpt2 import (
     QectomyGPT2ForCausalLM,
     ReducedGPT2Attention,
 )
-from qectomy.surgery.query_maps import NAMES
+from qectomy.models.query_maps import NAMES
 
 # B batch, T positions, D d_model, H n_heads, K d_head; H*K = D
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from variant_reference import logits_of
 
 import qectomy
-from qectomy.surgery.architectures import FAMILIES
+from qectomy.models.architectures import FAMILIES
 from qectomy.surgery.checkpoint import open_checkpoint
 
 qectomy.register()

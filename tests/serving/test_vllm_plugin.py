@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tiny_models import save_variant
 
+from qectomy.models.architectures import FAMILIES
 from qectomy.serving.dense_stream import stock_config
-from qectomy.surgery.architectures import FAMILIES
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.config_files import write_reduced_config
 

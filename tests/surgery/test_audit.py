@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from qectomy.models.family import Dimensions
 from qectomy.surgery.audit import condition_number, distance_from_orthogonal, leading_rank
-from qectomy.surgery.family import Dimensions
 from qectomy.surgery.stream_basis import random_orthogonal
 
 # name: (D, H, G, K, rope, centred)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import EVERY_MAP, SHAPES, tiny_model
 
 from qectomy.errors import CheckpointError, UnsupportedArchitecture
+from qectomy.models.query_maps import QueryMapSpec
 from qectomy.surgery.checkpoint import expected_tensors, locate, open_checkpoint
-from qectomy.surgery.query_maps import QueryMapSpec
 
 DTYPE_NAMES = {"bf16": ("BF16", torch.bfloat16), "fp16": ("F16", torch.float16)}
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from qectomy.calibrate.text import load_tokenizer
 from qectomy.errors import CheckpointError
+from qectomy.models.query_maps import parse_query_map
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.config_files import (
     copy_companions,
@@ -19,7 +20,6 @@ from qectomy.surgery.config_files import (
     write_config,
 )
 from qectomy.surgery.plan import totals
-from qectomy.surgery.query_maps import parse_query_map
 from qectomy.surgery.source_watch import SourceWatch
 
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from tiny_models import load_reduced, tiny_model, tokens, variant_model
 
 from qectomy.errors import QueryMapError
+from qectomy.models.query_maps import QueryMapSpec
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.exact import ExactPlan, plan_exact
 from qectomy.surgery.fold_choice import choose_folds
 from qectomy.surgery.folding import Choice
-from qectomy.surgery.query_maps import QueryMapSpec
 from qectomy.surgery.streams import Group, derive_streams
 
 EXACT, CHANGED = 1e-10, 1e-4

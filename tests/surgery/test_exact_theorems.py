@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, save_variant, tokens
 
 from qectomy.errors import QueryMapError
+from qectomy.models.query_maps import QueryMapSpec
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.exact import plan_exact
-from qectomy.surgery.query_maps import QueryMapSpec
 
 EXACT = 1e-10
 ATTENTION_SKIP, MLP_SKIP = dict(mlp_skip=False), dict(attention_skip=False)

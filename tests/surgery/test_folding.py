@@ -12,7 +12,7 @@ from tiny_models import save_variant, tiny_model, tokens, variant_model
 from variant_reference import rotate
 
 from qectomy.errors import NonFiniteError, QueryMapError
-from qectomy.surgery.architectures import FAMILIES
+from qectomy.models.architectures import FAMILIES
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.exact import plan_exact
 from qectomy.surgery.fold_choice import choose_folds

@@ -13,9 +13,9 @@ from tiny_models import EVERY_MAP, SHAPES, load_reduced, save_reduced, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM
 
 from qectomy.errors import CheckpointError, NonFiniteError, OutputError, UnsupportedArchitecture
+from qectomy.models.linear_views import read_view
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.gauge import split_heads
-from qectomy.surgery.linear_views import read_view
 from qectomy.surgery.materialize import materialize
 
 HALF = ("bf16", "fp16", "gpt2-bf16")

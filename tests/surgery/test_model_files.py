@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import qectomy
 from qectomy.eval.verify import _same_model
-from qectomy.surgery.architectures import FAMILIES
+from qectomy.models.architectures import FAMILIES
 from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.config_files import code_fields, copy_model_code, model_code, model_files, reduced_config
 from qectomy.surgery.materialize import materialize

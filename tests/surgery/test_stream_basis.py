@@ -5,7 +5,7 @@ import torch
 from tiny_models import tiny_model, tokens
 from torch import nn
 
-from qectomy.surgery.architectures import FAMILIES
+from qectomy.models.architectures import FAMILIES
 from qectomy.surgery.stream_basis import FAR, StreamBasis, random_basis, random_orthogonal
 
 LLAMA = FAMILIES["llama"]

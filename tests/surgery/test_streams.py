@@ -8,7 +8,7 @@ import torch
 from foldings import in_float64, relative
 from tiny_models import tokens, variant_model
 
-from qectomy.surgery.architectures import FAMILIES
+from qectomy.models.architectures import FAMILIES
 from qectomy.surgery.streams import HEAD, Group, derive_streams
 
 FLAGS = ("attention_skip", "mlp_skip", "shared_layers")

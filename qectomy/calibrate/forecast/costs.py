@@ -8,8 +8,8 @@ Dimensions: D d_model, M d_mlp, Q n_heads * d_head, S n_kv_heads * d_head, H n_h
 import math
 
 from qectomy.calibrate.forecast.work import ATTENDED_STRIDE, ROWS_STRIDE
-from qectomy.surgery.family import Dimensions
-from qectomy.surgery.query_maps import QueryMapSpec
+from qectomy.models.family import Dimensions
+from qectomy.models.query_maps import QueryMapSpec
 
 MOVED = 50.0  # products in the time of making one entry of a matrix that is not kept in a cache
 SOFTMAX = 60.0  # products in the time of one entry of logits, masked, raised and summed

@@ -16,8 +16,8 @@ from qectomy.calibrate.forecast.work import (
     SLICE,
     Work,
 )
-from qectomy.surgery.family import Dimensions
-from qectomy.surgery.query_maps import QueryMapSpec
+from qectomy.models.family import Dimensions
+from qectomy.models.query_maps import QueryMapSpec
 
 LIBRARIES = 400_000_000  # Python, torch, transformers and a tokenizer, loaded (docs/SCALE.md)
 KERNELS = 120_000_000  # code that a conversion compiles, and what its heap keeps in small pieces (docs/SCALE.md)

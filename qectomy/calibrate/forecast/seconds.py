@@ -19,9 +19,9 @@ from qectomy.calibrate.forecast.work import (
     SLICE,
     Work,
 )
+from qectomy.models.query_maps import QueryMapSpec
 from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.plan import totals
-from qectomy.surgery.query_maps import QueryMapSpec
 
 if TYPE_CHECKING:
     from qectomy.calibrate.forecast.timer import Speeds

@@ -8,7 +8,7 @@ from qectomy.eval.page.charts import removed_chart, singular_chart
 from qectomy.eval.page.quality import FOREIGN
 from qectomy.eval.page.reading import Folder
 from qectomy.eval.query_share import query_share
-from qectomy.surgery.query_maps import ranges
+from qectomy.models.query_maps import ranges
 
 
 def removed_section(folder: Folder, key: str) -> Section:

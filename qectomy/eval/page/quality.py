@@ -11,7 +11,7 @@ from qectomy.eval.page.charts import layer_chart, perplexity_chart, position_cha
 from qectomy.eval.page.reading import Folder
 from qectomy.eval.page.verdict import heldout_ratio
 from qectomy.eval.text_words import read_as_words, text_doubt
-from qectomy.surgery.query_maps import ranges
+from qectomy.models.query_maps import ranges
 
 CONDITIONS = ("W_Q_condition", "basis_condition", "pivot_condition")
 FOREIGN = "{file} in this folder was measured on other checkpoints than this one, and is not shown."

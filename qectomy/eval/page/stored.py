@@ -5,8 +5,8 @@ from math import prod
 from pathlib import Path
 
 from qectomy.errors import QectomyError
+from qectomy.models.query_maps import QueryMapSpec
 from qectomy.surgery.checkpoint import expected_layer, open_checkpoint
-from qectomy.surgery.query_maps import QueryMapSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from qectomy.errors import QueryMapError, shown
-from qectomy.surgery.family import Dimensions
+from qectomy.models.family import Dimensions
 
 NAMES = ("identity", "select", "key-shared", "low-rank", "dense")
 KNOWN = "identity, select, key-shared, low-rank:R, exact, dense"

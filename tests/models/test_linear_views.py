@@ -7,9 +7,9 @@ import torch
 from tiny_models import tiny_model
 from transformers.pytorch_utils import Conv1D
 
-from qectomy.surgery.architectures import FAMILIES
-from qectomy.surgery.family import LinearView, Orientation
-from qectomy.surgery.linear_views import oriented, read_view, store_views
+from qectomy.models.architectures import FAMILIES
+from qectomy.models.family import LinearView, Orientation
+from qectomy.models.linear_views import oriented, read_view, store_views
 
 IN_OUT, OUT_IN = Orientation.IN_OUT, Orientation.OUT_IN
 D = 6

@@ -5,10 +5,10 @@ import torch
 from tiny_models import EVERY_MAP, SHAPES, resolve, tiny_model
 
 from qectomy.errors import CheckpointError, UnsupportedArchitecture
-from qectomy.surgery.architectures import FAMILIES, QK_NORM_TYPES, find_family, find_reduced_family
+from qectomy.models.architectures import FAMILIES, QK_NORM_TYPES, find_family, find_reduced_family
+from qectomy.models.query_maps import QueryMapSpec, parse_query_map
 from qectomy.surgery.checkpoint import expected_layer, expected_tensors
 from qectomy.surgery.config_files import load_config
-from qectomy.surgery.query_maps import QueryMapSpec, parse_query_map
 
 
 def family_and_config(name, **overrides):

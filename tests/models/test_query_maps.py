@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qectomy.errors import QueryMapError
-from qectomy.surgery.family import Dimensions
-from qectomy.surgery.query_maps import NAMES, QueryMapSpec, parse_query_map, parse_recipe, refusal
+from qectomy.models.family import Dimensions
+from qectomy.models.query_maps import NAMES, QueryMapSpec, parse_query_map, parse_recipe, refusal
 
 
 def dimensions(n_layers=6, *, d_model=64, n_heads=4, n_kv_heads=2, d_head=16, attention_bias=False, **options):

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import torch
 
-from qectomy.surgery.family import LayerRoles, LinearView, Orientation
+from qectomy.models.family import LayerRoles, LinearView, Orientation
+from qectomy.models.query_maps import QueryMapSpec
 from qectomy.surgery.gauge import join_heads, split_heads, unfold_pivots
-from qectomy.surgery.query_maps import QueryMapSpec
 
 Tensors = Mapping[str, torch.Tensor]
 Projection = tuple[torch.Tensor, torch.Tensor | None]  # W (in, out) and its bias (out,)

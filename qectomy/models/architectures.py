@@ -10,11 +10,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qectomy.errors import CheckpointError, UnsupportedArchitecture, shown
-from qectomy.surgery.config_fields import ROPE_BESIDE, ROPE_FIELDS, check_rope
-from qectomy.surgery.family import Dimensions, Family, LayerRoles, LinearView, Orientation, Shapes, flag, size, variant
+from qectomy.models.config_fields import ROPE_BESIDE, ROPE_FIELDS, check_rope
+from qectomy.models.family import Dimensions, Family, LayerRoles, LinearView, Orientation, Shapes, flag, size, variant
 
 if TYPE_CHECKING:
-    from qectomy.surgery.query_maps import QueryMapSpec
+    from qectomy.models.query_maps import QueryMapSpec
 
 LLAMA_FIELDS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qectomy.errors import CheckpointError, shown
 
 if TYPE_CHECKING:
-    from qectomy.surgery.query_maps import QueryMapSpec
+    from qectomy.models.query_maps import QueryMapSpec
 
 Shapes = dict[str, tuple[int, ...]]
 
