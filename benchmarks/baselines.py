@@ -25,6 +25,8 @@ import torch
 from setting import add_setting, make_setting_windows, print_table
 from torch import nn
 
+from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from qectomy.checkpoint.sizes import totals
 from qectomy.errors import QectomyError
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import ScoringWindows
@@ -32,8 +34,6 @@ from qectomy.eval.scoring import score_model
 from qectomy.eval.summary import summarize
 from qectomy.models.family import Family
 from qectomy.models.query_maps import parse_recipe
-from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
-from qectomy.surgery.plan import totals
 
 WINDOWS_A_BATCH = 4
 

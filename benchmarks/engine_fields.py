@@ -22,10 +22,10 @@ from llama_cpp import LlamaCpp, write_gguf
 from setting import print_table
 
 from qectomy.calibrate.text import load_tokenizer
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.config_files import copy_model_code, reduced_config, write_config
 from qectomy.eval.loading import load_model
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.config_files import copy_model_code, reduced_config, write_config
 from qectomy.surgery.materialize import materialize
 
 FIELDS: dict[str, list[dict[str, Any]]] = {

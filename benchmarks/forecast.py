@@ -102,8 +102,8 @@ def write_headers(folder: Path, shape: Any) -> None:
     """Write a synthetic model's config and headers; the weights are a hole in the file, which reads as 0."""
     from synthetic_llama import _config, _tensors
 
-    from qectomy.surgery.headers import INDEX
-    from qectomy.surgery.writer import ShardLayout, TensorSpec
+    from qectomy.checkpoint.headers import INDEX
+    from qectomy.checkpoint.shards import ShardLayout, TensorSpec
 
     layout = ShardLayout({name: TensorSpec(size, "BF16") for name, size in _tensors(shape).items()})
     folder.mkdir()
@@ -122,8 +122,8 @@ def foretell(folder: Path, options: argparse.Namespace) -> list[list[str]]:
     from qectomy.calibrate.forecast import commands
     from qectomy.calibrate.forecast.forecast import forecast
     from qectomy.calibrate.forecast.work import plan_work
+    from qectomy.checkpoint.checkpoint import open_checkpoint
     from qectomy.models.query_maps import parse_recipe
-    from qectomy.surgery.checkpoint import open_checkpoint
 
     source = open_checkpoint(folder)
     recipe = tuple(parse_recipe(options.query, source.dims))

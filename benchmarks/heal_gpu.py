@@ -30,10 +30,10 @@ from qectomy.calibrate.healing.heal import heal
 from qectomy.calibrate.healing.models import Distillation, load_student, load_teacher
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.settings import ConvertSettings
+from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.errors import QectomyError
 from qectomy.eval.loading import load_model
 from qectomy.models.query_maps import parse_recipe
-from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16, dense, by the vendor's data sheets
 

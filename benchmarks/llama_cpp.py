@@ -14,8 +14,8 @@ import gguf
 import numpy as np
 import torch
 
+from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.models.linear_views import oriented, read_view
-from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 
 FILE_TYPES = {"Q8_0": 7, "Q4_K_M": 15, "Q4_0": 2}  # LLAMA_FTYPE_MOSTLY_*
 NORMS = {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm"}

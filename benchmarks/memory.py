@@ -27,9 +27,9 @@ def measured(command: str, *arguments: str) -> None:
     import qectomy.calibrate.convert
     import qectomy.calibrate.convert_exact
     import qectomy.eval.verify
+    from qectomy.checkpoint.memory import release_freed
     from qectomy.cli import app
     from qectomy.eval.peak_memory import peak_memory_bytes
-    from qectomy.surgery.memory import release_freed
 
     del qectomy
     release_freed()

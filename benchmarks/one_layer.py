@@ -21,8 +21,8 @@ from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.refine import RefineSettings
 from qectomy.calibrate.states import Streams, WindowFile, batches
 from qectomy.calibrate.text import load_tokenizer, make_windows, read_source
+from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.models.query_maps import parse_recipe
-from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 from qectomy.surgery.stream_basis import StreamBasis, random_basis
 
 BATCH = 2

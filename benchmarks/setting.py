@@ -39,8 +39,8 @@ def setting_arguments(options: argparse.Namespace) -> list[str]:
 def make_setting_windows(options: argparse.Namespace) -> tuple[Windows, ScoringWindows]:
     """Return the calibration and the evaluation windows that `qectomy convert` makes in this setting."""
     from qectomy.calibrate.text import load_tokenizer, make_windows, read_source
+    from qectomy.checkpoint.checkpoint import open_checkpoint
     from qectomy.eval.protocol import Protocol, scoring_windows
-    from qectomy.surgery.checkpoint import open_checkpoint
 
     source = open_checkpoint(options.checkpoint)
     tokenizer, vocab_size = load_tokenizer(source.folder), source.dims.vocab_size

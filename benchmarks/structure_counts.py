@@ -9,10 +9,10 @@ from typing import Any
 
 from setting import print_table
 
+from qectomy.checkpoint.checkpoint import expected_tensors
+from qectomy.checkpoint.headers import TensorInfo
 from qectomy.models.architectures import FAMILIES
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.checkpoint import expected_tensors
-from qectomy.surgery.headers import TensorInfo
 from qectomy.surgery.streams import derive_streams, structural_recipe
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from qectomy.surgery.writer import ShardWriter, TensorSpec
+from qectomy.checkpoint.shards import ShardWriter, TensorSpec
 
 SAMPLE = Path(__file__).parents[1] / "samples/llama"
 ROWS = 4096  # made at a time

@@ -61,9 +61,9 @@ def inspect(
     """Say what each query map would remove, from the config and the file headers alone unless audited."""
     from qectomy.calibrate.forecast.forecast import forecast
     from qectomy.calibrate.settings import default_context
-    from qectomy.surgery.checkpoint import open_checkpoint
-    from qectomy.surgery.hub_headers import open_headers
-    from qectomy.surgery.plan import inspect as inspect_checkpoint
+    from qectomy.checkpoint.checkpoint import open_checkpoint
+    from qectomy.checkpoint.hub_headers import open_headers
+    from qectomy.checkpoint.sizes import inspect as inspect_checkpoint
 
     if text and not audit:
         raise typer.BadParameter("only an audit reads a text; add --audit", param_hint="--text")
@@ -115,11 +115,11 @@ def verify(
     from qectomy.calibrate.documents import Reading
     from qectomy.calibrate.settings import default_context
     from qectomy.calibrate.text import load_tokenizer, read_source
+    from qectomy.checkpoint.checkpoint import open_checkpoint
+    from qectomy.checkpoint.config_files import load_config
     from qectomy.eval.protocol import Protocol, check_positions, scoring_windows
     from qectomy.eval.tables import show_certificate
     from qectomy.eval.verify import verify as run
-    from qectomy.surgery.checkpoint import open_checkpoint
-    from qectomy.surgery.config_files import load_config
 
     ours, theirs = open_checkpoint(reduced, reduced=True), open_checkpoint(against)
     held = None

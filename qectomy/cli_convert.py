@@ -98,8 +98,8 @@ def convert(
     if not dry_run:  # which notes what is missing
         check_texts([*(text or ()), eval_text], field, context or 16)
     from qectomy.calibrate.settings import ConvertSettings, default_context
+    from qectomy.checkpoint.checkpoint import open_checkpoint
     from qectomy.models.query_maps import parse_exact, parse_recipe
-    from qectomy.surgery.checkpoint import open_checkpoint
 
     with _together(device) as together:
         together.first_alone(lambda: check_out(out, go_on(resume, resume_only), clean))
@@ -279,7 +279,7 @@ def _convert_and_heal(source: Any, recipe: Any, settings: Any, tokens: int, aske
 def _show_plan(source: Any, recipe: Any, settings: Any, probe: bool, as_json: bool) -> None:
     """Print what a conversion would write and need."""
     from qectomy.calibrate.forecast.forecast import forecast
-    from qectomy.surgery.plan import totals
+    from qectomy.checkpoint.sizes import totals
 
     settings.check_context(source)
     settings.check_refit(source, recipe)

@@ -131,7 +131,7 @@ def heal(
     from qectomy.calibrate.healing.run_folder import RunFolder, check_unhealed
     from qectomy.calibrate.healing.settings import HealSettings
     from qectomy.calibrate.settings import default_context
-    from qectomy.surgery.checkpoint import open_checkpoint
+    from qectomy.checkpoint.checkpoint import open_checkpoint
 
     if not (resume or resume_only):  # one that is resumed may be in its place already
         check_unhealed(out)

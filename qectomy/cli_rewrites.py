@@ -17,7 +17,7 @@ def materialize(
     as_json: Json = False,
 ) -> None:
     """Write W_Q back: the stock model with the reduced one's logits, for engines that know nothing of Qectomy."""
-    from qectomy.surgery.checkpoint import open_checkpoint
+    from qectomy.checkpoint.checkpoint import open_checkpoint
     from qectomy.surgery.materialize import materialize as run
 
     one_process()
@@ -48,8 +48,8 @@ def import_nanogpt(
 ) -> None:
     """Read a nanoGPT checkpoint, one of the paper's repository too, into a folder that transformers loads."""
     from qectomy.calibrate.text import load_tokenizer
-    from qectomy.surgery.checkpoint import locate
-    from qectomy.surgery.config_files import TOKENIZER_FILES
+    from qectomy.checkpoint.checkpoint import locate
+    from qectomy.checkpoint.config_files import TOKENIZER_FILES
     from qectomy.surgery.nanogpt import import_nanogpt as run
 
     one_process()
@@ -80,7 +80,7 @@ def fold_norms(
     as_json: Json = False,
 ) -> None:
     """Fold the norms' gains, shifts and means into the matrices around them: a stock model with the same logits."""
-    from qectomy.surgery.checkpoint import open_checkpoint
+    from qectomy.checkpoint.checkpoint import open_checkpoint
     from qectomy.surgery.norm_folding import fold_norms as run
 
     one_process()

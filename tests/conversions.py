@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 from qectomy.calibrate import key_shared_start, refine, units
 from qectomy.calibrate.convert import convert
 from qectomy.calibrate.settings import ConvertSettings
+from qectomy.checkpoint.checkpoint import open_checkpoint, sha256
 from qectomy.errors import QectomyError
 from qectomy.eval import reload, report
 from qectomy.models.query_maps import parse_recipe
-from qectomy.surgery.checkpoint import open_checkpoint, sha256
 
 gc.freeze()  # a conversion collects garbage after every layer: what the imports made need not be walked each time
 QUICK: dict[str, Any] = dict(tokens=320, context=32, eval_tokens=160)

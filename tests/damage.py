@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.headers import SINGLE
 from qectomy.errors import CheckpointError, QectomyError
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.headers import SINGLE
 
 
 def edit_weights(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

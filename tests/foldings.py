@@ -9,8 +9,8 @@ from safetensors import safe_open
 from tiny_models import load_reduced, tokens
 from torch import nn
 
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.config_files import (
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.config_files import (
     copy_companions,
     copy_model_code,
     load_config,

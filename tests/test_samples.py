@@ -11,9 +11,9 @@ from conversions import convert_tiny, few_steps, reload_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qectomy.calibrate.text import read_source
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.eval.evaluate import evaluate
 from qectomy.eval.protocol import Protocol
-from qectomy.surgery.checkpoint import open_checkpoint
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 sys.path.insert(0, str(SAMPLES))

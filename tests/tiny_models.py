@@ -23,18 +23,18 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qectomy.models.architectures import FAMILIES
-from qectomy.models.linear_views import read_view, store_views
-from qectomy.models.query_maps import parse_query_map
-from qectomy.surgery.checkpoint import expected_tensors, open_checkpoint
-from qectomy.surgery.config_files import (
+from qectomy.checkpoint.checkpoint import expected_tensors, open_checkpoint
+from qectomy.checkpoint.config_files import (
     copy_companions,
     copy_model_code,
     load_config,
     reduced_config,
     write_reduced_config,
 )
-from qectomy.surgery.writer import MAX_SHARD_BYTES, ShardWriter, TensorSpec
+from qectomy.checkpoint.shards import MAX_SHARD_BYTES, ShardWriter, TensorSpec
+from qectomy.models.architectures import FAMILIES
+from qectomy.models.linear_views import read_view, store_views
+from qectomy.models.query_maps import parse_query_map
 
 VOCAB_SIZE = 320
 RAVEN = """Once upon a midnight dreary, while I pondered, weak and weary,

@@ -25,6 +25,11 @@ from qectomy.calibrate.spans import FittedSpans, Sketch
 from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.calibrate.text import Windows, load_tokenizer, make_windows, read_source
 from qectomy.calibrate.together import Together
+from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.checkpoint.config_files import copy_companions, copy_model_code
+from qectomy.checkpoint.headers import read_json
+from qectomy.checkpoint.sizes import scratch_bytes, totals
+from qectomy.checkpoint.type_range import check_range
 from qectomy.errors import QectomyError, TextError, UnsupportedArchitecture
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.eval.reload import check_reload
@@ -32,15 +37,10 @@ from qectomy.eval.report import conversion_report, write_report
 from qectomy.eval.samples import token_sample
 from qectomy.eval.summary import cost
 from qectomy.models.query_maps import QueryMapSpec, written
-from qectomy.surgery.checkpoint import Checkpoint
-from qectomy.surgery.config_files import copy_companions, copy_model_code
-from qectomy.surgery.headers import read_json
 from qectomy.surgery.locked_folder import GoOn
 from qectomy.surgery.output import check_room
-from qectomy.surgery.plan import scratch_bytes, totals
 from qectomy.surgery.source_watch import SourceWatch
 from qectomy.surgery.step_writer import check_shards
-from qectomy.surgery.type_range import check_range
 from qectomy.surgery.work_folder import WorkFolder, finished
 
 

@@ -14,6 +14,10 @@ from qectomy.calibrate.documents import Reading
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.calibrate.text import load_tokenizer, read_source
+from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from qectomy.checkpoint.config_files import copy_companions, copy_model_code, reduced_config, write_reduced_config
+from qectomy.checkpoint.headers import TORCH_NAMES, read_json
+from qectomy.checkpoint.type_range import check_range
 from qectomy.errors import QectomyError, QueryMapError
 from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
@@ -23,15 +27,11 @@ from qectomy.eval.samples import token_sample
 from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_error, score_streamed
 from qectomy.eval.summary import cost
 from qectomy.models.query_maps import QueryMapSpec, ranges
-from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
-from qectomy.surgery.config_files import copy_companions, copy_model_code, reduced_config, write_reduced_config
 from qectomy.surgery.exact import ExactPlan, Progress, fold_checkpoint, plan_exact
 from qectomy.surgery.folding import usable_error
-from qectomy.surgery.headers import TORCH_NAMES, read_json
 from qectomy.surgery.locked_folder import GoOn
 from qectomy.surgery.output import check_room
 from qectomy.surgery.source_watch import SourceWatch
-from qectomy.surgery.type_range import check_range
 from qectomy.surgery.work_folder import WorkFolder, finished, work_folder
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from qectomy.calibrate.states import Streams, batches
+from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.errors import NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.reload import RELOAD_TOKENS
 from qectomy.eval.scores import SLICE, Logits, TokenScores, empty_scores, join_scores, score_tokens
-from qectomy.surgery.checkpoint import Checkpoint
 
 SCORED_TOKENS = 1024  # at a time: the head is read anew for each batch
 

@@ -15,10 +15,10 @@ from qectomy.calibrate.refine import FitData, RefineSettings, refine
 from qectomy.calibrate.share import Share
 from qectomy.calibrate.starts import make_start
 from qectomy.calibrate.states import Streams, WindowFile, batches, scratch_file
+from qectomy.checkpoint.memory import release_freed
 from qectomy.models.family import Family
 from qectomy.models.linear_views import add_through, read_view, store_views, without_views
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.memory import release_freed
 
 EIGEN_CHANNELS = 4096  # over all KV heads: up to so many, small eigenvalues are raised; beyond, the diagonal
 

@@ -24,20 +24,20 @@ from qectomy.calibrate.states import Streams, batches, scratch_file
 from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.calibrate.text import Windows
 from qectomy.calibrate.together import Together
+from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from qectomy.checkpoint.config_files import reduced_config, write_reduced_config
+from qectomy.checkpoint.finite import all_finite
+from qectomy.checkpoint.prefetch import Layers, read_layers
+from qectomy.checkpoint.shards import DTYPES, TensorSpec
+from qectomy.checkpoint.sizes import planned_tensors
 from qectomy.errors import NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.models.query_maps import QueryMapSpec
 from qectomy.surgery.audit import spectrum
-from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
-from qectomy.surgery.config_files import reduced_config, write_reduced_config
-from qectomy.surgery.finite import all_finite
 from qectomy.surgery.folding import read_query
-from qectomy.surgery.plan import planned_tensors
-from qectomy.surgery.read_ahead import Layers, read_layers
 from qectomy.surgery.source_watch import SourceWatch
 from qectomy.surgery.stream_basis import StreamBasis, random_basis
 from qectomy.surgery.work_folder import WorkFolder
-from qectomy.surgery.writer import DTYPES, TensorSpec
 
 Progress = Callable[[int, int, str], None]  # (layers done, layers in all, note)
 TOKENS_A_BATCH = 512  # how many tokens a layer runs on at a time

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from qectomy.calibrate.rope_pairs import Rope
+from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.checkpoint.config_files import load_config
 from qectomy.models.family import Dimensions, Family, LinearView
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.checkpoint import Checkpoint
-from qectomy.surgery.config_files import load_config
 
 
 class LayerRunner:

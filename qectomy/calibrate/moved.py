@@ -5,10 +5,10 @@ import math
 import torch
 
 from qectomy.calibrate.states import batches
+from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.models.family import LayerRoles, LinearView
 from qectomy.models.linear_views import Tensors, read_view
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.stream_basis import StreamBasis
 
 Moved = dict[str, float | None]

@@ -20,9 +20,9 @@ from qectomy.calibrate.moments import COLUMNS, MomentSums, ridge, ridge_
 from qectomy.calibrate.precision import fast_dtype, fast_math
 from qectomy.calibrate.share import Share
 from qectomy.calibrate.states import Streams, batches
+from qectomy.checkpoint.memory import release_freed
 from qectomy.models.family import LinearView
 from qectomy.models.linear_views import oriented
-from qectomy.surgery.memory import release_freed
 
 
 @dataclass(frozen=True, kw_only=True)

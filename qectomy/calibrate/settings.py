@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.checkpoint.headers import TORCH_NAMES
 from qectomy.errors import QectomyError, QueryMapError, TextError
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.checkpoint import Checkpoint
-from qectomy.surgery.headers import TORCH_NAMES
 
 CONTEXT = 512  # tokens a window, where the model was made for as many
 MIN_CONTEXT = 16

@@ -11,11 +11,11 @@ import torch
 from qectomy.calibrate.pass_steps import is_whole
 from qectomy.calibrate.states import Streams
 from qectomy.calibrate.together import Together
+from qectomy.checkpoint.shards import TensorSpec
 from qectomy.errors import QectomyError
 from qectomy.surgery.locked_folder import GoOn, differences
 from qectomy.surgery.step_writer import StepWriter
 from qectomy.surgery.work_folder import WorkFolder, work_folder
-from qectomy.surgery.writer import TensorSpec
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from qectomy.calibrate.share import Share, whole
+from qectomy.checkpoint.checkpoint import BYTES_A_READ
+from qectomy.checkpoint.shards import write_all
 from qectomy.errors import OutputError
-from qectomy.surgery.checkpoint import BYTES_A_READ
-from qectomy.surgery.writer import write_all
 
 KEPT = 3  # layers whose states are there: the one that is being written, and two to go on from
 

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
-from qectomy.surgery.memory import release_freed
+from qectomy.checkpoint.memory import release_freed
 
 
 @dataclass

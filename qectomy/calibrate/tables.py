@@ -67,7 +67,7 @@ def _inside(folder: Path, name: Any) -> bool:
 
 def _json(path: Path) -> dict[str, Any]:
     """Return an object in a JSON file that came from elsewhere."""
-    from qectomy.surgery.headers import MAX_JSON_BYTES, parse_json, read_regular
+    from qectomy.checkpoint.headers import MAX_JSON_BYTES, parse_json, read_regular
 
     try:
         found = parse_json(read_regular(path, MAX_JSON_BYTES) or b"")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qectomy.surgery.checkpoint import Checkpoint
+from qectomy.checkpoint.checkpoint import Checkpoint
 
 CARD_BYTES = 256_000  # read of the source's card; the fields that matter stand at its top
 SHORT = 200  # characters of a field that is carried over

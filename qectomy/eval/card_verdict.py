@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from qectomy.checkpoint.headers import MAX_JSON_BYTES, read_regular
 from qectomy.errors import OutputError
 from qectomy.eval.page.verdict import Verdict
 from qectomy.eval.saved import write_whole
-from qectomy.surgery.headers import MAX_JSON_BYTES, read_regular
 
 START = "<!-- The verdict; `qectomy report` writes it anew. -->"
 END = "<!-- End of the verdict. -->"

@@ -11,6 +11,9 @@ import torch
 from qectomy.calibrate.documents import Reading
 from qectomy.calibrate.spans import Sketch, overlap, sketch_in
 from qectomy.calibrate.text import Source, load_tokenizer, read_source
+from qectomy.checkpoint.checkpoint import locate
+from qectomy.checkpoint.file_identity import fingerprint
+from qectomy.checkpoint.headers import TORCH_NAMES, read_json
 from qectomy.errors import CheckpointError, QectomyError, TextError
 from qectomy.eval.loading import check_dtype, load_model, naming_dtype, read_config
 from qectomy.eval.protocol import (
@@ -26,9 +29,6 @@ from qectomy.eval.scores import TokenScores
 from qectomy.eval.scoring import Progress, score_model
 from qectomy.eval.streamed import StreamedModel, open_any, score_streamed
 from qectomy.eval.summary import compare, summarize
-from qectomy.surgery.checkpoint import locate
-from qectomy.surgery.headers import TORCH_NAMES, read_json
-from qectomy.surgery.identity import fingerprint
 
 OTHER_TOKENIZER = (
     "it has another tokenizer or vocabulary than {reference}, so their predictions cannot be compared token by token; "

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from qectomy.checkpoint.checkpoint import locate
+from qectomy.checkpoint.file_identity import fingerprint
 from qectomy.errors import QectomyError
 from qectomy.eval.fresh_start import FreshStart, fresh_start, warm_files
 from qectomy.eval.inference_bytes import (
@@ -29,8 +31,6 @@ from qectomy.eval.inference_bytes import (
 from qectomy.eval.inference_loops import InferenceLoop, Timing, random_tokens
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import common_context, table_of_positions
-from qectomy.surgery.checkpoint import locate
-from qectomy.surgery.identity import fingerprint
 
 Progress = Callable[[int, int, str], None]  # (runs done, runs in all, what ran)
 COVERAGE = 0.95  # of the interval around a median

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qectomy.checkpoint.checkpoint import MAX_LAYERS, Checkpoint, locate, open_checkpoint, read_config_json
+from qectomy.checkpoint.config_files import load_config
+from qectomy.checkpoint.headers import FLOAT_BYTES, TORCH_NAMES, read_headers
+from qectomy.checkpoint.stored_tensors import is_quantized
 from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, reason_of, shown
 from qectomy.models.architectures import FAMILIES
-from qectomy.surgery.checkpoint import MAX_LAYERS, Checkpoint, locate, open_checkpoint, read_config_json
-from qectomy.surgery.config_files import load_config
-from qectomy.surgery.headers import FLOAT_BYTES, TORCH_NAMES, read_headers
-from qectomy.surgery.stored_tensors import is_quantized
 
 COUNTS_OF_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 DTYPES = [TORCH_NAMES[kind] for kind in ("F32", "BF16", "F16", "F64")]

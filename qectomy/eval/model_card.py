@@ -4,13 +4,13 @@ import re
 import textwrap
 from typing import Any
 
+from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.eval.card_metadata import Origin, card_metadata, one_line, origin
 from qectomy.eval.card_verdict import card_verdict
 from qectomy.eval.moved_words import moved_meaning, moved_table
 from qectomy.eval.page.verdict import verdict
 from qectomy.eval.query_share import query_share
 from qectomy.eval.text_words import read_as_words, text_doubt
-from qectomy.surgery.checkpoint import Checkpoint
 
 FITTED = """The query projections of this {family} checkpoint were taken out by Qectomy {version}:
 {recipe}.

@@ -9,14 +9,14 @@ from typing import Any
 
 from qectomy import __version__
 from qectomy.calibrate.settings import ConvertSettings
+from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.checkpoint.file_identity import fingerprint
+from qectomy.checkpoint.sizes import totals
 from qectomy.eval.model_card import model_card
 from qectomy.eval.page.writing import write_page
 from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.reload import Reload
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.checkpoint import Checkpoint
-from qectomy.surgery.identity import fingerprint
-from qectomy.surgery.plan import totals
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 

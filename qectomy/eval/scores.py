@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qectomy.surgery.finite import all_finite
+from qectomy.checkpoint.finite import all_finite
 
 SLICE = 512
 

@@ -1,6 +1,6 @@
 """Run checkpoints' own models with one layer of one of them in memory at a time, whatever their size.
 
-On a GPU the next layer is on its way meanwhile (`surgery/read_ahead.py`).
+On a GPU the next layer is on its way meanwhile (`checkpoint/prefetch.py`).
 
 The model is the one that transformers loads from the folder, loaded without its weights, which shows whether every
 tensor has its place. A layer's weights are read once for all windows (of a group whose hidden states fit into
@@ -19,6 +19,11 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from qectomy.checkpoint.checkpoint import Checkpoint, locate, open_checkpoint
+from qectomy.checkpoint.finite import all_finite
+from qectomy.checkpoint.headers import read_json
+from qectomy.checkpoint.memory import release_freed
+from qectomy.checkpoint.prefetch import read_layers
 from qectomy.errors import NonFiniteError
 from qectomy.eval.cast_on_use import cast_on_use, projections
 from qectomy.eval.loading import load_model
@@ -26,11 +31,6 @@ from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.scores import SLICE, TokenScores, empty_scores, score_tokens
 from qectomy.eval.scoring import Progress, batches
 from qectomy.models.family import Dimensions
-from qectomy.surgery.checkpoint import Checkpoint, locate, open_checkpoint
-from qectomy.surgery.finite import all_finite
-from qectomy.surgery.headers import read_json
-from qectomy.surgery.memory import release_freed
-from qectomy.surgery.read_ahead import read_layers
 
 TOKENS_A_BATCH = 2048  # on which a layer runs at a time
 TOKENS_ON_DEVICE = 16_384  # likewise, on an accelerator

@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
+from qectomy.checkpoint.checkpoint import Checkpoint, differing_sizes
+from qectomy.checkpoint.config_files import DROPPED, VARIANT, has_model_code, load_config
+from qectomy.checkpoint.headers import TORCH_NAMES, read_json
 from qectomy.errors import CheckpointError, clean, shown
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_error, score_streamed
 from qectomy.eval.summary import cost
 from qectomy.models.query_maps import ranges
-from qectomy.surgery.checkpoint import Checkpoint, differing_sizes
-from qectomy.surgery.config_files import DROPPED, VARIANT, has_model_code, load_config
 from qectomy.surgery.exact import ExactPlan, Progress, folded_tensors, layer_plan
 from qectomy.surgery.fold_layer import readers_in_basis
 from qectomy.surgery.folding import Choice, Folds, Verdict, claim, read_query, rounding, standing_fold, usable_error
 from qectomy.surgery.gauge import pivot_condition, split_heads
-from qectomy.surgery.headers import TORCH_NAMES, read_json
 from qectomy.surgery.streams import HEAD, Place, derive_streams, mergeable
 
 SLACK = 1e-9  # of a tensor's largest entry: float64 rounding, amplified by the condition of a fold

@@ -11,23 +11,23 @@ from functools import partial
 
 import torch
 
+from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.checkpoint.finite import all_finite
+from qectomy.checkpoint.memory import release_freed
+from qectomy.checkpoint.shards import DTYPES, ShardWriter, TensorSpec
+from qectomy.checkpoint.sizes import planned_tensors
 from qectomy.errors import NonFiniteError, QueryMapError
 from qectomy.models.family import Dimensions
 from qectomy.models.linear_views import read_view
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.checkpoint import Checkpoint
-from qectomy.surgery.finite import all_finite
 from qectomy.surgery.fold_choice import choose_folds
 from qectomy.surgery.fold_layer import LayerPlan, fold_layer, fold_norm, query_shift, readers_in_basis
 from qectomy.surgery.folding import LOST, Choice, Folds, rounding
 from qectomy.surgery.gauge import MAX_PIVOT_CONDITION, choose_pivots, fold_pivots, pivot_rows, split_heads
-from qectomy.surgery.memory import release_freed
-from qectomy.surgery.plan import planned_tensors
 from qectomy.surgery.source_watch import SourceWatch
 from qectomy.surgery.step_writer import Progress, write_steps
 from qectomy.surgery.streams import HEAD
 from qectomy.surgery.work_folder import WorkFolder
-from qectomy.surgery.writer import DTYPES, ShardWriter, TensorSpec
 
 ROWS_AT_ONCE = 2048  # of the embedding
 

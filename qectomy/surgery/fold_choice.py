@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable
 
+from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.surgery.audit import condition_number
-from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.folding import SINGULAR, Choice, Verdict, claim, read_query, rounding, standing_fold
 from qectomy.surgery.streams import Stream, derive_streams, mergeable, structural_verdict
 

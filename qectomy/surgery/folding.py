@@ -12,13 +12,13 @@ from functools import lru_cache
 
 import torch
 
+from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.checkpoint.shards import DTYPES
 from qectomy.models.family import Dimensions
 from qectomy.models.linear_views import read_view
 from qectomy.surgery.audit import condition_number
-from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.gauge import join_heads, orthonormal_gauge, pair_scales, split_heads
 from qectomy.surgery.streams import HEAD, Group, Place, Stream, Streams
-from qectomy.surgery.writer import DTYPES
 
 SINGULAR = 1e13  # a condition number beyond which float64 cannot tell a matrix from a singular one
 LOST = 1.0  # rounding times condition beyond which the target dtype keeps nothing of a product

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qectomy.surgery.headers import parse_json, read_regular
+from qectomy.checkpoint.headers import parse_json, read_regular
 from qectomy.surgery.locked_folder import sync
 
 DIGEST = 64  # characters of a sha256

@@ -18,8 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TextIO
 
+from qectomy.checkpoint.headers import MAX_JSON_BYTES, parse_json, read_regular
 from qectomy.errors import QectomyError, Untrusted, shown
-from qectomy.surgery.headers import MAX_JSON_BYTES, parse_json, read_regular
 
 LOCK = "lock"
 RECORD = "run.json"

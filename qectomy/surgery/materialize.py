@@ -12,22 +12,22 @@ from typing import Any
 
 import torch
 
+from qectomy.checkpoint.checkpoint import Checkpoint, expected_tensors
+from qectomy.checkpoint.config_files import copy_companions, load_config, stock_config, write_config
+from qectomy.checkpoint.finite import all_finite
+from qectomy.checkpoint.shards import DTYPES, MAX_SHARD_BYTES, ShardWriter, TensorSpec
 from qectomy.errors import NonFiniteError, UnsupportedArchitecture
 from qectomy.models.family import Dimensions, Family, LayerRoles, LinearView
 from qectomy.models.linear_views import Projection, read_maps, read_view, store_views, without_views
 from qectomy.models.query_maps import QueryMapSpec
 from qectomy.surgery.balance import balance_channels, balance_heads
-from qectomy.surgery.checkpoint import Checkpoint, expected_tensors
-from qectomy.surgery.config_files import copy_companions, load_config, stock_config, write_config
 from qectomy.surgery.engines import dropped_fields
-from qectomy.surgery.finite import all_finite
 from qectomy.surgery.gauge import join_heads, split_heads
 from qectomy.surgery.locked_folder import GoOn
 from qectomy.surgery.output import check_room
 from qectomy.surgery.source_watch import SourceWatch
 from qectomy.surgery.step_writer import Progress, write_steps
 from qectomy.surgery.work_folder import WorkFolder, finished, without_report, work_folder
-from qectomy.surgery.writer import DTYPES, MAX_SHARD_BYTES, ShardWriter, TensorSpec
 
 LAYERS = "balanced, of the default softmax scale"  # so that no run goes on with layers of another form
 

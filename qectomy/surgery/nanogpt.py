@@ -26,13 +26,8 @@ from typing import Any
 
 import torch
 
-from qectomy.errors import CheckpointError, NonFiniteError, UnsupportedArchitecture, shown
-from qectomy.models.architectures import FAMILIES
-from qectomy.models.family import Dimensions, flag, size
-from qectomy.models.linear_views import add_through, read_view, with_query
-from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.checkpoint import MAX_LAYERS, expected_tensors, open_checkpoint
-from qectomy.surgery.config_files import (
+from qectomy.checkpoint.checkpoint import MAX_LAYERS, expected_tensors, open_checkpoint
+from qectomy.checkpoint.config_files import (
     TOKENIZER_FILES,
     copied_companions,
     copy_companions,
@@ -40,15 +35,20 @@ from qectomy.surgery.config_files import (
     reduced_fields,
     write_config,
 )
-from qectomy.surgery.finite import all_finite
-from qectomy.surgery.headers import TORCH_NAMES, open_regular
+from qectomy.checkpoint.finite import all_finite
+from qectomy.checkpoint.headers import TORCH_NAMES, open_regular
+from qectomy.checkpoint.nanogpt_relatives import about_pickled, check_binary, check_relatives, is_plain, unwrapped
+from qectomy.checkpoint.shards import DTYPES, ShardWriter, TensorSpec
+from qectomy.errors import CheckpointError, NonFiniteError, UnsupportedArchitecture, shown
+from qectomy.models.architectures import FAMILIES
+from qectomy.models.family import Dimensions, flag, size
+from qectomy.models.linear_views import add_through, read_view, with_query
+from qectomy.models.query_maps import QueryMapSpec
 from qectomy.surgery.locked_folder import GoOn
-from qectomy.surgery.nanogpt_relatives import about_pickled, check_binary, check_relatives, is_plain, unwrapped
 from qectomy.surgery.output import check_room
 from qectomy.surgery.source_watch import FileWatch
 from qectomy.surgery.step_writer import write_steps
 from qectomy.surgery.work_folder import WorkFolder, finished, without_report, work_folder
-from qectomy.surgery.writer import DTYPES, ShardWriter, TensorSpec
 
 GPT2 = FAMILIES["gpt2"]
 QUERY_MODES = ("original", "identity", "residual")

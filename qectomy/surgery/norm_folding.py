@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
+from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.checkpoint.config_files import copy_companions, copy_model_code, with_code, write_config
+from qectomy.checkpoint.finite import all_finite
+from qectomy.checkpoint.shards import ShardWriter, TensorSpec
 from qectomy.errors import NonFiniteError, QectomyError, UnsupportedArchitecture
 from qectomy.models.family import LayerRoles
 from qectomy.models.linear_views import Projection, read_view, store_views
-from qectomy.surgery.checkpoint import Checkpoint
-from qectomy.surgery.config_files import copy_companions, copy_model_code, with_code, write_config
-from qectomy.surgery.finite import all_finite
 from qectomy.surgery.locked_folder import GoOn
 from qectomy.surgery.output import check_room
 from qectomy.surgery.source_watch import SourceWatch
 from qectomy.surgery.step_writer import Progress, write_steps
 from qectomy.surgery.work_folder import WorkFolder, finished, without_report, work_folder
-from qectomy.surgery.writer import ShardWriter, TensorSpec
 
 PARTS = ("gain", "shift", "mean")
 ROWS_AT_ONCE = 2048  # of the embedding

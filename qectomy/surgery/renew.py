@@ -14,13 +14,13 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from qectomy import __version__
+from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from qectomy.checkpoint.config_files import code_fields, has_model_code, json_text, stale_model_files
+from qectomy.checkpoint.file_identity import fingerprint
+from qectomy.checkpoint.headers import read_json
 from qectomy.errors import CheckpointError, OutputError, QectomyError, shown
 from qectomy.models.architectures import find_reduced_family
 from qectomy.models.family import Family
-from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
-from qectomy.surgery.config_files import code_fields, has_model_code, json_text, stale_model_files
-from qectomy.surgery.headers import read_json
-from qectomy.surgery.identity import fingerprint
 from qectomy.surgery.locked_folder import sync
 from qectomy.surgery.output import cause, interruptible
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qectomy.checkpoint.checkpoint import Checkpoint, sha256
+from qectomy.checkpoint.config_files import copied_companions
+from qectomy.checkpoint.headers import INDEX
 from qectomy.errors import Stopped
-from qectomy.surgery.checkpoint import Checkpoint, sha256
-from qectomy.surgery.config_files import copied_companions
-from qectomy.surgery.headers import INDEX
 
 FirstAlone = Callable[[Callable[[], Any]], Any]
 

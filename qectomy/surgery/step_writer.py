@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from qectomy.checkpoint.shards import MAX_SHARD_BYTES, ShardWriter, TensorSpec, damaged
 from qectomy.errors import Stopped, Untrusted, note
 from qectomy.surgery.locked_folder import sync
 from qectomy.surgery.source_watch import FileWatch
 from qectomy.surgery.work_folder import WorkFolder
-from qectomy.surgery.writer import MAX_SHARD_BYTES, ShardWriter, TensorSpec, damaged
 
 Holds = Callable[[int, dict[str, Any]], bool]
 Progress = Callable[[int, int, str], None]  # steps done, of how many, what is being done

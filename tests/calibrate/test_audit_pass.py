@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from qectomy.calibrate.audit_pass import audit_layers, text_moments, white_moments
 from qectomy.calibrate.text import make_windows, read_source
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import NonFiniteError, TextError
-from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.stream_basis import random_orthogonal
 
 SHAPES = ["llama", "biases", "wide-heads", "bf16", "sharded", "mistral", "rope-llama3", "gpt2", "gpt2-inverse"]

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from qectomy.calibrate.convert_exact import convert_exact, dry_run_exact
 from qectomy.calibrate.settings import ConvertSettings
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import QectomyError, QueryMapError, TextError
 from qectomy.models.query_maps import parse_exact
-from qectomy.surgery.checkpoint import open_checkpoint
 
 NORM_FREE = dict(norms=False, mlp_skip=False)
 

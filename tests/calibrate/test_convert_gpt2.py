@@ -8,8 +8,8 @@ import torch
 from conversions import convert_tiny, hashes, measured
 from safetensors.torch import load_file, save_file
 
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import CheckpointError, TextError, UnsupportedArchitecture
-from qectomy.surgery.checkpoint import open_checkpoint
 
 
 @pytest.mark.parametrize("context, match", [(129, "longer than the model's 128 positions; use 128"), (8, "16 or more")])

@@ -13,8 +13,8 @@ from pyarrow import parquet
 from qectomy.calibrate import documents as documents_module
 from qectomy.calibrate.documents import JOIN, Documents
 from qectomy.calibrate.text import read_source
+from qectomy.checkpoint.checkpoint import sha256
 from qectomy.errors import TextError
-from qectomy.surgery.checkpoint import sha256
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from qectomy.calibrate import convert as convert_module
 from qectomy.calibrate.convert import check_device
 from qectomy.calibrate.layer_pass import LayerPass
+from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.checkpoint.shards import ShardWriter, TensorSpec
 from qectomy.errors import (
     CheckpointError,
     NonFiniteError,
@@ -29,10 +31,8 @@ from qectomy.errors import (
     UnreadableError,
 )
 from qectomy.eval import reload
-from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.step_writer import StepWriter
 from qectomy.surgery.work_folder import WorkFolder, work_folder
-from qectomy.surgery.writer import ShardWriter, TensorSpec
 
 
 @pytest.fixture

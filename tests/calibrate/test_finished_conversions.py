@@ -5,8 +5,8 @@ from conversions import convert_tiny, reload_here
 
 from qectomy.calibrate.convert_exact import convert_exact
 from qectomy.calibrate.settings import ConvertSettings
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import QectomyError
-from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.work_folder import WorkFolder
 
 

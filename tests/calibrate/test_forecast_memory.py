@@ -167,7 +167,7 @@ from pathlib import Path
 import torch
 from qectomy.calibrate.refit import Regression
 from qectomy.calibrate.share import whole
-from qectomy.surgery.memory import release_freed
+from qectomy.checkpoint.memory import release_freed
 n, d = 3000, 1000
 inputs, lack = torch.randn(1, 512, n), torch.randn(1, 512, d)
 # The kernels are loaded before the count.

@@ -17,8 +17,8 @@ from qectomy.calibrate.forecast.random_layer import at_most
 from qectomy.calibrate.forecast.seconds import layer_seconds, stage_seconds
 from qectomy.calibrate.forecast.timer import SLOWER, Speeds
 from qectomy.calibrate.forecast.work import JOINT_STEPS, plan_work
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.models.query_maps import QueryMapSpec, parse_recipe
-from qectomy.surgery.checkpoint import open_checkpoint
 
 ALWAYS = {
     "layer",

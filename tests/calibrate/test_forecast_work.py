@@ -26,10 +26,10 @@ from qectomy.calibrate.forecast import commands, work
 from qectomy.calibrate.forecast.disk import disk_bytes, scratch_files
 from qectomy.calibrate.forecast.work import fast_itemsize, plan_work
 from qectomy.calibrate.precision import fast_dtype
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.eval import reload, samples, scores, streamed, verify
 from qectomy.models.query_maps import parse_recipe
 from qectomy.surgery import exact
-from qectomy.surgery.checkpoint import open_checkpoint
 
 
 def planned(source, query="key-shared", **told):

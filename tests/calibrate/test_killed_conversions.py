@@ -19,7 +19,7 @@ from tiny_models import tiny_tokenizer
 from qectomy.calibrate.convert_exact import convert_exact
 from qectomy.calibrate.layer_pass import LayerPass
 from qectomy.calibrate.settings import ConvertSettings
-from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.surgery.materialize import materialize
 from qectomy.surgery.nanogpt import import_nanogpt
 from qectomy.surgery.norm_folding import fold_norms

@@ -11,9 +11,9 @@ from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.projections import Start
 from qectomy.calibrate.refine import RefineSettings
 from qectomy.calibrate.states import Streams
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.models.linear_views import read_view
 from qectomy.models.query_maps import parse_query_map
-from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.stream_basis import random_basis
 
 CONTEXT, WINDOWS = 24, 8

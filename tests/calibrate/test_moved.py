@@ -9,9 +9,9 @@ from numpy.linalg import norm
 
 from qectomy.calibrate.layer_pass import LayerPass
 from qectomy.calibrate.moved import moved_by
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import QectomyError, QueryMapError, Stopped
 from qectomy.models.query_maps import parse_query_map
-from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.stream_basis import random_basis
 from qectomy.surgery.work_folder import WorkFolder
 

@@ -10,11 +10,11 @@ from interruptions import same_output
 from tiny_models import tokens
 
 from qectomy.calibrate import layer_pass
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.prefetch import LayersAhead
 from qectomy.errors import NonFiniteError, Stopped
 from qectomy.eval import streamed
 from qectomy.eval.streamed import StreamedModel
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.read_ahead import LayersAhead
 
 MIXED = "0=identity,1=select,2=dense,3=key-shared"  # identity turns the stream, and the source's layers
 

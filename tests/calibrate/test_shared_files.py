@@ -9,13 +9,13 @@ from launches import launched
 from qectomy.calibrate import shared_run
 from qectomy.calibrate.states import Streams
 from qectomy.calibrate.together import Together
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.shards import TensorSpec
 from qectomy.errors import Stopped
 from qectomy.surgery import source_watch
-from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.source_watch import SourceWatch
 from qectomy.surgery.step_writer import StepWriter
 from qectomy.surgery.work_folder import work_folder
-from qectomy.surgery.writer import TensorSpec
 
 
 def sha256_of(path):

@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 
 from qectomy.calibrate import text
 from qectomy.calibrate.text import load_tokenizer
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.config_files import copy_companions, reduced_config, write_config
 from qectomy.errors import CheckpointError
 from qectomy.eval.same_tokenizer import check_same_tokenizer
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.config_files import copy_companions, reduced_config, write_config
 
 LINE = "Once upon a midnight dreary,\n  while I pondered"
 

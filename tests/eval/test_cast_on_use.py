@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.eval.cast_on_use import cast_on_use, projections
 from qectomy.eval.streamed import StreamedModel
-from qectomy.surgery.checkpoint import open_checkpoint
 
 
 class Twice(nn.Module):

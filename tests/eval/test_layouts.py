@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM
 
 from qectomy.calibrate.convert_exact import convert_exact
 from qectomy.calibrate.settings import ConvertSettings
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.headers import INDEX, SINGLE
 from qectomy.errors import QectomyError
 from qectomy.eval.loading import load_model
 from qectomy.eval.streamed import StreamedModel, open_any
 from qectomy.eval.verify import verify
 from qectomy.models.architectures import FAMILIES
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.headers import INDEX, SINGLE
 
 IDS = tokens(batch=1, length=24, seed=3)
 DTYPES = ("float32", "bfloat16", "float16")

@@ -6,6 +6,7 @@ import page_folders
 import pytest
 from conversions import convert_tiny
 
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.eval.model_card import model_card
 from qectomy.eval.page import quality
 from qectomy.eval.page.page import page
@@ -13,7 +14,6 @@ from qectomy.eval.page.reading import read_folder
 from qectomy.eval.page.verdict import checks, heldout_ratio
 from qectomy.eval.query_share import query_share
 from qectomy.eval.tables import show_conversion, show_plan
-from qectomy.surgery.checkpoint import open_checkpoint
 
 ONE_LAYER = 9_953_280 // 30
 

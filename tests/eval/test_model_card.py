@@ -14,8 +14,8 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from qectomy.calibrate.convert_exact import convert_exact
 from qectomy.calibrate.settings import ConvertSettings
+from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.eval.model_card import model_card
-from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tiny_models import load_reduced
 
 from qectomy.calibrate.convert_exact import convert_exact
 from qectomy.calibrate.settings import ConvertSettings
-from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.checkpoint.checkpoint import open_checkpoint
 
 BEFORE, AFTER = (
     """

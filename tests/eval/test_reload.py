@@ -12,11 +12,11 @@ from tiny_models import EVERY_MAP, load_reduced, tokens
 
 from qectomy.calibrate.convert_exact import convert_exact
 from qectomy.calibrate.settings import ConvertSettings
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import CheckpointError, Stopped
 from qectomy.eval import reload
 from qectomy.eval.streamed import StreamedModel
 from qectomy.modeling import modeling_qectomy_gpt2, modeling_qectomy_llama
-from qectomy.surgery.checkpoint import open_checkpoint
 
 MODELING = {"llama": modeling_qectomy_llama, "mistral": modeling_qectomy_llama, "gpt2": modeling_qectomy_gpt2}
 # As if transformers handed layers their cache under a name that the model code passes by: from the second token on

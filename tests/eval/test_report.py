@@ -7,9 +7,9 @@ import os
 import pytest
 from conversions import convert_tiny
 
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.report import model_card, write_report
-from qectomy.surgery.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")

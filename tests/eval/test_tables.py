@@ -4,12 +4,12 @@ import pytest
 from conversions import convert_tiny
 from tiny_models import save_variant
 
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.sizes import inspect, totals
 from qectomy.eval import tables
 from qectomy.eval.evaluation_table import show_evaluations
 from qectomy.eval.inspection_table import show_inspection
 from qectomy.models.query_maps import parse_recipe
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.plan import inspect, totals
 
 NEEDS = dict(
     peak_memory_bytes=512_000_000,

@@ -11,13 +11,13 @@ import torch
 from cases import SECRET, Case, Folder, Hole, Link, Reader, files_of, odd_file
 from mutations import STRINGS, Dice, Raw, hostile, json_text, mutated, mutated_bytes
 
+from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from qectomy.checkpoint.config_files import CARRIED, copy_companions, load_config, reduced_config, stock_config
+from qectomy.checkpoint.headers import INDEX, SINGLE
+from qectomy.checkpoint.sizes import totals
 from qectomy.errors import QectomyError
 from qectomy.models.query_maps import parse_exact, parse_recipe
-from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
-from qectomy.surgery.config_files import CARRIED, copy_companions, load_config, reduced_config, stock_config
-from qectomy.surgery.headers import INDEX, SINGLE
 from qectomy.surgery.materialize import dense_layer
-from qectomy.surgery.plan import totals
 
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F4", "C64", "X", "")
 

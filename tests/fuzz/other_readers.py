@@ -28,11 +28,11 @@ from qectomy.calibrate.healing.data import fitted_span
 from qectomy.calibrate.healing.export import fitted_report
 from qectomy.calibrate.spans import Sketch, overlap, sketch_in, span_hashes
 from qectomy.calibrate.text import Source, first_tokens_and_ends, load_tokenizer, make_windows, read_source
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.headers import SINGLE
 from qectomy.eval.page.page import page
 from qectomy.eval.page.reading import read_folders, read_points
 from qectomy.eval.verify import _edited
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.headers import SINGLE
 from qectomy.surgery.materialize import materialize
 from qectomy.surgery.nanogpt import import_nanogpt
 

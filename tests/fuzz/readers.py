@@ -18,9 +18,9 @@ from foldings import fold
 from other_readers import journal_reader, nanogpt_reader, report_reader, text_reader, tokenizer_reader
 from tiny_models import EVERY_MAP, save_reduced, save_tiny
 
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.headers import SINGLE
 from qectomy.errors import Stopped
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.headers import SINGLE
 from qectomy.surgery.materialize import materialize
 
 SMALL: dict[str, Any] = dict(vocab_size=320, hidden_size=16, intermediate_size=8, num_attention_heads=2)

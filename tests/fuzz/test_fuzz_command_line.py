@@ -13,8 +13,8 @@ from conversions import reload_here
 from other_readers import Canary, canary
 from readers import make_readers
 
+from qectomy.checkpoint.headers import SINGLE
 from qectomy.cli import main
-from qectomy.surgery.headers import SINGLE
 
 RUNS = 120
 SOURCES = ("safetensors header", "index", "config.json", "stored recipe", "tokenizer")

@@ -21,6 +21,9 @@ from tiny_models import EVERY_MAP, RAVEN, bos_tokenizer, tiny_tokenizer
 from qectomy.calibrate.documents import Documents
 from qectomy.calibrate.pass_steps import is_whole
 from qectomy.calibrate.text import Source, check_growth, load_tokenizer, make_windows, read_source
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.config_files import copy_companions, load_config
+from qectomy.checkpoint.headers import INDEX, MAX_DEPTH, SINGLE, parse_json
 from qectomy.cli import complain
 from qectomy.errors import (
     CheckpointError,
@@ -36,9 +39,6 @@ from qectomy.eval.loading import read_config
 from qectomy.eval.page.reading import ReportError, read_curve, read_folder
 from qectomy.eval.protocol import Protocol, scoring_windows
 from qectomy.models.architectures import find_family
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.config_files import copy_companions, load_config
-from qectomy.surgery.headers import INDEX, MAX_DEPTH, SINGLE, parse_json
 from qectomy.surgery.journal import Journal
 from qectomy.surgery.materialize import materialize
 from qectomy.surgery.nanogpt import import_nanogpt

@@ -10,8 +10,8 @@ from tiny_models import BASE, EVERY_MAP, LLAMA_SHAPES, ROPES, load_reduced, save
 from transformers import AutoModelForCausalLM
 
 import qectomy
+from qectomy.checkpoint.config_files import model_files
 from qectomy.models.architectures import FAMILIES
-from qectomy.surgery.config_files import model_files
 
 mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from variant_reference import logits_of
 
 import qectomy
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.models.architectures import FAMILIES
-from qectomy.surgery.checkpoint import open_checkpoint
 
 qectomy.register()
 STRUCTURES = {

@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny_models import EVERY_MAP, SHAPES, resolve, tiny_model
 
+from qectomy.checkpoint.checkpoint import expected_layer, expected_tensors
+from qectomy.checkpoint.config_files import load_config
 from qectomy.errors import CheckpointError, UnsupportedArchitecture
 from qectomy.models.architectures import FAMILIES, QK_NORM_TYPES, find_family, find_reduced_family
 from qectomy.models.query_maps import QueryMapSpec, parse_query_map
-from qectomy.surgery.checkpoint import expected_layer, expected_tensors
-from qectomy.surgery.config_files import load_config
 
 
 def family_and_config(name, **overrides):

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from tiny_models import save_variant
 
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.config_files import write_reduced_config
 from qectomy.models.architectures import FAMILIES
 from qectomy.serving.dense_stream import stock_config
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.config_files import write_reduced_config
 
 ROOT = Path(__file__).parents[2]
 REGISTRY = """

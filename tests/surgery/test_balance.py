@@ -6,8 +6,8 @@ from foldings import in_float64
 from tiny_models import EVERY_MAP, SHAPES, load_reduced, save_reduced, save_tiny, tokens
 from transformers import AutoModelForCausalLM
 
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.surgery.balance import balance_channels, balance_heads, cosine_basis
-from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.materialize import materialize
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from tiny_models import EVERY_MAP, ROPES
 
-from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.surgery.materialize import materialize
 
 LLAMA3 = ROPES["llama3"] | {"rope_theta": 10000.0}

@@ -5,7 +5,7 @@ import torch
 from foldings import fold, logits, relative, stored
 from tiny_models import save_reduced, save_tiny, tiny_model, tokens, variant_model
 
-from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.surgery.exact import plan_exact
 from qectomy.surgery.materialize import materialize
 

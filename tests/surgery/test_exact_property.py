@@ -8,9 +8,9 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from tiny_models import load_reduced, tiny_model, tokens, variant_model
 
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import QueryMapError
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.exact import ExactPlan, plan_exact
 from qectomy.surgery.fold_choice import choose_folds
 from qectomy.surgery.folding import Choice

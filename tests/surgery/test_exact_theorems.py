@@ -10,9 +10,9 @@ from foldings import fold, logits, relative, stored
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, save_variant, tokens
 
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import QueryMapError
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.exact import plan_exact
 
 EXACT = 1e-10

@@ -9,9 +9,9 @@ from foldings import in_float64, load_stock, relative
 from safetensors.torch import load_file
 from tiny_models import load_reduced, save_variant, tokens
 
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped, UnsupportedArchitecture
 from qectomy.surgery import work_folder
-from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.norm_folding import fold_norms
 from qectomy.surgery.work_folder import WorkFolder
 

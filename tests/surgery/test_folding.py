@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from tiny_models import save_variant, tiny_model, tokens, variant_model
 from variant_reference import rotate
 
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import NonFiniteError, QueryMapError
 from qectomy.models.architectures import FAMILIES
-from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.exact import plan_exact
 from qectomy.surgery.fold_choice import choose_folds
 from qectomy.surgery.fold_layer import query_shift

@@ -9,8 +9,8 @@ from foldings import fold, logits, relative, stored
 from tiny_models import save_tiny, tiny_model, tokens, variant_model
 from variant_reference import rotate
 
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import QueryMapError
-from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.exact import plan_exact
 from qectomy.surgery.gauge import (
     choose_pivots,

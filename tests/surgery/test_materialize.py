@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import EVERY_MAP, SHAPES, load_reduced, save_reduced, save_tiny, save_variant, tiny_model, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM
 
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import CheckpointError, NonFiniteError, OutputError, UnsupportedArchitecture
 from qectomy.models.linear_views import read_view
-from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.gauge import split_heads
 from qectomy.surgery.materialize import materialize
 

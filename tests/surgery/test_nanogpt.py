@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qectomy
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import CheckpointError, NonFiniteError, OutputError, QectomyError, UnsupportedArchitecture
-from qectomy.surgery.checkpoint import open_checkpoint
 from qectomy.surgery.nanogpt import import_nanogpt
 
 # D n_embd, H heads, K = D / H, V vocab_size

@@ -13,12 +13,12 @@ from damage import edit_json, edit_weights
 from safetensors.torch import save_file
 from tiny_models import load_reduced, tokens
 
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.config_files import has_model_code, model_code
+from qectomy.checkpoint.file_identity import fingerprint
 from qectomy.errors import CheckpointError, OutputError
 from qectomy.eval.page.reading import read_folder
 from qectomy.surgery import renew as module
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.config_files import has_model_code, model_code
-from qectomy.surgery.identity import fingerprint
 from qectomy.surgery.renew import has_old_code, renew
 
 OLD = b"raise SystemExit('the code of another version')\n"

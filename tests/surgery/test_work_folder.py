@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from interruptions import PowerCut, in_a_child
 
+from qectomy.checkpoint.shards import TensorSpec
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped
 from qectomy.surgery import work_folder as module
 from qectomy.surgery.locked_folder import LockedFolder
 from qectomy.surgery.step_writer import StepWriter
 from qectomy.surgery.work_folder import WorkFolder, finished, work_folder
-from qectomy.surgery.writer import TensorSpec
 
 TOLD = {"seed": 0, "text 1": "a.txt (sha256 00)"}
 

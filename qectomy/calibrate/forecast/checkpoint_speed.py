@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qectomy.surgery.checkpoint import Checkpoint
+from qectomy.checkpoint.checkpoint import Checkpoint
 
 READ = 24_000_000  # bytes of the weights that are read, about: enough to see the disk, or the memory that caches it
 HASHED = 16_000_000

@@ -8,8 +8,8 @@ from qectomy.calibrate.forecast import commands, memory
 from qectomy.calibrate.forecast.disk import companion_bytes, disk_bytes
 from qectomy.calibrate.forecast.seconds import stage_seconds
 from qectomy.calibrate.forecast.work import Work, plan_work
+from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.checkpoint import Checkpoint
 
 FITTED = QueryMapSpec("key-shared")  # the map that stands for a fitted conversion where none is named
 NOTE = "timing this machine, up to ten seconds; --no-probe leaves it out"

@@ -28,9 +28,9 @@ from qectomy.calibrate.refit import Regression
 from qectomy.calibrate.share import whole
 from qectomy.calibrate.starts import make_start
 from qectomy.calibrate.states import WindowFile
+from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.eval.scores import SLICE, score_tokens
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.checkpoint import Checkpoint
 
 BUDGET = 8.0  # seconds after which nothing is begun any more; of these ...
 WIDE_SHARE = 0.3  # ... the layer at its largest may take so much

@@ -14,9 +14,9 @@ from qectomy.calibrate.moments import Moments
 from qectomy.calibrate.precision import fast_dtype
 from qectomy.calibrate.projections import Projections, Start
 from qectomy.calibrate.refine import FitData
+from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.models.family import Dimensions
 from qectomy.models.query_maps import QueryMapSpec, refusal
-from qectomy.surgery.checkpoint import Checkpoint
 
 BLOCK = 1 << 20  # random numbers that are drawn, and then repeated: drawing takes longer than what is timed
 

@@ -19,9 +19,9 @@ from qectomy.calibrate.forecast.work import (
     SLICE,
     Work,
 )
+from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.checkpoint.sizes import totals
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.checkpoint import Checkpoint
-from qectomy.surgery.plan import totals
 
 if TYPE_CHECKING:
     from qectomy.calibrate.forecast.timer import Speeds

@@ -8,7 +8,7 @@ import torch
 
 from qectomy.calibrate.forecast.checkpoint_speed import CheckpointSpeed, checkpoint_speed
 from qectomy.calibrate.forecast.work import Work
-from qectomy.surgery.checkpoint import Checkpoint
+from qectomy.checkpoint.checkpoint import Checkpoint
 
 PIECE_SECONDS = 0.25  # a piece is timed again while it has taken less in all
 REPEATS = 4

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from qectomy.checkpoint.checkpoint import Checkpoint, expected_layer
+from qectomy.checkpoint.headers import FLOAT_BYTES
 from qectomy.models.family import Dimensions
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.checkpoint import Checkpoint, expected_layer
-from qectomy.surgery.headers import FLOAT_BYTES
 
 TOKENS_A_BATCH = 512  # layer_pass.py
 TOKENS_ON_DEVICE = 8192

@@ -14,9 +14,9 @@ from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.processes import Processes
 from qectomy.calibrate.settings import ConvertSettings
+from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.errors import OutputError, QectomyError, Stopped, TextError, resumable
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.locked_folder import GoOn
 from qectomy.surgery.work_folder import check_free
 

@@ -11,9 +11,9 @@ from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.spans import FittedSpans, overlap, sketch_in
 from qectomy.calibrate.text import Source, load_tokenizer, read_source
+from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.errors import TextError
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
-from qectomy.surgery.checkpoint import Checkpoint
 
 
 def prepare(

@@ -18,6 +18,12 @@ from qectomy.calibrate.healing.plan import Plan
 from qectomy.calibrate.healing.run_folder import RunFolder
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.layer_pass import Progress
+from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from qectomy.checkpoint.config_files import copy_companions, copy_model_code, with_code, write_reduced_config
+from qectomy.checkpoint.finite import all_finite
+from qectomy.checkpoint.headers import TORCH_NAMES, read_json
+from qectomy.checkpoint.shards import ShardWriter, TensorSpec
+from qectomy.checkpoint.sizes import totals
 from qectomy.errors import NonFiniteError, QectomyError
 from qectomy.eval.page.reading import read_json as read_report
 from qectomy.eval.page.shapes import REDUCED
@@ -28,13 +34,7 @@ from qectomy.eval.samples import token_sample
 from qectomy.eval.scores import TokenScores
 from qectomy.eval.streamed import StreamedModel, score_streamed
 from qectomy.eval.summary import cost
-from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
-from qectomy.surgery.config_files import copy_companions, copy_model_code, with_code, write_reduced_config
-from qectomy.surgery.finite import all_finite
-from qectomy.surgery.headers import TORCH_NAMES, read_json
 from qectomy.surgery.output import new_folder
-from qectomy.surgery.plan import totals
-from qectomy.surgery.writer import ShardWriter, TensorSpec
 
 MEASURED = ("original", "fitted", "healed")
 

@@ -42,9 +42,9 @@ from qectomy.calibrate.healing.trainer import HealTrainer, Watch, ended_at, vali
 from qectomy.calibrate.healing.training_arguments import reporters, training_arguments
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.processes import Processes
+from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.errors import CheckpointError, TextError
 from qectomy.eval.protocol import ScoringWindows
-from qectomy.surgery.checkpoint import Checkpoint
 from qectomy.surgery.locked_folder import GoOn, read_record
 from qectomy.surgery.output import check_absent, check_room, interruptible
 

@@ -25,8 +25,8 @@ from qectomy.calibrate.documents import Documents, Reading, grouped
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.spans import FittedSpans
 from qectomy.calibrate.text import adds_bos, text_of, token_ids
+from qectomy.checkpoint.checkpoint import sha256
 from qectomy.errors import CheckpointError, QectomyError, TextError, note
-from qectomy.surgery.checkpoint import sha256
 from qectomy.surgery.locked_folder import read_record, write_record
 
 CHARACTERS = 1 << 18  # tokenized at a time

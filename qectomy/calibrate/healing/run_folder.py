@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from qectomy.checkpoint.checkpoint import sha256
 from qectomy.errors import OutputError, QectomyError, note
-from qectomy.surgery.checkpoint import sha256
 from qectomy.surgery.locked_folder import LOCK, RECORD, LockedFolder, read_record, sync, write_json
 from qectomy.surgery.output import check_absent
 

@@ -27,9 +27,9 @@ from qectomy.calibrate.healing.devices import multiplies_bfloat16
 from qectomy.calibrate.healing.settings import GENERATED, VALIDATION
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.text import load_tokenizer
+from qectomy.checkpoint.checkpoint import Checkpoint, sha256
 from qectomy.eval.report import made
 from qectomy.models.family import Dimensions
-from qectomy.surgery.checkpoint import Checkpoint, sha256
 from qectomy.surgery.locked_folder import read_record, write_json
 
 BATCH = {"cpu": 32, "cuda": 256}  # sequences sampled side by side, at most ...

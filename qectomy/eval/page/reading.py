@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qectomy.checkpoint.checkpoint import sha256
+from qectomy.checkpoint.file_identity import fingerprint
+from qectomy.checkpoint.headers import MAX_JSON_BYTES, parse_json, read_regular
 from qectomy.errors import clean
 from qectomy.eval.page.checked import Kind, ReportError, WrongField
 from qectomy.eval.page.shapes import BENCH, CURVE_ROW, EVALUATION, POINTS, REDUCED
 from qectomy.eval.page.stored import LayerSizes, stored_layers
-from qectomy.surgery.checkpoint import sha256
-from qectomy.surgery.headers import MAX_JSON_BYTES, parse_json, read_regular
-from qectomy.surgery.identity import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from qectomy.checkpoint.checkpoint import expected_layer, open_checkpoint
 from qectomy.errors import QectomyError
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.checkpoint import expected_layer, open_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)

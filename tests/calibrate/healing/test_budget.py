@@ -15,7 +15,7 @@ from qectomy.calibrate.healing.plan import STEPS
 from qectomy.calibrate.healing.run_folder import RunFolder
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.processes import Processes
-from qectomy.surgery.checkpoint import open_checkpoint
+from qectomy.checkpoint.checkpoint import open_checkpoint
 
 CONTEXT = 512
 SECONDS = 0.9 * 60  # that are planned for, a minute

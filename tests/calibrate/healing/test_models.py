@@ -21,8 +21,8 @@ from qectomy.calibrate.healing.models import (
     stream_basis,
 )
 from qectomy.calibrate.settings import ConvertSettings
+from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import CheckpointError, QectomyError
-from qectomy.surgery.checkpoint import open_checkpoint
 
 MIXED = ("key-shared", "dense", "select", "low-rank:3")
 

@@ -14,8 +14,8 @@ from qectomy.calibrate.documents import JOIN, Documents
 from qectomy.calibrate.healing import packing
 from qectomy.calibrate.healing.packing import Packed, PackedWindows, Reserved, Shuffled, pack, text_from
 from qectomy.calibrate.spans import FittedSpans, Sketch
+from qectomy.checkpoint.checkpoint import sha256
 from qectomy.errors import CheckpointError, QectomyError, TextError
-from qectomy.surgery.checkpoint import sha256
 from qectomy.surgery.locked_folder import write_record
 
 C = 16

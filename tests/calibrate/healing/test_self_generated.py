@@ -9,7 +9,7 @@ from healings import STEP, heal_tiny
 from qectomy.calibrate.healing import self_generated
 from qectomy.calibrate.healing.models import load_teacher
 from qectomy.calibrate.healing.self_generated import cache_folder, self_generated_text
-from qectomy.surgery.checkpoint import open_checkpoint, sha256
+from qectomy.checkpoint.checkpoint import open_checkpoint, sha256
 
 LENGTH, BATCH = 24, 4
 

@@ -11,9 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from qectomy.checkpoint.headers import FLOAT_BYTES, INDEX, INDEX_BYTES, TORCH_NAMES, TensorInfo
 from qectomy.errors import CheckpointError, UnreadableError, UnsupportedArchitecture, shown
 from qectomy.models.family import Dimensions, Family, Shapes
-from qectomy.surgery.headers import FLOAT_BYTES, INDEX, INDEX_BYTES, TORCH_NAMES, TensorInfo
 
 BYTES_A_READ = 4_000_000
 Same = Callable[[TensorInfo, TensorInfo], bool]

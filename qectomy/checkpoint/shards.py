@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from qectomy.surgery.checkpoint import digest_at
-from qectomy.surgery.headers import INDEX, SINGLE, TORCH_NAMES
+from qectomy.checkpoint.checkpoint import digest_at
+from qectomy.checkpoint.headers import INDEX, SINGLE, TORCH_NAMES
 
 DTYPES = {name: getattr(torch, torch_name) for name, torch_name in TORCH_NAMES.items()}
 MAX_SHARD_BYTES = 5_000_000_000

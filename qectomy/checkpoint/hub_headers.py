@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qectomy.checkpoint.checkpoint import ADAPTER, Checkpoint, assemble, open_checkpoint, read_config_json
+from qectomy.checkpoint.headers import INDEX, SINGLE, TensorInfo, read_index
 from qectomy.errors import CheckpointError, QectomyError, note, reason_of
-from qectomy.surgery.checkpoint import ADAPTER, Checkpoint, assemble, open_checkpoint, read_config_json
-from qectomy.surgery.headers import INDEX, SINGLE, TensorInfo, read_index
 
 HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
 

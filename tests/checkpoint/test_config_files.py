@@ -9,17 +9,17 @@ from tiny_models import EVERY_MAP, ROPES, SHAPES
 from transformers import AutoConfig, AutoTokenizer
 
 from qectomy.calibrate.text import load_tokenizer
-from qectomy.errors import CheckpointError
-from qectomy.models.query_maps import parse_query_map
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.config_files import (
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.config_files import (
     copy_companions,
     load_config,
     reduced_config,
     stock_config,
     write_config,
 )
-from qectomy.surgery.plan import totals
+from qectomy.checkpoint.sizes import totals
+from qectomy.errors import CheckpointError
+from qectomy.models.query_maps import parse_query_map
 from qectomy.surgery.source_watch import SourceWatch
 
 

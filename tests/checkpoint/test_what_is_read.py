@@ -9,11 +9,11 @@ from damage import edit_json, edit_weights, refused
 from safetensors.torch import load_file, save_file
 
 from qectomy import errors
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.config_files import reduced_config, stock_config
+from qectomy.checkpoint.headers import INDEX, SINGLE
 from qectomy.errors import CheckpointError, UnsupportedArchitecture
 from qectomy.eval.loading import load_model, read_config
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.config_files import reduced_config, stock_config
-from qectomy.surgery.headers import INDEX, SINGLE
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

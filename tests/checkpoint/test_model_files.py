@@ -11,10 +11,10 @@ from tiny_models import load_reduced, save_reduced, save_variant, tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qectomy
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.config_files import code_fields, copy_model_code, model_code, model_files, reduced_config
 from qectomy.eval.verify import _same_model
 from qectomy.models.architectures import FAMILIES
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.config_files import code_fields, copy_model_code, model_code, model_files, reduced_config
 from qectomy.surgery.materialize import materialize
 from qectomy.surgery.norm_folding import fold_norms
 

@@ -3,9 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
+from qectomy.checkpoint.checkpoint import Checkpoint, expected_tensors
+from qectomy.checkpoint.headers import TensorInfo
 from qectomy.models.query_maps import QueryMapSpec, parse_query_map, refusal
-from qectomy.surgery.checkpoint import Checkpoint, expected_tensors
-from qectomy.surgery.headers import TensorInfo
 from qectomy.surgery.streams import derive_streams, structural_recipe, structural_verdict
 
 SHOWN_MAPS = ("identity", "select", "key-shared", "low-rank:16", "low-rank:64")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from qectomy.surgery.writer import DTYPES, ShardWriter, TensorSpec, layout, plan_shards, write_all
+from qectomy.checkpoint.shards import DTYPES, ShardWriter, TensorSpec, layout, plan_shards, write_all
 
 
 @st.composite

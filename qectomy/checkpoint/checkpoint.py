@@ -15,6 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from qectomy.checkpoint.finite import all_finite
+from qectomy.checkpoint.headers import TORCH_NAMES, TensorInfo, read_headers, read_json, second_set
+from qectomy.checkpoint.stored_tensors import (
+    BYTES_A_READ,
+    Same,
+    check_tensors,
+    refuse_quantized,
+    same_bytes,
+    settle_tie,
+)
 from qectomy.errors import (
     CheckpointError,
     NonFiniteError,
@@ -29,9 +39,6 @@ from qectomy.models.architectures import find_family, find_reduced_family
 from qectomy.models.config_fields import known_fields
 from qectomy.models.family import Dimensions, Family, Shapes
 from qectomy.models.query_maps import QueryMapSpec, stored_maps
-from qectomy.surgery.finite import all_finite
-from qectomy.surgery.headers import TORCH_NAMES, TensorInfo, read_headers, read_json, second_set
-from qectomy.surgery.stored_tensors import BYTES_A_READ, Same, check_tensors, refuse_quantized, same_bytes, settle_tie
 
 if TYPE_CHECKING:
     import torch
@@ -287,7 +294,7 @@ def _values_or_none(headers: Callable[[], dict[str, TensorInfo]]) -> list[Tensor
 
 def _known(family: Family, raw: dict[str, Any]) -> tuple[str, ...]:
     """Return the fields of config.json that are read: the family's, and in a config of ours those that we write."""
-    from qectomy.surgery.config_files import DROPPED  # which itself speaks of checkpoints
+    from qectomy.checkpoint.config_files import DROPPED  # which itself speaks of checkpoints
 
     return (*family.fields, *DROPPED) if raw["model_type"] == family.reduced_model_type else family.fields
 

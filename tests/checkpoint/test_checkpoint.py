@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import EVERY_MAP, SHAPES, tiny_model
 
+from qectomy.checkpoint.checkpoint import expected_tensors, locate, open_checkpoint
 from qectomy.errors import CheckpointError, UnsupportedArchitecture
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.checkpoint import expected_tensors, locate, open_checkpoint
 
 DTYPE_NAMES = {"bf16": ("BF16", torch.bfloat16), "fp16": ("F16", torch.float16)}
 
@@ -124,7 +124,7 @@ def test_a_hub_id_out_of_reach_is_explained(tmp_path, monkeypatch):
 def test_opening_loads_no_torch(tiny_checkpoint):
     """`qectomy inspect` answers from headers alone."""
     code = (
-        "import sys; from qectomy.surgery.checkpoint import open_checkpoint; "
+        "import sys; from qectomy.checkpoint.checkpoint import open_checkpoint; "
         f"open_checkpoint({str(tiny_checkpoint('sharded'))!r}); "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qectomy.surgery.checkpoint import Checkpoint
+from qectomy.checkpoint.checkpoint import Checkpoint
 
 BYTES_A_HINT = 128 * 1024  # Linux reads no more a call than a disk's read-ahead, which is this unless it was set
 Tensors = dict[str, torch.Tensor]

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import EVERY_MAP, tiny_model
 
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.config_files import load_config, reduced_config, stock_config
+from qectomy.checkpoint.headers import INDEX, read_json
 from qectomy.errors import CheckpointError, QectomyError, QueryMapError
 from qectomy.models.query_maps import parse_recipe
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.config_files import load_config, reduced_config, stock_config
-from qectomy.surgery.headers import INDEX, read_json
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 

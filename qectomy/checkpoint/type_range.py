@@ -2,9 +2,9 @@
 
 import torch
 
+from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.checkpoint.headers import FLOAT_BYTES, TORCH_NAMES
 from qectomy.errors import NonFiniteError
-from qectomy.surgery.checkpoint import Checkpoint
-from qectomy.surgery.headers import FLOAT_BYTES, TORCH_NAMES
 
 
 def check_range(source: Checkpoint, dtype: str | None) -> None:

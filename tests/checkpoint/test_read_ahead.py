@@ -9,10 +9,10 @@ import torch
 from damage import edit_weights
 from safetensors.torch import load_file
 
+from qectomy.checkpoint import prefetch
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.prefetch import Layers, LayersAhead, page_cache, read_layers
 from qectomy.errors import NonFiniteError, UnreadableError
-from qectomy.surgery import read_ahead
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.read_ahead import Layers, LayersAhead, page_cache, read_layers
 
 CPU = torch.device("cpu")
 KINDS = [Layers, LayersAhead]
@@ -226,7 +226,7 @@ class HostCopies:
 @pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_numbers_are_those_of_the_file(device, on_host, name, dtype, tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr(read_ahead, "CudaCopies", HostCopies)
+    monkeypatch.setattr(prefetch, "CudaCopies", HostCopies)
     source, made = open_checkpoint(tiny_checkpoint(name)), HostCopies.made
     stored = load_file(source.folder / "model.safetensors")
     with read_layers(source, range(2), dtype, torch.device(device), on_host=on_host) as layers:
@@ -244,7 +244,7 @@ def test_the_numbers_are_those_of_the_file(device, on_host, name, dtype, tiny_ch
 
 @pytest.mark.parametrize("on_host", [False, True])
 def test_indices_keep_their_type(on_host, tiny_reduced, monkeypatch):
-    monkeypatch.setattr(read_ahead, "CudaCopies", HostCopies)
+    monkeypatch.setattr(prefetch, "CudaCopies", HostCopies)
     source = open_checkpoint(tiny_reduced(("select", "select")), reduced=True)
     for device in ("cpu", "cuda"):
         with read_layers(source, range(2), torch.float64, torch.device(device), on_host=on_host) as layers:
@@ -255,7 +255,7 @@ def test_indices_keep_their_type(on_host, tiny_reduced, monkeypatch):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_nan_in_a_layer_is_said_when_it_is_its_turn(device, tiny_copy, monkeypatch):
-    monkeypatch.setattr(read_ahead, "CudaCopies", HostCopies)
+    monkeypatch.setattr(prefetch, "CudaCopies", HostCopies)
     folder = tiny_copy("llama")
     name = "model.layers.1.mlp.up_proj.weight"
     edit_weights(folder, lambda tensors: tensors[name][0].fill_(torch.nan))
@@ -297,7 +297,7 @@ def test_a_copy_is_begun_on_its_own_stream_and_waited_for_on_the_callers(monkeyp
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: log.append("lock") or tensor)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: log.append("copy") or tensor)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"kept for {stream.name}"))
-    copies = read_ahead.CudaCopies(torch.device("cuda", 1))
+    copies = prefetch.CudaCopies(torch.device("cuda", 1))
     tensors = {"a": torch.ones(1), "b": torch.ones(2)}
     sent = copies.send(iter(tensors.items()))
     assert log == ["own on", "lock", "copy", "lock", "copy", "own copied", "own off"]
@@ -309,7 +309,7 @@ def test_a_copy_is_begun_on_its_own_stream_and_waited_for_on_the_callers(monkeyp
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_device_the_numbers_arrive_whole_while_it_computes():
     device, shape = torch.device("cuda"), (1024, 1024)
-    copies, busy = read_ahead.CudaCopies(device), torch.randn(4096, 4096, device=device)
+    copies, busy = prefetch.CudaCopies(device), torch.randn(4096, 4096, device=device)
 
     def read(layer):
         return copies.send((str(i), torch.full(shape, float(layer * 10 + i))) for i in range(8))
@@ -337,7 +337,7 @@ def test_the_hint_covers_the_bytes_of_the_layer(tiny_checkpoint, monkeypatch):
     source = open_checkpoint(tiny_checkpoint("llama"))
     data = (source.folder / "model.safetensors").read_bytes()
     asked = []
-    monkeypatch.setattr(read_ahead, "BYTES_A_HINT", 100)
+    monkeypatch.setattr(prefetch, "BYTES_A_HINT", 100)
     monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, how: asked.append((start, length, how)))
     page_cache(source)(1)
     assert {how for _, _, how in asked} == {os.POSIX_FADV_WILLNEED}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qectomy.surgery.finite import all_finite
+from qectomy.checkpoint.finite import all_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -11,12 +11,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from qectomy.checkpoint.headers import TORCH_NAMES, read_json
 from qectomy.errors import CheckpointError, shown
 from qectomy.models.architectures import FAMILIES
 from qectomy.models.family import Family
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.checkpoint import Checkpoint, open_checkpoint
-from qectomy.surgery.headers import TORCH_NAMES, read_json
 
 TOKENIZER_FILES = (
     "tokenizer*",

@@ -16,9 +16,9 @@ from tiny_models import EVERY_MAP
 from transformers import AutoModelForCausalLM
 
 import qectomy  # noqa: F401  registers the reduced classes
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.checkpoint.headers import INDEX, SINGLE
 from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, UnsupportedArchitecture
-from qectomy.surgery.checkpoint import open_checkpoint
-from qectomy.surgery.headers import INDEX, SINGLE
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 

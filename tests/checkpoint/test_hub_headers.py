@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from damage import edit_json
 
-from qectomy.surgery.headers import SINGLE
+from qectomy.checkpoint.headers import SINGLE
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -7,13 +7,13 @@ import pytest
 from conversions import convert_tiny
 from damage import edit_json, edit_weights
 
+from qectomy.checkpoint.file_identity import fingerprint
 from qectomy.eval.evaluate import Measure, evaluate_all
 from qectomy.eval.page.checked import ReportError
 from qectomy.eval.page.page import page
 from qectomy.eval.page.reading import check_original, read_folder
 from qectomy.eval.protocol import Protocol
 from qectomy.eval.report import made
-from qectomy.surgery.identity import fingerprint
 
 
 @pytest.fixture(scope="module")
