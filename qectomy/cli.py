@@ -202,7 +202,7 @@ def _signals_as_ctrl_c() -> AbstractContextManager[None]:
     """Let SIGTERM end a run that goes on with another as Ctrl-C does, also before it has entered that one's folder."""
     if not resumed() or launch().count > 1:
         return nullcontext()
-    from qectomy.surgery.output import interruptible
+    from qectomy.runs.output import interruptible
 
     return interruptible()
 

@@ -176,7 +176,7 @@ def _fit(source: Any, recipe: Any, settings: Any, asked: _Asked, together: Any) 
 
 def _note_what_stops_it(settings: Any, asked: _Asked) -> None:
     """Say on stderr what the conversion would refuse at once, beside what its plan has refused already."""
-    from qectomy.surgery.work_folder import WorkFolder
+    from qectomy.runs.work_folder import WorkFolder
 
     if not settings.texts and not asked.self_generated:
         typer.echo("note: there is no --text yet to calibrate on", err=True)

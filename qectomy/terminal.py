@@ -35,7 +35,7 @@ def go_on(resume: bool, only: bool) -> Any:
 
 def check_out(out: Path, resume: Any, clean: bool) -> None:
     """Refuse an output that exists before anything is loaded; one that is resumed may be in its place already."""
-    from qectomy.surgery.work_folder import WorkFolder, check_free
+    from qectomy.runs.work_folder import WorkFolder, check_free
 
     if resume and clean:
         raise typer.BadParameter("--resume goes on with what --clean removes; give one or the other")

@@ -25,7 +25,7 @@ from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.errors import QectomyError
 from qectomy.eval.query_share import query_share
 from qectomy.models.query_maps import parse_exact, parse_recipe
-from qectomy.surgery.output import check_absent
+from qectomy.runs.output import check_absent
 
 
 def main() -> int:

@@ -17,9 +17,9 @@ from qectomy.checkpoint.config_files import (
     reduced_config,
     write_reduced_config,
 )
+from qectomy.runs.input_hashes import SourceWatch
+from qectomy.runs.work_folder import work_folder
 from qectomy.surgery.exact import ExactPlan, fold_checkpoint, plan_exact
-from qectomy.surgery.source_watch import SourceWatch
-from qectomy.surgery.work_folder import work_folder
 
 
 class Float64Norm(nn.Module):

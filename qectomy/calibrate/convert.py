@@ -37,11 +37,11 @@ from qectomy.eval.report import conversion_report, write_report
 from qectomy.eval.samples import token_sample
 from qectomy.eval.summary import cost
 from qectomy.models.query_maps import QueryMapSpec, written
-from qectomy.surgery.locked_folder import GoOn
-from qectomy.surgery.output import check_room
-from qectomy.surgery.source_watch import SourceWatch
-from qectomy.surgery.step_writer import check_shards
-from qectomy.surgery.work_folder import WorkFolder, finished
+from qectomy.runs.input_hashes import SourceWatch
+from qectomy.runs.locked_folder import GoOn
+from qectomy.runs.output import check_room
+from qectomy.runs.step_writer import check_shards
+from qectomy.runs.work_folder import WorkFolder, finished
 
 
 def convert(

@@ -27,12 +27,12 @@ from qectomy.eval.samples import token_sample
 from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_error, score_streamed
 from qectomy.eval.summary import cost
 from qectomy.models.query_maps import QueryMapSpec, ranges
+from qectomy.runs.input_hashes import SourceWatch
+from qectomy.runs.locked_folder import GoOn
+from qectomy.runs.output import check_room
+from qectomy.runs.work_folder import WorkFolder, finished, work_folder
 from qectomy.surgery.exact import ExactPlan, Progress, fold_checkpoint, plan_exact
 from qectomy.surgery.folding import usable_error
-from qectomy.surgery.locked_folder import GoOn
-from qectomy.surgery.output import check_room
-from qectomy.surgery.source_watch import SourceWatch
-from qectomy.surgery.work_folder import WorkFolder, finished, work_folder
 
 
 def convert_exact(

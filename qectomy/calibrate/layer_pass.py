@@ -33,11 +33,11 @@ from qectomy.checkpoint.sizes import planned_tensors
 from qectomy.errors import NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.models.query_maps import QueryMapSpec
+from qectomy.runs.input_hashes import SourceWatch
+from qectomy.runs.work_folder import WorkFolder
 from qectomy.surgery.audit import spectrum
 from qectomy.surgery.folding import read_query
-from qectomy.surgery.source_watch import SourceWatch
 from qectomy.surgery.stream_basis import StreamBasis, random_basis
-from qectomy.surgery.work_folder import WorkFolder
 
 Progress = Callable[[int, int, str], None]  # (layers done, layers in all, note)
 TOKENS_A_BATCH = 512  # how many tokens a layer runs on at a time

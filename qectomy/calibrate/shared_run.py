@@ -13,9 +13,9 @@ from qectomy.calibrate.states import Streams
 from qectomy.calibrate.together import Together
 from qectomy.checkpoint.shards import TensorSpec
 from qectomy.errors import QectomyError
-from qectomy.surgery.locked_folder import GoOn, differences
-from qectomy.surgery.step_writer import StepWriter
-from qectomy.surgery.work_folder import WorkFolder, work_folder
+from qectomy.runs.locked_folder import GoOn, differences
+from qectomy.runs.step_writer import StepWriter
+from qectomy.runs.work_folder import WorkFolder, work_folder
 
 
 @contextmanager

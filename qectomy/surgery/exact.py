@@ -20,14 +20,14 @@ from qectomy.errors import NonFiniteError, QueryMapError
 from qectomy.models.family import Dimensions
 from qectomy.models.linear_views import read_view
 from qectomy.models.query_maps import QueryMapSpec
+from qectomy.runs.input_hashes import SourceWatch
+from qectomy.runs.step_writer import Progress, write_steps
+from qectomy.runs.work_folder import WorkFolder
 from qectomy.surgery.fold_choice import choose_folds
 from qectomy.surgery.fold_layer import LayerPlan, fold_layer, fold_norm, query_shift, readers_in_basis
 from qectomy.surgery.folding import LOST, Choice, Folds, rounding
 from qectomy.surgery.gauge import MAX_PIVOT_CONDITION, choose_pivots, fold_pivots, pivot_rows, split_heads
-from qectomy.surgery.source_watch import SourceWatch
-from qectomy.surgery.step_writer import Progress, write_steps
 from qectomy.surgery.streams import HEAD
-from qectomy.surgery.work_folder import WorkFolder
 
 ROWS_AT_ONCE = 2048  # of the embedding
 

@@ -20,14 +20,14 @@ from qectomy.errors import NonFiniteError, UnsupportedArchitecture
 from qectomy.models.family import Dimensions, Family, LayerRoles, LinearView
 from qectomy.models.linear_views import Projection, read_maps, read_view, store_views, without_views
 from qectomy.models.query_maps import QueryMapSpec
+from qectomy.runs.input_hashes import SourceWatch
+from qectomy.runs.locked_folder import GoOn
+from qectomy.runs.output import check_room
+from qectomy.runs.step_writer import Progress, write_steps
+from qectomy.runs.work_folder import WorkFolder, finished, without_report, work_folder
 from qectomy.surgery.balance import balance_channels, balance_heads
 from qectomy.surgery.engines import dropped_fields
 from qectomy.surgery.gauge import join_heads, split_heads
-from qectomy.surgery.locked_folder import GoOn
-from qectomy.surgery.output import check_room
-from qectomy.surgery.source_watch import SourceWatch
-from qectomy.surgery.step_writer import Progress, write_steps
-from qectomy.surgery.work_folder import WorkFolder, finished, without_report, work_folder
 
 LAYERS = "balanced, of the default softmax scale"  # so that no run goes on with layers of another form
 

@@ -44,11 +44,11 @@ from qectomy.models.architectures import FAMILIES
 from qectomy.models.family import Dimensions, flag, size
 from qectomy.models.linear_views import add_through, read_view, with_query
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.locked_folder import GoOn
-from qectomy.surgery.output import check_room
-from qectomy.surgery.source_watch import FileWatch
-from qectomy.surgery.step_writer import write_steps
-from qectomy.surgery.work_folder import WorkFolder, finished, without_report, work_folder
+from qectomy.runs.input_hashes import FileWatch
+from qectomy.runs.locked_folder import GoOn
+from qectomy.runs.output import check_room
+from qectomy.runs.step_writer import write_steps
+from qectomy.runs.work_folder import WorkFolder, finished, without_report, work_folder
 
 GPT2 = FAMILIES["gpt2"]
 QUERY_MODES = ("original", "identity", "residual")

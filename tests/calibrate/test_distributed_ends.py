@@ -16,8 +16,8 @@ from qectomy.calibrate import layer_fit, refit
 from qectomy.calibrate.launched import Launched
 from qectomy.calibrate.layer_pass import LayerPass
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped
-from qectomy.surgery.step_writer import StepWriter
-from qectomy.surgery.work_folder import WorkFolder
+from qectomy.runs.step_writer import StepWriter
+from qectomy.runs.work_folder import WorkFolder
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,8 @@ from qectomy.errors import (
     UnreadableError,
 )
 from qectomy.eval import reload
-from qectomy.surgery.step_writer import StepWriter
-from qectomy.surgery.work_folder import WorkFolder, work_folder
+from qectomy.runs.step_writer import StepWriter
+from qectomy.runs.work_folder import WorkFolder, work_folder
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from qectomy.calibrate.convert_exact import convert_exact
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import QectomyError
-from qectomy.surgery.work_folder import WorkFolder
+from qectomy.runs.work_folder import WorkFolder
 
 
 def exact(source, out, text, resume=False):

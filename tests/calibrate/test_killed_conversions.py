@@ -20,11 +20,11 @@ from qectomy.calibrate.convert_exact import convert_exact
 from qectomy.calibrate.layer_pass import LayerPass
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.runs.step_writer import StepWriter
+from qectomy.runs.work_folder import WorkFolder, without_report
 from qectomy.surgery.materialize import materialize
 from qectomy.surgery.nanogpt import import_nanogpt
 from qectomy.surgery.norm_folding import fold_norms
-from qectomy.surgery.step_writer import StepWriter
-from qectomy.surgery.work_folder import WorkFolder, without_report
 
 RUNS = {  # (shape, layers, query map, dtype): with RoPE and without, a turned stream, indices, two types
     "llama key-shared": ("llama", 4, "key-shared", None),

@@ -12,8 +12,8 @@ from qectomy.calibrate.moved import moved_by
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import QectomyError, QueryMapError, Stopped
 from qectomy.models.query_maps import parse_query_map
+from qectomy.runs.work_folder import WorkFolder
 from qectomy.surgery.stream_basis import random_basis
-from qectomy.surgery.work_folder import WorkFolder
 
 WEIGHTS = {"W_K", "W_V", "W_O", "W_down"}
 

@@ -12,10 +12,10 @@ from qectomy.calibrate.together import Together
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.shards import TensorSpec
 from qectomy.errors import Stopped
-from qectomy.surgery import source_watch
-from qectomy.surgery.source_watch import SourceWatch
-from qectomy.surgery.step_writer import StepWriter
-from qectomy.surgery.work_folder import work_folder
+from qectomy.runs import input_hashes
+from qectomy.runs.input_hashes import SourceWatch
+from qectomy.runs.step_writer import StepWriter
+from qectomy.runs.work_folder import work_folder
 
 
 def sha256_of(path):
@@ -50,7 +50,7 @@ def test_the_source_is_read_by_one_process_for_all_that_see_it(tiny_checkpoint, 
     source, read = tiny_checkpoint(), []
     copied = shutil.copytree(source, tmp_path / "copy")
     (copied / "config.json").write_text((source / "config.json").read_text() + " ")
-    monkeypatch.setattr(source_watch, "sha256", lambda path: read.append(path.name) or sha256_of(path))
+    monkeypatch.setattr(input_hashes, "sha256", lambda path: read.append(path.name) or sha256_of(path))
     hashed = lambda folder: {path.name: sha256_of(path) for path in folder.iterdir()}  # noqa: E731
 
     def act(together):

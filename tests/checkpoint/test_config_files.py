@@ -20,7 +20,7 @@ from qectomy.checkpoint.config_files import (
 from qectomy.checkpoint.sizes import totals
 from qectomy.errors import CheckpointError
 from qectomy.models.query_maps import parse_query_map
-from qectomy.surgery.source_watch import SourceWatch
+from qectomy.runs.input_hashes import SourceWatch
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith(("rope-", "mistral"))])

@@ -39,10 +39,10 @@ from qectomy.eval.loading import read_config
 from qectomy.eval.page.reading import ReportError, read_curve, read_folder
 from qectomy.eval.protocol import Protocol, scoring_windows
 from qectomy.models.architectures import find_family
-from qectomy.surgery.journal import Journal
+from qectomy.runs.journal import Journal
+from qectomy.runs.work_folder import WorkFolder, finished, work_folder
 from qectomy.surgery.materialize import materialize
 from qectomy.surgery.nanogpt import import_nanogpt
-from qectomy.surgery.work_folder import WorkFolder, finished, work_folder
 
 NORM = "model.norm.weight"
 

@@ -11,9 +11,9 @@ from tiny_models import load_reduced, save_variant, tokens
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped, UnsupportedArchitecture
-from qectomy.surgery import work_folder
+from qectomy.runs import work_folder
+from qectomy.runs.work_folder import WorkFolder
 from qectomy.surgery.norm_folding import fold_norms
-from qectomy.surgery.work_folder import WorkFolder
 
 PARTS = [("gain",), ("shift",), ("mean",), ("gain", "mean"), None]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from qectomy.calibrate.convert import convert
 from qectomy.calibrate.healing.heal import heal
-from qectomy.calibrate.healing.run_folder import RunFolder, check_unhealed
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.processes import Processes
@@ -17,8 +16,9 @@ from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.errors import OutputError, QectomyError, Stopped, TextError, resumable
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.locked_folder import GoOn
-from qectomy.surgery.work_folder import check_free
+from qectomy.runs.locked_folder import GoOn
+from qectomy.runs.run_folder import RunFolder, check_unhealed
+from qectomy.runs.work_folder import check_free
 
 
 def convert_and_heal(

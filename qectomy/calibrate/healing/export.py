@@ -15,7 +15,6 @@ from qectomy.calibrate.healing.curve import curve_of, write_curve
 from qectomy.calibrate.healing.models import Distillation
 from qectomy.calibrate.healing.packing import Packed, PackedWindows
 from qectomy.calibrate.healing.plan import Plan
-from qectomy.calibrate.healing.run_folder import RunFolder
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -34,7 +33,8 @@ from qectomy.eval.samples import token_sample
 from qectomy.eval.scores import TokenScores
 from qectomy.eval.streamed import StreamedModel, score_streamed
 from qectomy.eval.summary import cost
-from qectomy.surgery.output import new_folder
+from qectomy.runs.output import new_folder
+from qectomy.runs.run_folder import RunFolder
 
 MEASURED = ("original", "fitted", "healed")
 

@@ -35,7 +35,6 @@ from qectomy.calibrate.healing.models import (
 )
 from qectomy.calibrate.healing.packing import Packed, PackedWindows, Shuffled
 from qectomy.calibrate.healing.plan import Plan, make_plan
-from qectomy.calibrate.healing.run_folder import RunFolder, check_unhealed, step_of
 from qectomy.calibrate.healing.self_generated import self_generated_text, tokens_to_write
 from qectomy.calibrate.healing.settings import TOKENS, HealSettings
 from qectomy.calibrate.healing.trainer import HealTrainer, Watch, ended_at, validation_losses
@@ -45,8 +44,9 @@ from qectomy.calibrate.processes import Processes
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.errors import CheckpointError, TextError
 from qectomy.eval.protocol import ScoringWindows
-from qectomy.surgery.locked_folder import GoOn, read_record
-from qectomy.surgery.output import check_absent, check_room, interruptible
+from qectomy.runs.locked_folder import GoOn, read_record
+from qectomy.runs.output import check_absent, check_room, interruptible
+from qectomy.runs.run_folder import RunFolder, check_unhealed, step_of
 
 BYTES_A_WEIGHT, BYTES_A_TRAINED_ONE = 4, 8  # float32, and AdamW's two means of it
 KEPT_CHECKPOINTS = 4  # the best, the last two, and one that is being written

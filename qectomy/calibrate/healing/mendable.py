@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import torch
 from safetensors import SafetensorError
 
-from qectomy.calibrate.healing.run_folder import RunFolder
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.errors import OutputError, QectomyError, Stopped, resumable
-from qectomy.surgery.output import cause
+from qectomy.runs.output import cause
+from qectomy.runs.run_folder import RunFolder
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 

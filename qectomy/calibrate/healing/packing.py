@@ -27,7 +27,7 @@ from qectomy.calibrate.spans import FittedSpans
 from qectomy.calibrate.text import adds_bos, text_of, token_ids
 from qectomy.checkpoint.checkpoint import sha256
 from qectomy.errors import CheckpointError, QectomyError, TextError, note
-from qectomy.surgery.locked_folder import read_record, write_record
+from qectomy.runs.locked_folder import read_record, write_record
 
 CHARACTERS = 1 << 18  # tokenized at a time
 BLOCK = 4096  # windows held at a time

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from qectomy.calibrate.healing.packing import Packed, PackedWindows
-from qectomy.calibrate.healing.run_folder import RunFolder
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.processes import Processes
 from qectomy.errors import QectomyError
+from qectomy.runs.run_folder import RunFolder
 
 TOKENS_AT_A_TIME = {"cpu": 4096, "cuda": 16_384}
 MOST_TOKENS_A_STEP = 16_384  # where none are given, and ...

@@ -12,11 +12,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalPrediction
 
 from qectomy.calibrate.healing.models import Distillation
-from qectomy.calibrate.healing.run_folder import RunFolder, mark_complete
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.processes import Processes
 from qectomy.errors import NonFiniteError
+from qectomy.runs.run_folder import RunFolder, mark_complete
 
 SECONDS_A_CHECKPOINT = 600.0  # at most, beside those at each evaluation
 

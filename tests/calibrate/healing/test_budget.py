@@ -12,10 +12,10 @@ from qectomy.calibrate.healing import budget as module
 from qectomy.calibrate.healing.budget import Budget, budget_of, spending
 from qectomy.calibrate.healing.models import Distillation, load_student, load_teacher
 from qectomy.calibrate.healing.plan import STEPS
-from qectomy.calibrate.healing.run_folder import RunFolder
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.processes import Processes
 from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.runs.run_folder import RunFolder
 
 CONTEXT = 512
 SECONDS = 0.9 * 60  # that are planned for, a minute

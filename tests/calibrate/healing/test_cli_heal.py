@@ -14,7 +14,7 @@ from healings import STEP, options
 from qectomy.cli import main
 from qectomy.cli_heal import count
 from qectomy.errors import QectomyError
-from qectomy.surgery.work_folder import WorkFolder
+from qectomy.runs.work_folder import WorkFolder
 
 FIT = ["--query", "select", "--tokens", "320", "--context", "32", "--eval-tokens", "160"]
 

@@ -16,7 +16,7 @@ from qectomy.calibrate.healing.packing import Packed, PackedWindows, Reserved, S
 from qectomy.calibrate.spans import FittedSpans, Sketch
 from qectomy.checkpoint.checkpoint import sha256
 from qectomy.errors import CheckpointError, QectomyError, TextError
-from qectomy.surgery.locked_folder import write_record
+from qectomy.runs.locked_folder import write_record
 
 C = 16
 LINES = "".join(f"{number} {word}\n" for number, word in enumerate(RAVEN.split() * 8))  # no blank line

@@ -9,10 +9,10 @@ from qectomy.calibrate.healing.budget import Budget, budget_of
 from qectomy.calibrate.healing.models import Distillation
 from qectomy.calibrate.healing.packing import Packed
 from qectomy.calibrate.healing.plan import Plan, batches, make_plan
-from qectomy.calibrate.healing.run_folder import RunFolder
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.processes import Processes
 from qectomy.errors import QectomyError
+from qectomy.runs.run_folder import RunFolder
 
 UNUSED = Distillation(None, 0.0)
 

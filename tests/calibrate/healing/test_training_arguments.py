@@ -4,10 +4,10 @@ import pytest
 
 from qectomy.calibrate.healing import training_arguments as module
 from qectomy.calibrate.healing.plan import Plan
-from qectomy.calibrate.healing.run_folder import RunFolder
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.healing.training_arguments import training_arguments
 from qectomy.errors import QectomyError
+from qectomy.runs.run_folder import RunFolder
 
 
 @pytest.fixture

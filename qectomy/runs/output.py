@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from qectomy.errors import OutputError
-from qectomy.surgery.locked_folder import sync
+from qectomy.runs.locked_folder import sync
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 

@@ -14,10 +14,10 @@ from interruptions import PowerCut, in_a_child
 
 from qectomy.checkpoint.shards import TensorSpec
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped
-from qectomy.surgery import work_folder as module
-from qectomy.surgery.locked_folder import LockedFolder
-from qectomy.surgery.step_writer import StepWriter
-from qectomy.surgery.work_folder import WorkFolder, finished, work_folder
+from qectomy.runs import work_folder as module
+from qectomy.runs.locked_folder import LockedFolder
+from qectomy.runs.step_writer import StepWriter
+from qectomy.runs.work_folder import WorkFolder, finished, work_folder
 
 TOLD = {"seed": 0, "text 1": "a.txt (sha256 00)"}
 
@@ -335,7 +335,7 @@ def test_two_runs_do_not_share_an_output(options, out, tmp_path):
 
 SCRIPT = """
 import pathlib, sys, time
-from qectomy.surgery.work_folder import work_folder
+from qectomy.runs.work_folder import work_folder
 with work_folder(pathlib.Path(sys.argv[1]), {"seed": 0, "text 1": "a.txt (sha256 00)"}) as work:
     work.journal.append(step=0)
     print("ready", flush=True)

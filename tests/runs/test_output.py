@@ -13,7 +13,7 @@ from damage import allow_interrupts
 from interruptions import in_a_child
 
 from qectomy.errors import OutputError
-from qectomy.surgery.output import check_absent, check_room, make_parents, new_folder
+from qectomy.runs.output import check_absent, check_room, make_parents, new_folder
 
 
 def fill(work):
@@ -102,7 +102,7 @@ def test_operating_system_errors_are_explained(tmp_path, code, what):
 
 SCRIPT = """
 import sys, time, pathlib
-from qectomy.surgery.output import new_folder
+from qectomy.runs.output import new_folder
 with new_folder(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])) as work:
     (work / "weights").write_bytes(b"w" * 1000)
     print("ready", flush=True)

@@ -20,9 +20,9 @@ from typing import Any
 
 from qectomy import __version__
 from qectomy.errors import OutputError, QectomyError, Stopped, Untrusted, resumable
-from qectomy.surgery.journal import Journal
-from qectomy.surgery.locked_folder import LOCK, RECORD, GoOn, LockedFolder
-from qectomy.surgery.output import cause, check_absent, interruptible, make_parents, move, remove_empty
+from qectomy.runs.journal import Journal
+from qectomy.runs.locked_folder import LOCK, RECORD, GoOn, LockedFolder
+from qectomy.runs.output import cause, check_absent, interruptible, make_parents, move, remove_empty
 
 JOURNAL = "journal"
 RESULT, SCRATCH = "result", "scratch"

@@ -4,7 +4,7 @@
       lock       held by the one process that works here; the lock dies with its owner
       run.json   fingerprint of the run, and what it notes
 
-What a kind of run keeps there besides is its own: `healing/run_folder.py`, `surgery/work_folder.py`.
+What a kind of run keeps there besides is its own: `healing/run_folder.py`, `runs/work_folder.py`.
 """
 
 import fcntl

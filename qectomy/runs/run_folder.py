@@ -19,8 +19,8 @@ from typing import Any
 
 from qectomy.checkpoint.checkpoint import sha256
 from qectomy.errors import OutputError, QectomyError, note
-from qectomy.surgery.locked_folder import LOCK, RECORD, LockedFolder, read_record, sync, write_json
-from qectomy.surgery.output import check_absent
+from qectomy.runs.locked_folder import LOCK, RECORD, LockedFolder, read_record, sync, write_json
+from qectomy.runs.output import check_absent
 
 COMPLETE = "complete.json"
 RESULT = "result"  # in run.json: the inode of the folder that becomes OUT

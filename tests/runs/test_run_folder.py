@@ -6,15 +6,15 @@ import os
 
 import pytest
 
-from qectomy.calibrate.healing.run_folder import (
+from qectomy.errors import QectomyError
+from qectomy.runs.locked_folder import differences, read_record, write_json
+from qectomy.runs.run_folder import (
     COMPLETE,
     RunFolder,
     is_complete,
     mark_complete,
     step_of,
 )
-from qectomy.errors import QectomyError
-from qectomy.surgery.locked_folder import differences, read_record, write_json
 
 TOLD = {"lr": 0.1, "texts": ["a"], "seed": 0}
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qectomy.surgery.journal import Journal
+from qectomy.runs.journal import Journal
 
 STEPS = [{"n": 1, "text": "naïve\n"}, {"n": 2, "numbers": [0.1, 1e-300, -3]}, {"n": 3, "deep": {"a": {"b": None}}}]
 
