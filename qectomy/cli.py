@@ -15,8 +15,8 @@ from qectomy.cli_heal import heal
 from qectomy.cli_renew import renew
 from qectomy.cli_report import report
 from qectomy.cli_rewrites import fold_norms, import_nanogpt, materialize
+from qectomy.distributed.launch import launch
 from qectomy.errors import STOPPED_SAFELY, QectomyError, clean
-from qectomy.launch import launch
 from qectomy.terminal import Field, Json, check_texts, command_to_go_on, print_json, progress_bar, resumed
 from qectomy.versions import check_transformers
 

@@ -194,7 +194,7 @@ class _UsageError(QectomyError):
 @contextmanager
 def _together(device: str) -> Iterator[Any]:
     """Yield this process among those that torchrun started, or alone; the first one alone says what goes wrong."""
-    from qectomy.calibrate.together import join
+    from qectomy.distributed.together import join
 
     together = join(device)
     try:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qectomy.launch import launch
+from qectomy.distributed.launch import launch
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped, in OUT.converting.")]
 ResumeOnly = Annotated[

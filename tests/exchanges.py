@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qectomy import calibrate
-from qectomy.calibrate.together import Together
+from qectomy.distributed.together import Together
 
 CALIBRATE = Path(calibrate.__file__).parent
 ROUNDING = 2**8 * torch.finfo(torch.float32).eps  # 3e-5; see `apart`

@@ -13,7 +13,7 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from conversions import convert_tiny
 
-from qectomy.calibrate.together import Together, join
+from qectomy.distributed.together import Together, join
 
 KILLED = "killed"
 

@@ -24,12 +24,12 @@ from qectomy.calibrate.shared_run import check_alike, shared_folder
 from qectomy.calibrate.spans import FittedSpans, Sketch
 from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.calibrate.text import Windows, load_tokenizer, make_windows, read_source
-from qectomy.calibrate.together import Together
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.config_files import copy_companions, copy_model_code
 from qectomy.checkpoint.headers import read_json
 from qectomy.checkpoint.sizes import scratch_bytes, totals
 from qectomy.checkpoint.type_range import check_range
+from qectomy.distributed.together import Together
 from qectomy.errors import QectomyError, TextError, UnsupportedArchitecture
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.eval.reload import check_reload

@@ -12,10 +12,10 @@ from qectomy.calibrate.moments import Moments, MomentSums
 from qectomy.calibrate.precision import fast_dtype, fast_math
 from qectomy.calibrate.projections import Projections, Start
 from qectomy.calibrate.refine import FitData, RefineSettings, refine
-from qectomy.calibrate.share import Share
 from qectomy.calibrate.starts import make_start
 from qectomy.calibrate.states import Streams, WindowFile, batches, scratch_file
 from qectomy.checkpoint.memory import release_freed
+from qectomy.distributed.window_shard import Share
 from qectomy.models.family import Family
 from qectomy.models.linear_views import add_through, read_view, store_views, without_views
 from qectomy.models.query_maps import QueryMapSpec

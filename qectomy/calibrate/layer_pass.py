@@ -18,18 +18,18 @@ from qectomy.calibrate.precision import fast_math
 from qectomy.calibrate.refine import RefineSettings
 from qectomy.calibrate.refit import TURNED, RefitSettings, refit_layer
 from qectomy.calibrate.settings import ConvertSettings
-from qectomy.calibrate.share import shared
 from qectomy.calibrate.shared_run import SharedWriter, own_scratch
 from qectomy.calibrate.states import Streams, batches, scratch_file
 from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.calibrate.text import Windows
-from qectomy.calibrate.together import Together
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.checkpoint.config_files import reduced_config, write_reduced_config
 from qectomy.checkpoint.finite import all_finite
 from qectomy.checkpoint.prefetch import Layers, read_layers
 from qectomy.checkpoint.shards import DTYPES, TensorSpec
 from qectomy.checkpoint.sizes import planned_tensors
+from qectomy.distributed.together import Together
+from qectomy.distributed.window_shard import shared
 from qectomy.errors import NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.models.query_maps import QueryMapSpec

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qectomy.calibrate.together import Together
+from qectomy.distributed.together import Together
 
 COLUMNS = 256  # of a wide matrix handled at a time
 

@@ -17,9 +17,9 @@ from torch import nn
 from qectomy.calibrate.attention_kl import MeanAttentionKL
 from qectomy.calibrate.projections import Start
 from qectomy.calibrate.rope_pairs import Rope
-from qectomy.calibrate.share import Share, whole
 from qectomy.calibrate.states import WindowFile, batches
 from qectomy.calibrate.units import Parameter, adam, key_parameter, mix_parameter, output_rms
+from qectomy.distributed.window_shard import Share, whole
 
 Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (heads (B, *, R, K), positions (R,)) -> turned
 TOKENS_A_PART = 2048  # of a step's windows handled at a time on a processor

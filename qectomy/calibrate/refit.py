@@ -18,9 +18,9 @@ from torch import nn
 from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.moments import COLUMNS, MomentSums, ridge, ridge_
 from qectomy.calibrate.precision import fast_dtype, fast_math
-from qectomy.calibrate.share import Share
 from qectomy.calibrate.states import Streams, batches
 from qectomy.checkpoint.memory import release_freed
+from qectomy.distributed.window_shard import Share
 from qectomy.models.family import LinearView
 from qectomy.models.linear_views import oriented
 

@@ -10,8 +10,8 @@ import torch
 
 from qectomy.calibrate.pass_steps import is_whole
 from qectomy.calibrate.states import Streams
-from qectomy.calibrate.together import Together
 from qectomy.checkpoint.shards import TensorSpec
+from qectomy.distributed.together import Together
 from qectomy.errors import QectomyError
 from qectomy.runs.locked_folder import GoOn, differences
 from qectomy.runs.step_writer import StepWriter

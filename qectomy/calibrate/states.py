@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from qectomy.calibrate.share import Share, whole
 from qectomy.checkpoint.checkpoint import BYTES_A_READ
 from qectomy.checkpoint.shards import write_all
+from qectomy.distributed.window_shard import Share, whole
 from qectomy.errors import OutputError
 
 KEPT = 3  # layers whose states are there: the one that is being written, and two to go on from

@@ -16,9 +16,9 @@ from exchanges import hold, keep
 from launches import launched, several
 
 from qectomy.calibrate.refine import FitData, RefineSettings, _Batches
-from qectomy.calibrate.share import Share
-from qectomy.calibrate.together import Together
 from qectomy.calibrate.units import Parameter, adam
+from qectomy.distributed.together import Together
+from qectomy.distributed.window_shard import Share
 
 RUNS = [  # key-shared with key moments, a turned stream with refitted readers, biases, indices, no RoPE
     ("llama", "key-shared", 2),

@@ -166,7 +166,7 @@ import re, sys
 from pathlib import Path
 import torch
 from qectomy.calibrate.refit import Regression
-from qectomy.calibrate.share import whole
+from qectomy.distributed.window_shard import whole
 from qectomy.checkpoint.memory import release_freed
 n, d = 3000, 1000
 inputs, lack = torch.randn(1, 512, n), torch.randn(1, 512, d)

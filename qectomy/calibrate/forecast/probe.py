@@ -25,10 +25,10 @@ from qectomy.calibrate.moments import MomentSums, ridge
 from qectomy.calibrate.precision import fast_math
 from qectomy.calibrate.refine import RefineSettings, refine
 from qectomy.calibrate.refit import Regression
-from qectomy.calibrate.share import whole
 from qectomy.calibrate.starts import make_start
 from qectomy.calibrate.states import WindowFile
 from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.distributed.window_shard import whole
 from qectomy.eval.scores import SLICE, score_tokens
 from qectomy.models.query_maps import QueryMapSpec
 

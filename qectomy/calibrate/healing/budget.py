@@ -10,7 +10,7 @@ import torch
 from qectomy.calibrate.healing.models import Distillation
 from qectomy.calibrate.healing.plan import STEPS, at_a_time, batches
 from qectomy.calibrate.healing.settings import HealSettings
-from qectomy.calibrate.processes import Processes
+from qectomy.distributed.processes import Processes
 from qectomy.runs.run_folder import RunFolder
 
 TIMING_SHARE, VALIDATION_SHARE = 0.05, 0.15  # of the minutes, at most

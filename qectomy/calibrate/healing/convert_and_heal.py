@@ -11,9 +11,9 @@ from qectomy.calibrate.convert import convert
 from qectomy.calibrate.healing.heal import heal
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.layer_pass import Progress
-from qectomy.calibrate.processes import Processes
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.distributed.processes import Processes
 from qectomy.errors import OutputError, QectomyError, Stopped, TextError, resumable
 from qectomy.models.query_maps import QueryMapSpec
 from qectomy.runs.locked_folder import GoOn

@@ -40,8 +40,8 @@ from qectomy.calibrate.healing.settings import TOKENS, HealSettings
 from qectomy.calibrate.healing.trainer import HealTrainer, Watch, ended_at, validation_losses
 from qectomy.calibrate.healing.training_arguments import reporters, training_arguments
 from qectomy.calibrate.layer_pass import Progress
-from qectomy.calibrate.processes import Processes
 from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.distributed.processes import Processes
 from qectomy.errors import CheckpointError, TextError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.runs.locked_folder import GoOn, read_record

@@ -7,7 +7,7 @@ import torch
 
 from qectomy.calibrate.healing.packing import Packed, PackedWindows
 from qectomy.calibrate.healing.settings import HealSettings
-from qectomy.calibrate.processes import Processes
+from qectomy.distributed.processes import Processes
 from qectomy.errors import QectomyError
 from qectomy.runs.run_folder import RunFolder
 

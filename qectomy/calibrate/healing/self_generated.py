@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from qectomy.calibrate.healing.devices import multiplies_bfloat16
 from qectomy.calibrate.healing.settings import GENERATED, VALIDATION
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.text import load_tokenizer
 from qectomy.checkpoint.checkpoint import Checkpoint, sha256
+from qectomy.distributed.devices import multiplies_bfloat16
 from qectomy.eval.report import made
 from qectomy.models.family import Dimensions
 from qectomy.runs.locked_folder import read_record, write_json

@@ -13,8 +13,8 @@ from qectomy.calibrate.healing.budget import Budget, budget_of, spending
 from qectomy.calibrate.healing.models import Distillation, load_student, load_teacher
 from qectomy.calibrate.healing.plan import STEPS
 from qectomy.calibrate.healing.settings import HealSettings
-from qectomy.calibrate.processes import Processes
 from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.distributed.processes import Processes
 from qectomy.runs.run_folder import RunFolder
 
 CONTEXT = 512

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from qectomy.calibrate.healing import devices
 from qectomy.calibrate.healing.settings import TRAINED, HealSettings
+from qectomy.distributed import devices
 from qectomy.errors import QectomyError
 
 

@@ -10,7 +10,7 @@ from qectomy.calibrate.healing.models import Distillation
 from qectomy.calibrate.healing.packing import Packed
 from qectomy.calibrate.healing.plan import Plan, batches, make_plan
 from qectomy.calibrate.healing.settings import HealSettings
-from qectomy.calibrate.processes import Processes
+from qectomy.distributed.processes import Processes
 from qectomy.errors import QectomyError
 from qectomy.runs.run_folder import RunFolder
 

@@ -5,7 +5,7 @@ import os
 import pytest
 from accelerate.state import AcceleratorState
 
-from qectomy.calibrate.processes import Processes
+from qectomy.distributed.processes import Processes
 from qectomy.errors import QectomyError
 
 

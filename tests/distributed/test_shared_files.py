@@ -8,9 +8,9 @@ from launches import launched
 
 from qectomy.calibrate import shared_run
 from qectomy.calibrate.states import Streams
-from qectomy.calibrate.together import Together
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.shards import TensorSpec
+from qectomy.distributed.together import Together
 from qectomy.errors import Stopped
 from qectomy.runs import input_hashes
 from qectomy.runs.input_hashes import SourceWatch

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qectomy.calibrate.together import Together
+from qectomy.distributed.together import Together
 from qectomy.errors import QectomyError
 
 

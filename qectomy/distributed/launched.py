@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from qectomy.calibrate.processes import PATIENCE, Processes
-from qectomy.calibrate.together import Together
+from qectomy.distributed.processes import PATIENCE, Processes
+from qectomy.distributed.together import Together
 from qectomy.errors import QectomyError, Stopped
 
 T = TypeVar("T")

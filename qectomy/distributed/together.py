@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qectomy.launch import launch
+from qectomy.distributed.launch import launch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +65,6 @@ def join(device: str) -> Together:
     """Return this process among those that torchrun started, or alone. Raises QectomyError as `launch` does."""
     if launch().count == 1:
         return Together(device)
-    from qectomy.calibrate.launched import Launched
+    from qectomy.distributed.launched import Launched
 
     return Launched(device)

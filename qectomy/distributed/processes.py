@@ -9,8 +9,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from qectomy.distributed.launch import launch
 from qectomy.errors import QectomyError
-from qectomy.launch import launch
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # of the processes that wait while the first one packs or writes text

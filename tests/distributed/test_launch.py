@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from qectomy.calibrate.together import join
+from qectomy.distributed.launch import Launch, launch
+from qectomy.distributed.together import join
 from qectomy.errors import QectomyError
-from qectomy.launch import Launch, launch
 
 TORCHRUN = {"WORLD_SIZE": "4", "RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
