@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from qectomy.calibrate.text import load_tokenizer, make_windows, read_source
 from qectomy.errors import QectomyError
 from qectomy.eval.loading import load_model
+from qectomy.text.text import load_tokenizer, make_windows, read_source
 
 try:
     import peft

@@ -20,9 +20,9 @@ from unittest.mock import patch
 import torch
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
-from qectomy.calibrate.text import load_tokenizer, make_windows, read_source
 from qectomy.errors import QectomyError
 from qectomy.eval.loading import load_model
+from qectomy.text.text import load_tokenizer, make_windows, read_source
 
 
 @dataclass

@@ -21,12 +21,12 @@ import torch
 from llama_cpp import LlamaCpp, write_gguf
 from setting import print_table
 
-from qectomy.calibrate.text import load_tokenizer
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.config_files import copy_model_code, reduced_config, write_config
 from qectomy.eval.loading import load_model
 from qectomy.models.query_maps import QueryMapSpec
 from qectomy.surgery.materialize import materialize
+from qectomy.text.text import load_tokenizer
 
 FIELDS: dict[str, list[dict[str, Any]]] = {
     "samples/gpt2": [

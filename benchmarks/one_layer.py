@@ -20,10 +20,10 @@ from qectomy.calibrate.layer_fit import fit_layer
 from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.refine import RefineSettings
 from qectomy.calibrate.states import Streams, WindowFile, batches
-from qectomy.calibrate.text import load_tokenizer, make_windows, read_source
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.models.query_maps import parse_recipe
 from qectomy.surgery.stream_basis import StreamBasis, random_basis
+from qectomy.text.text import load_tokenizer, make_windows, read_source
 
 BATCH = 2
 KL_WINDOWS = 8

@@ -33,13 +33,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from qectomy.calibrate import layer_pass
 from qectomy.calibrate.convert import convert
 from qectomy.calibrate.settings import ConvertSettings
-from qectomy.calibrate.text import load_tokenizer, read_source
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.checkpoint.prefetch import Layers, LayersAhead, Tensors, read_layers
 from qectomy.eval import streamed
 from qectomy.eval.protocol import Protocol, scoring_windows
 from qectomy.eval.streamed import StreamedModel, score_streamed
 from qectomy.models.query_maps import parse_recipe
+from qectomy.text.text import load_tokenizer, read_source
 
 Reader = Callable[..., Layers]
 waited = [0.0]  # seconds for layers, since it was set to 0

@@ -22,10 +22,10 @@ import torch
 from llama_cpp import FILE_TYPES, LlamaCpp, perplexity, quantise, write_gguf
 from setting import print_table
 
-from qectomy.calibrate.text import load_tokenizer, read_source
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import Protocol, scoring_windows
+from qectomy.text.text import load_tokenizer, read_source
 
 MAPS = {
     "llama": ("key-shared", "select", "identity", "exact"),

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qectomy.calibrate.text import Windows
     from qectomy.eval.protocol import ScoringWindows
+    from qectomy.text.text import Windows
 
 CHECKPOINT = ".cache/smollm2-135m-instruct"  # where fetch_smollm2.py puts it
 TOKENS = 32_768
@@ -38,9 +38,9 @@ def setting_arguments(options: argparse.Namespace) -> list[str]:
 
 def make_setting_windows(options: argparse.Namespace) -> tuple[Windows, ScoringWindows]:
     """Return the calibration and the evaluation windows that `qectomy convert` makes in this setting."""
-    from qectomy.calibrate.text import load_tokenizer, make_windows, read_source
     from qectomy.checkpoint.checkpoint import open_checkpoint
     from qectomy.eval.protocol import Protocol, scoring_windows
+    from qectomy.text.text import load_tokenizer, make_windows, read_source
 
     source = open_checkpoint(options.checkpoint)
     tokenizer, vocab_size = load_tokenizer(source.folder), source.dims.vocab_size

@@ -112,14 +112,14 @@ def verify(
 ) -> None:
     """Certify that a reduced checkpoint computes what its original does; exit code 1 if it is not exact."""
     check_texts([text], field, context or 2)
-    from qectomy.calibrate.documents import Reading
     from qectomy.calibrate.settings import default_context
-    from qectomy.calibrate.text import load_tokenizer, read_source
     from qectomy.checkpoint.checkpoint import open_checkpoint
     from qectomy.checkpoint.config_files import load_config
     from qectomy.eval.protocol import Protocol, check_positions, scoring_windows
     from qectomy.eval.tables import show_certificate
     from qectomy.eval.verify import verify as run
+    from qectomy.text.documents import Reading
+    from qectomy.text.text import load_tokenizer, read_source
 
     ours, theirs = open_checkpoint(reduced, reduced=True), open_checkpoint(against)
     held = None

@@ -47,10 +47,10 @@ def import_nanogpt(
     as_json: Json = False,
 ) -> None:
     """Read a nanoGPT checkpoint, one of the paper's repository too, into a folder that transformers loads."""
-    from qectomy.calibrate.text import load_tokenizer
     from qectomy.checkpoint.checkpoint import locate
     from qectomy.checkpoint.config_files import TOKENIZER_FILES
     from qectomy.surgery.nanogpt import import_nanogpt as run
+    from qectomy.text.text import load_tokenizer
 
     one_process()
     check_out(out, go_on(resume, resume_only), clean)

@@ -47,7 +47,7 @@ def check_out(out: Path, resume: Any, clean: bool) -> None:
 
 def check_texts(names: Sequence[str | None], field: str | None, tokens: int) -> None:
     """Refuse a text that is mistyped, empty or too short for a window before anything is loaded."""
-    from qectomy.calibrate.documents import check_texts as check
+    from qectomy.text.documents import check_texts as check
 
     if launch().count == 1:  # of several processes the first one says it, once they have met
         check(names, field, tokens)

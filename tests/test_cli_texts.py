@@ -9,7 +9,7 @@ import sys
 import pytest
 from test_cli import QUICK, cli  # noqa: F401
 
-from qectomy.calibrate.documents import Documents, check_texts
+from qectomy.text.documents import Documents, check_texts
 
 ARGUMENTS = ["--tokens", "160", "--context", "32"]
 

@@ -10,10 +10,10 @@ import pytest
 from conversions import convert_tiny, few_steps, reload_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qectomy.calibrate.text import read_source
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.eval.evaluate import evaluate
 from qectomy.eval.protocol import Protocol
+from qectomy.text.text import read_source
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 sys.path.insert(0, str(SAMPLES))

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from qectomy.calibrate.documents import Reading
 from qectomy.calibrate.layer_pass import BYTES_A_READ, TOKENS_A_BATCH
 from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.states import WindowFile, batches, scratch_file
-from qectomy.calibrate.text import Windows, load_tokenizer, make_windows, read_source
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.finite import all_finite
 from qectomy.errors import NonFiniteError, TextError, UnsupportedArchitecture
 from qectomy.models.linear_views import read_view
 from qectomy.surgery.audit import condition_number, distance_from_orthogonal, leading_rank
+from qectomy.text.documents import Reading
+from qectomy.text.text import Windows, load_tokenizer, make_windows, read_source
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
 Moments = Generator[torch.Tensor, None, None]

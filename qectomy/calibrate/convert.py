@@ -15,15 +15,12 @@ from typing import Any
 
 import torch
 
-from qectomy.calibrate.documents import Reading
 from qectomy.calibrate.final_scores import FinalScores
 from qectomy.calibrate.layer_pass import LayerPass, Progress
 from qectomy.calibrate.layers import LayerRunner
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.shared_run import check_alike, shared_folder
-from qectomy.calibrate.spans import FittedSpans, Sketch
 from qectomy.calibrate.stopwatch import Stopwatch
-from qectomy.calibrate.text import Windows, load_tokenizer, make_windows, read_source
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.config_files import copy_companions, copy_model_code
 from qectomy.checkpoint.headers import read_json
@@ -42,6 +39,9 @@ from qectomy.runs.locked_folder import GoOn
 from qectomy.runs.output import check_room
 from qectomy.runs.step_writer import check_shards
 from qectomy.runs.work_folder import WorkFolder, finished
+from qectomy.text.documents import Reading
+from qectomy.text.overlap import FittedSpans, Sketch
+from qectomy.text.text import Windows, load_tokenizer, make_windows, read_source
 
 
 def convert(

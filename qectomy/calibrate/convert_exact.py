@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 
-from qectomy.calibrate.documents import Reading
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.stopwatch import Stopwatch
-from qectomy.calibrate.text import load_tokenizer, read_source
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.checkpoint.config_files import copy_companions, copy_model_code, reduced_config, write_reduced_config
 from qectomy.checkpoint.headers import TORCH_NAMES, read_json
@@ -33,6 +31,8 @@ from qectomy.runs.output import check_room
 from qectomy.runs.work_folder import WorkFolder, finished, work_folder
 from qectomy.surgery.exact import ExactPlan, Progress, fold_checkpoint, plan_exact
 from qectomy.surgery.folding import usable_error
+from qectomy.text.documents import Reading
+from qectomy.text.text import load_tokenizer, read_source
 
 
 def convert_exact(

@@ -21,7 +21,6 @@ from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.shared_run import SharedWriter, own_scratch
 from qectomy.calibrate.states import Streams, batches, scratch_file
 from qectomy.calibrate.stopwatch import Stopwatch
-from qectomy.calibrate.text import Windows
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.checkpoint.config_files import reduced_config, write_reduced_config
 from qectomy.checkpoint.finite import all_finite
@@ -38,6 +37,7 @@ from qectomy.runs.work_folder import WorkFolder
 from qectomy.surgery.audit import spectrum
 from qectomy.surgery.folding import read_query
 from qectomy.surgery.stream_basis import StreamBasis, random_basis
+from qectomy.text.text import Windows
 
 Progress = Callable[[int, int, str], None]  # (layers done, layers in all, note)
 TOKENS_A_BATCH = 512  # how many tokens a layer runs on at a time

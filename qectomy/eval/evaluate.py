@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 
-from qectomy.calibrate.documents import Reading
-from qectomy.calibrate.spans import Sketch, overlap, sketch_in
-from qectomy.calibrate.text import Source, load_tokenizer, read_source
 from qectomy.checkpoint.checkpoint import locate
 from qectomy.checkpoint.file_identity import fingerprint
 from qectomy.checkpoint.headers import TORCH_NAMES, read_json
@@ -29,6 +26,9 @@ from qectomy.eval.scores import TokenScores
 from qectomy.eval.scoring import Progress, score_model
 from qectomy.eval.streamed import StreamedModel, open_any, score_streamed
 from qectomy.eval.summary import compare, summarize
+from qectomy.text.documents import Reading
+from qectomy.text.overlap import Sketch, overlap, sketch_in
+from qectomy.text.text import Source, load_tokenizer, read_source
 
 OTHER_TOKENIZER = (
     "it has another tokenizer or vocabulary than {reference}, so their predictions cannot be compared token by token; "

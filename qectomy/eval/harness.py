@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from qectomy.calibrate.text import load_tokenizer
 from qectomy.checkpoint.checkpoint import locate
 from qectomy.checkpoint.finite import all_finite
 from qectomy.checkpoint.headers import read_json
 from qectomy.errors import NonFiniteError, QectomyError, TextError
 from qectomy.eval.harness_tasks import HarnessTasks, describe, quiet_harness
 from qectomy.eval.loading import load_model
+from qectomy.text.text import load_tokenizer
 
 Progress = Callable[[int, int, str], None]  # (runs done, runs in all, what runs now); a run is a task on a checkpoint
 MAX_LENGTH = 2048  # tokens; configs promise far more than a task needs, and memory goes with it

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from qectomy.calibrate.settings import CONTEXT
-from qectomy.calibrate.text import Source, adds_bos, first_tokens_and_ends, text_of
 from qectomy.checkpoint.checkpoint import locate
 from qectomy.checkpoint.headers import read_json
 from qectomy.errors import CheckpointError, TextError
-from qectomy.eval.text_spans import spans_of
+from qectomy.text.text import Source, adds_bos, first_tokens_and_ends, text_of
+from qectomy.text.text_spans import spans_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from qectomy.calibrate.documents import JOIN, Documents, Reading
-from qectomy.calibrate.text import Source, first_tokens_and_ends, text_of
 from qectomy.errors import QectomyError, TextError
 from qectomy.eval.protocol import Protocol, ScoringWindows, about, check_ids
-from qectomy.eval.text_spans import spans_of
+from qectomy.text.documents import JOIN, Documents, Reading
+from qectomy.text.text import Source, first_tokens_and_ends, text_of
+from qectomy.text.text_spans import spans_of
 
 WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 WIKITEXT2_PAGES = "EleutherAI/wikitext_document_level:wikitext-2-raw-v1:test"

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from qectomy.calibrate.text import load_tokenizer, token_ids
 from qectomy.checkpoint.config_files import TOKENIZER_FILES, companions
 from qectomy.errors import CheckpointError
+from qectomy.text.text import load_tokenizer, token_ids
 
 # Spaces in a row, line ends, digits, another script, an emoji of several code points, and what looks like markup.
 TEXT = (

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from qectomy.calibrate.text import load_tokenizer
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.scores import TokenScores
+from qectomy.text.text import load_tokenizer
 
 SAMPLE_TOKENS = 256  # shown, from the start of one window
 NEW_TOKENS = 40

@@ -14,7 +14,6 @@ from qectomy import __version__
 from qectomy.calibrate import layer_fit
 from qectomy.calibrate.convert import convert
 from qectomy.calibrate.settings import ConvertSettings
-from qectomy.calibrate.text import read_source
 from qectomy.checkpoint.checkpoint import open_checkpoint, sha256
 from qectomy.checkpoint.sizes import scratch_bytes
 from qectomy.errors import CheckpointError
@@ -23,6 +22,7 @@ from qectomy.eval.protocol import Protocol
 from qectomy.modeling.modeling_qectomy_gpt2 import QectomyGPT2Model
 from qectomy.modeling.modeling_qectomy_llama import QectomyLlamaModel, QectomyMistralModel
 from qectomy.models.query_maps import parse_recipe
+from qectomy.text.text import read_source
 
 MAPS = ["identity", "select", "key-shared", "low-rank:3", "dense"]
 MIXED = "0=identity,1=key-shared,2=select,3=dense,4=low-rank:3"

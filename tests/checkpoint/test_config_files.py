@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from tiny_models import EVERY_MAP, ROPES, SHAPES
 from transformers import AutoConfig, AutoTokenizer
 
-from qectomy.calibrate.text import load_tokenizer
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.config_files import (
     copy_companions,
@@ -21,6 +20,7 @@ from qectomy.checkpoint.sizes import totals
 from qectomy.errors import CheckpointError
 from qectomy.models.query_maps import parse_query_map
 from qectomy.runs.input_hashes import SourceWatch
+from qectomy.text.text import load_tokenizer
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith(("rope-", "mistral"))])

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import RAVEN, VOCAB_SIZE, bos_tokenizer, scramble, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, PhiConfig
 
-from qectomy.calibrate.text import Source
 from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, TextError
 from qectomy.eval.evaluate import evaluate
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import Protocol, common_context, scoring_windows
 from qectomy.eval.scoring import LogitsReader
+from qectomy.text.text import Source
 
 SOURCE = Source("raven", "hash", RAVEN * 2)
 CONTEXTS = [(16, 16), (16, 5), (16, 1), (33, 20)]

@@ -5,7 +5,6 @@ import torch
 from damage import edit_weights
 from tiny_models import RAVEN, VOCAB_SIZE, save_variant, tiny_model, tiny_tokenizer
 
-from qectomy.calibrate.text import Source
 from qectomy.errors import NonFiniteError
 from qectomy.eval import scoring, streamed
 from qectomy.eval.evaluate import Measure, evaluate, evaluate_all
@@ -15,6 +14,7 @@ from qectomy.eval.published import Text
 from qectomy.eval.scores import score_rows, score_tokens
 from qectomy.eval.scoring import MOST_PADDING, batches, first_bad_layer, score_model
 from qectomy.eval.streamed import StreamedModel, open_any, score_streamed
+from qectomy.text.text import Source
 
 SOURCE = Source("raven", "hash", RAVEN * 2)
 

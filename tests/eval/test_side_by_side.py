@@ -12,12 +12,12 @@ from conversions import convert_tiny
 from tiny_models import RAVEN, VOCAB_SIZE, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from qectomy.calibrate.text import Source
 from qectomy.errors import CheckpointError, Stopped
 from qectomy.eval import reload, samples
 from qectomy.eval.protocol import Protocol, scoring_windows
 from qectomy.eval.samples import NEW_TOKENS, generation_of, token_sample, write
 from qectomy.eval.scores import TokenScores
+from qectomy.text.text import Source
 
 
 @pytest.fixture

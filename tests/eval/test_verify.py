@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from qectomy.calibrate.convert_exact import convert_exact
 from qectomy.calibrate.settings import ConvertSettings
-from qectomy.calibrate.text import load_tokenizer, read_source
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import CheckpointError
 from qectomy.eval.protocol import Protocol, scoring_windows
 from qectomy.eval.verify import verify
 from qectomy.surgery.fold_choice import choose_folds
+from qectomy.text.text import load_tokenizer, read_source
 
 VARIANTS = {
     "norm-free": dict(norms=False, tie_word_embeddings=False),

@@ -23,11 +23,8 @@ from nanogpt_checkpoints import made
 from page_folders import exact_report, full_bench, full_evaluation, full_report, healed_report
 from tiny_models import RAVEN, tiny_tokenizer
 
-from qectomy.calibrate.documents import Documents, Reading
 from qectomy.calibrate.healing.data import fitted_span
 from qectomy.calibrate.healing.export import fitted_report
-from qectomy.calibrate.spans import Sketch, overlap, sketch_in, span_hashes
-from qectomy.calibrate.text import Source, first_tokens_and_ends, load_tokenizer, make_windows, read_source
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.headers import SINGLE
 from qectomy.eval.page.page import page
@@ -35,6 +32,9 @@ from qectomy.eval.page.reading import read_folders, read_points
 from qectomy.eval.verify import _edited
 from qectomy.surgery.materialize import materialize
 from qectomy.surgery.nanogpt import import_nanogpt
+from qectomy.text.documents import Documents, Reading
+from qectomy.text.overlap import Sketch, overlap, sketch_in, span_hashes
+from qectomy.text.text import Source, first_tokens_and_ends, load_tokenizer, make_windows, read_source
 
 WORK = "out.converting"
 TEXT_ENDINGS = (".txt", ".json", ".jsonl", ".parquet", ".gz", "")

@@ -18,9 +18,7 @@ from page_folders import full_report, write_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import EVERY_MAP, RAVEN, bos_tokenizer, tiny_tokenizer
 
-from qectomy.calibrate.documents import Documents
 from qectomy.calibrate.pass_steps import is_whole
-from qectomy.calibrate.text import Source, check_growth, load_tokenizer, make_windows, read_source
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.config_files import copy_companions, load_config
 from qectomy.checkpoint.headers import INDEX, MAX_DEPTH, SINGLE, parse_json
@@ -43,6 +41,8 @@ from qectomy.runs.journal import Journal
 from qectomy.runs.work_folder import WorkFolder, finished, work_folder
 from qectomy.surgery.materialize import materialize
 from qectomy.surgery.nanogpt import import_nanogpt
+from qectomy.text.documents import Documents
+from qectomy.text.text import Source, check_growth, load_tokenizer, make_windows, read_source
 
 NORM = "model.norm.weight"
 

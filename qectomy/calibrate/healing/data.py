@@ -4,16 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qectomy.calibrate.documents import Documents, Reading, own_hash
 from qectomy.calibrate.healing.export import fitted_report
-from qectomy.calibrate.healing.packing import Packed, Reserved, pack, text_from
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.layer_pass import Progress
-from qectomy.calibrate.spans import FittedSpans, overlap, sketch_in
-from qectomy.calibrate.text import Source, load_tokenizer, read_source
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.errors import TextError
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
+from qectomy.text.documents import Documents, Reading, own_hash
+from qectomy.text.overlap import FittedSpans, overlap, sketch_in
+from qectomy.text.packing import Packed, Reserved, pack, text_from
+from qectomy.text.text import Source, load_tokenizer, read_source
 
 
 def prepare(

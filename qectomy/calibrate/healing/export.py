@@ -13,7 +13,6 @@ from torch import Tensor
 from qectomy.calibrate.healing.budget import Budget
 from qectomy.calibrate.healing.curve import curve_of, write_curve
 from qectomy.calibrate.healing.models import Distillation
-from qectomy.calibrate.healing.packing import Packed, PackedWindows
 from qectomy.calibrate.healing.plan import Plan
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.calibrate.layer_pass import Progress
@@ -35,6 +34,7 @@ from qectomy.eval.streamed import StreamedModel, score_streamed
 from qectomy.eval.summary import cost
 from qectomy.runs.output import new_folder
 from qectomy.runs.run_folder import RunFolder
+from qectomy.text.packing import Packed, PackedWindows
 
 MEASURED = ("original", "fitted", "healed")
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from qectomy.calibrate.convert import check_device
-from qectomy.calibrate.documents import own_hash
 from qectomy.calibrate.healing.budget import Budget, budget_of, spending
 from qectomy.calibrate.healing.data import prepare
 from qectomy.calibrate.healing.export import Outcome, export, teacher_perplexity
@@ -33,7 +32,6 @@ from qectomy.calibrate.healing.models import (
     open_pair,
     stream_basis,
 )
-from qectomy.calibrate.healing.packing import Packed, PackedWindows, Shuffled
 from qectomy.calibrate.healing.plan import Plan, make_plan
 from qectomy.calibrate.healing.self_generated import self_generated_text, tokens_to_write
 from qectomy.calibrate.healing.settings import TOKENS, HealSettings
@@ -47,6 +45,8 @@ from qectomy.eval.protocol import ScoringWindows
 from qectomy.runs.locked_folder import GoOn, read_record
 from qectomy.runs.output import check_absent, check_room, interruptible
 from qectomy.runs.run_folder import RunFolder, check_unhealed, step_of
+from qectomy.text.documents import own_hash
+from qectomy.text.packing import Packed, PackedWindows, Shuffled
 
 BYTES_A_WEIGHT, BYTES_A_TRAINED_ONE = 4, 8  # float32, and AdamW's two means of it
 KEPT_CHECKPOINTS = 4  # the best, the last two, and one that is being written

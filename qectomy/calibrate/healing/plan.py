@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from qectomy.calibrate.healing.packing import Packed, PackedWindows
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.distributed.processes import Processes
 from qectomy.errors import QectomyError
 from qectomy.runs.run_folder import RunFolder
+from qectomy.text.packing import Packed, PackedWindows
 
 TOKENS_AT_A_TIME = {"cpu": 4096, "cuda": 16_384}
 MOST_TOKENS_A_STEP = 16_384  # where none are given, and ...

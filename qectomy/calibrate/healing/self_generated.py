@@ -25,12 +25,12 @@ import torch
 
 from qectomy.calibrate.healing.settings import GENERATED, VALIDATION
 from qectomy.calibrate.layer_pass import Progress
-from qectomy.calibrate.text import load_tokenizer
 from qectomy.checkpoint.checkpoint import Checkpoint, sha256
 from qectomy.distributed.devices import multiplies_bfloat16
 from qectomy.eval.report import made
 from qectomy.models.family import Dimensions
 from qectomy.runs.locked_folder import read_record, write_json
+from qectomy.text.text import load_tokenizer
 
 BATCH = {"cpu": 32, "cuda": 256}  # sequences sampled side by side, at most ...
 CACHE_BYTES = 8_000_000_000  # ... and so that their keys and values take no more

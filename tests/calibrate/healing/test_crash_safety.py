@@ -18,11 +18,12 @@ from healings import STEP, heal_tiny, kill, killed, options
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from qectomy.calibrate.healing import budget, packing, trainer
+from qectomy.calibrate.healing import budget, trainer
 from qectomy.calibrate.healing import export as export_module
 from qectomy.calibrate.healing import heal as heal_module
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped
 from qectomy.runs.run_folder import RunFolder, is_complete
+from qectomy.text import packing
 
 STEPS = {"tokens": 6 * STEP, "evaluations": 3}  # a checkpoint after steps 2, 4 and 6
 COMPARED = ("model.safetensors", "healing.csv", "config.json")

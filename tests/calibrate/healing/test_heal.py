@@ -22,10 +22,10 @@ from tiny_models import load_reduced, tiny_tokenizer, tokens
 from transformers import AutoModelForCausalLM
 
 from qectomy.calibrate.healing.models import Distillation, load_student, load_teacher, stream_basis
-from qectomy.calibrate.text import read_source
 from qectomy.checkpoint.checkpoint import open_checkpoint, sha256
 from qectomy.eval.evaluate import evaluate
 from qectomy.eval.protocol import Protocol
+from qectomy.text.text import read_source
 
 CASES = [("llama", "identity"), ("llama", "select"), ("gpt2", "key-shared")]
 

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from qectomy.calibrate.healing import budget as budget_module
 from qectomy.calibrate.healing.budget import Budget, budget_of
 from qectomy.calibrate.healing.models import Distillation
-from qectomy.calibrate.healing.packing import Packed
 from qectomy.calibrate.healing.plan import Plan, batches, make_plan
 from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.distributed.processes import Processes
 from qectomy.errors import QectomyError
 from qectomy.runs.run_folder import RunFolder
+from qectomy.text.packing import Packed
 
 UNUSED = Distillation(None, 0.0)
 

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from qectomy.calibrate.documents import Documents, Reading, grouped
 from qectomy.calibrate.layer_pass import Progress
-from qectomy.calibrate.spans import FittedSpans
-from qectomy.calibrate.text import adds_bos, text_of, token_ids
 from qectomy.checkpoint.checkpoint import sha256
 from qectomy.errors import CheckpointError, QectomyError, TextError, note
 from qectomy.runs.locked_folder import read_record, write_record
+from qectomy.text.documents import Documents, Reading, grouped
+from qectomy.text.overlap import FittedSpans
+from qectomy.text.text import adds_bos, text_of, token_ids
 
 CHARACTERS = 1 << 18  # tokenized at a time
 BLOCK = 4096  # windows held at a time

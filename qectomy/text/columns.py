@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qectomy.calibrate.records import Placed, text_field
-from qectomy.calibrate.text_bytes import KINDS
 from qectomy.errors import TextError, reason_of, shown
+from qectomy.text.records import Placed, text_field
+from qectomy.text.text_bytes import KINDS
 
 ROWS_A_READ = 256
 STATE, SPLITS = "state.json", "dataset_dict.json"  # files of save_to_disk

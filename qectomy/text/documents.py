@@ -9,10 +9,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from qectomy.calibrate.records import Placed, Texts, json_records, lines_of, looks_like
-from qectomy.calibrate.tables import parquet_rows, saved_files, saved_rows
-from qectomy.calibrate.text_bytes import BYTES_A_READ, Hashed, decoded, peeked, unpacked
 from qectomy.errors import TextError, nearest, note, reason_of
+from qectomy.text.columns import parquet_rows, saved_files, saved_rows
+from qectomy.text.records import Placed, Texts, json_records, lines_of, looks_like
+from qectomy.text.text_bytes import BYTES_A_READ, Hashed, decoded, peeked, unpacked
 
 JOIN = "\n\n"
 # Of a name mistyped, not of a dataset's.

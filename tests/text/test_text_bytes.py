@@ -7,10 +7,10 @@ import json
 import pyarrow
 import pytest
 
-from qectomy.calibrate import text_bytes
-from qectomy.calibrate.documents import JOIN, Documents
-from qectomy.calibrate.text import read_source
 from qectomy.errors import TextError
+from qectomy.text import text_bytes
+from qectomy.text.documents import JOIN, Documents
+from qectomy.text.text import read_source
 
 LINES = "".join(f"line {i} — nevermore\n" for i in range(5000))
 RECORDS = "".join(json.dumps({"text": f"record {i}"}) + "\n" for i in range(500))

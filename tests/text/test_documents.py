@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from qectomy.calibrate import documents as documents_module
-from qectomy.calibrate.documents import JOIN, Documents
-from qectomy.calibrate.text import read_source
 from qectomy.checkpoint.checkpoint import sha256
 from qectomy.errors import TextError
+from qectomy.text import documents as documents_module
+from qectomy.text.documents import JOIN, Documents
+from qectomy.text.text import read_source
 
 
 @pytest.fixture

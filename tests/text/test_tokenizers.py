@@ -9,12 +9,12 @@ from damage import edit_json
 from tiny_models import RAVEN, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from qectomy.calibrate import text
-from qectomy.calibrate.text import load_tokenizer
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.config_files import copy_companions, reduced_config, write_config
 from qectomy.errors import CheckpointError
 from qectomy.eval.same_tokenizer import check_same_tokenizer
+from qectomy.text import text
+from qectomy.text.text import load_tokenizer
 
 LINE = "Once upon a midnight dreary,\n  while I pondered"
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from qectomy.calibrate.documents import Documents, Reading
 from qectomy.checkpoint.config_files import MAX_CARRIED_BYTES, TOKENIZER_FILES, companions, tokenizer_class
 from qectomy.errors import CheckpointError, TextError, reason_of
+from qectomy.text.documents import Documents, Reading
 
 MAX_GROWTH = 1e4  # of a text by a tokenizer's replacements; those of Llama's and Gemma's keep its length
 MAX_TEXT_BYTES = 4_000_000_000

@@ -9,14 +9,14 @@ import pytest
 import torch
 from tiny_models import RAVEN, VOCAB_SIZE, bos_tokenizer, tiny_tokenizer
 
-from qectomy.calibrate import documents as documents_module
-from qectomy.calibrate.documents import JOIN, Documents
-from qectomy.calibrate.healing import packing
-from qectomy.calibrate.healing.packing import Packed, PackedWindows, Reserved, Shuffled, pack, text_from
-from qectomy.calibrate.spans import FittedSpans, Sketch
 from qectomy.checkpoint.checkpoint import sha256
 from qectomy.errors import CheckpointError, QectomyError, TextError
 from qectomy.runs.locked_folder import write_record
+from qectomy.text import documents as documents_module
+from qectomy.text import packing
+from qectomy.text.documents import JOIN, Documents
+from qectomy.text.overlap import FittedSpans, Sketch
+from qectomy.text.packing import Packed, PackedWindows, Reserved, Shuffled, pack, text_from
 
 C = 16
 LINES = "".join(f"{number} {word}\n" for number, word in enumerate(RAVEN.split() * 8))  # no blank line

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from tiny_models import tiny_tokenizer
 
 from qectomy import errors
-from qectomy.calibrate import documents as documents_module
-from qectomy.calibrate import records as records_module
-from qectomy.calibrate.documents import JOIN, Documents, Reading, own_hash
-from qectomy.calibrate.records import list_entries
-from qectomy.calibrate.text import read_source
 from qectomy.errors import TextError
+from qectomy.text import documents as documents_module
+from qectomy.text import records as records_module
+from qectomy.text.documents import JOIN, Documents, Reading, own_hash
+from qectomy.text.records import list_entries
+from qectomy.text.text import read_source
 
 C4 = [{"text": f"page {i} of\nthe web", "timestamp": "2019", "url": f"https://example.org/{i}"} for i in range(40)]
 TEXTS = [record["text"] for record in C4]

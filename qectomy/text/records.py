@@ -7,8 +7,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from qectomy.calibrate.chats import ChatWriter, is_chat
 from qectomy.errors import TextError, clean, shown
+from qectomy.text.chats import ChatWriter, is_chat
 
 CHAT = "messages"
 TEXT_FIELDS = ("text", CHAT, "page", "content", "document")

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import RAVEN, VOCAB_SIZE, bos_tokenizer, tiny_tokenizer
 
-from qectomy.calibrate.documents import JOIN
-from qectomy.calibrate.text import Source, adds_bos, first_tokens, load_tokenizer, make_windows, read_source
 from qectomy.errors import CheckpointError, TextError
+from qectomy.text.documents import JOIN
+from qectomy.text.text import Source, adds_bos, first_tokens, load_tokenizer, make_windows, read_source
 
 
 def lines(*records):

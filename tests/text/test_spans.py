@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qectomy.calibrate.spans import KEPT, WORDS, FittedSpans, Sketch, overlap, sketch_in, span_hashes
 from qectomy.eval.text_words import text_doubt
+from qectomy.text.overlap import KEPT, WORDS, FittedSpans, Sketch, overlap, sketch_in, span_hashes
 
 DICE = random.Random(0)
 VOCABULARY = [f"word{i}" for i in range(500)]

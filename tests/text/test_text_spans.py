@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import RAVEN, tiny_tokenizer
 
-from qectomy.eval.text_spans import PIECE, spans_of
+from qectomy.text.text_spans import PIECE, spans_of
 
 TEXTS = [RAVEN, "烏鴉說：永不再。" * 9, "🐦‍⬛é ß\n\n  end  ", " a b  c\t d\n", ""]
 
