@@ -72,7 +72,7 @@ def inspect(
     result = inspect_checkpoint(source)
     if audit:
         from qectomy.calibrate.audit_pass import audit_layers
-        from qectomy.surgery.fold_choice import choose_folds
+        from qectomy.surgery.choice import choose_folds
 
         with progress_bar("auditing") as progress:
             records = audit_layers(source, text or (), tokens=tokens, context=context, field=field, progress=progress)

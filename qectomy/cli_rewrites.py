@@ -81,7 +81,7 @@ def fold_norms(
 ) -> None:
     """Fold the norms' gains, shifts and means into the matrices around them: a stock model with the same logits."""
     from qectomy.checkpoint.checkpoint import open_checkpoint
-    from qectomy.surgery.norm_folding import fold_norms as run
+    from qectomy.surgery.norm_fusion import fold_norms as run
 
     one_process()
     check_out(out, go_on(resume, resume_only), clean)

@@ -19,7 +19,7 @@ from qectomy.checkpoint.config_files import (
 )
 from qectomy.runs.input_hashes import SourceWatch
 from qectomy.runs.work_folder import work_folder
-from qectomy.surgery.exact import ExactPlan, fold_checkpoint, plan_exact
+from qectomy.surgery.checkpoint import ExactPlan, fold_checkpoint, plan_exact
 
 
 class Float64Norm(nn.Module):

@@ -427,7 +427,7 @@ def stop(*_, **__):
         ("qectomy.calibrate.convert.check_reload", ["convert", "model", "--query", "select", "--text", "text", *QUICK]),
         ("qectomy.calibrate.convert_exact.check_reload", ["convert", "gpt2", "--query", "exact"]),
         ("qectomy.surgery.materialize.write_config", ["materialize", "reduced"]),
-        ("qectomy.surgery.norm_folding.write_config", ["fold-norms", "gpt2"]),
+        ("qectomy.surgery.norm_fusion.write_config", ["fold-norms", "gpt2"]),
         ("qectomy.surgery.nanogpt.write_config", ["import-nanogpt", "nanogpt"]),
     ],
 )

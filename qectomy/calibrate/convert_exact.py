@@ -29,8 +29,8 @@ from qectomy.runs.input_hashes import SourceWatch
 from qectomy.runs.locked_folder import GoOn
 from qectomy.runs.output import check_room
 from qectomy.runs.work_folder import WorkFolder, finished, work_folder
-from qectomy.surgery.exact import ExactPlan, Progress, fold_checkpoint, plan_exact
-from qectomy.surgery.folding import usable_error
+from qectomy.surgery.basis import usable_error
+from qectomy.surgery.checkpoint import ExactPlan, Progress, fold_checkpoint, plan_exact
 from qectomy.text.documents import Reading
 from qectomy.text.text import load_tokenizer, read_source
 

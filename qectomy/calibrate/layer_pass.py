@@ -35,7 +35,7 @@ from qectomy.models.query_maps import QueryMapSpec
 from qectomy.runs.input_hashes import SourceWatch
 from qectomy.runs.work_folder import WorkFolder
 from qectomy.surgery.audit import spectrum
-from qectomy.surgery.folding import read_query
+from qectomy.surgery.basis import read_query
 from qectomy.surgery.stream_basis import StreamBasis, random_basis
 from qectomy.text.text import Windows
 

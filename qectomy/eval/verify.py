@@ -22,10 +22,10 @@ from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_error, score_streamed
 from qectomy.eval.summary import cost
 from qectomy.models.query_maps import ranges
-from qectomy.surgery.exact import ExactPlan, Progress, folded_tensors, layer_plan
-from qectomy.surgery.fold_layer import readers_in_basis
-from qectomy.surgery.folding import Choice, Folds, Verdict, claim, read_query, rounding, standing_fold, usable_error
+from qectomy.surgery.basis import Choice, Folds, Verdict, claim, read_query, rounding, standing_fold, usable_error
+from qectomy.surgery.checkpoint import ExactPlan, Progress, folded_tensors, layer_plan
 from qectomy.surgery.gauge import pivot_condition, split_heads
+from qectomy.surgery.layer import readers_in_basis
 from qectomy.surgery.streams import HEAD, Place, derive_streams, mergeable
 
 SLACK = 1e-9  # of a tensor's largest entry: float64 rounding, amplified by the condition of a fold

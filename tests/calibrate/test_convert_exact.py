@@ -126,8 +126,8 @@ def test_what_is_refused_leaves_nothing(tiny_copy, tmp_path, raven):
 
 def test_what_rounding_spoils_is_not_written(tmp_path, monkeypatch):
     """However it came about: logits further off than the type excuses are an error, and no folder."""
-    monkeypatch.setattr("qectomy.surgery.fold_choice.SPENT", 1e9)
-    monkeypatch.setattr("qectomy.surgery.exact.LOST", 1e9)
+    monkeypatch.setattr("qectomy.surgery.choice.SPENT", 1e9)
+    monkeypatch.setattr("qectomy.surgery.checkpoint.LOST", 1e9)
     source = save_variant(tmp_path / "source", "llama", dtype="float32", norms=False, tie_word_embeddings=False)
     name = "model.layers.{}.self_attn.q_proj.weight"
 

@@ -29,7 +29,7 @@ from qectomy.calibrate.precision import fast_dtype
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.eval import reload, samples, scores, streamed, verify
 from qectomy.models.query_maps import parse_recipe
-from qectomy.surgery import exact
+from qectomy.surgery import checkpoint
 
 
 def planned(source, query="key-shared", **told):
@@ -61,7 +61,7 @@ def test_the_constants_are_those_of_the_modules_that_do_the_work():
     assert commands.STATES_BYTES == streamed.STATES_BYTES
     assert commands.ROWS_A_HEAD == streamed.ROWS_A_HEAD
     assert commands.SAMPLED == verify.SAMPLED
-    assert commands.FOLD_ROWS == exact.ROWS_AT_ONCE
+    assert commands.FOLD_ROWS == checkpoint.ROWS_AT_ONCE
 
 
 ALONE = """

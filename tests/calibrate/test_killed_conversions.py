@@ -24,7 +24,7 @@ from qectomy.runs.step_writer import StepWriter
 from qectomy.runs.work_folder import WorkFolder, without_report
 from qectomy.surgery.materialize import materialize
 from qectomy.surgery.nanogpt import import_nanogpt
-from qectomy.surgery.norm_folding import fold_norms
+from qectomy.surgery.norm_fusion import fold_norms
 
 RUNS = {  # (shape, layers, query map, dtype): with RoPE and without, a turned stream, indices, two types
     "llama key-shared": ("llama", 4, "key-shared", None),

@@ -16,7 +16,7 @@ from qectomy.checkpoint.config_files import code_fields, copy_model_code, model_
 from qectomy.eval.verify import _same_model
 from qectomy.models.architectures import FAMILIES
 from qectomy.surgery.materialize import materialize
-from qectomy.surgery.norm_folding import fold_norms
+from qectomy.surgery.norm_fusion import fold_norms
 
 qectomy.register()
 MLX = "mlx_qectomy_llama.py"

@@ -15,7 +15,7 @@ from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import CheckpointError
 from qectomy.eval.protocol import Protocol, scoring_windows
 from qectomy.eval.verify import verify
-from qectomy.surgery.fold_choice import choose_folds
+from qectomy.surgery.choice import choose_folds
 from qectomy.text.text import load_tokenizer, read_source
 
 VARIANTS = {

@@ -6,7 +6,7 @@ from foldings import fold, logits, relative, stored
 from tiny_models import save_reduced, save_tiny, tiny_model, tokens, variant_model
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
-from qectomy.surgery.exact import plan_exact
+from qectomy.surgery.checkpoint import plan_exact
 from qectomy.surgery.materialize import materialize
 
 # D = 32, H = 4 heads of K = 8; W_Q (D, H*K), as in x W

@@ -11,9 +11,9 @@ from tiny_models import load_reduced, tiny_model, tokens, variant_model
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import QueryMapError
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.exact import ExactPlan, plan_exact
-from qectomy.surgery.fold_choice import choose_folds
-from qectomy.surgery.folding import Choice
+from qectomy.surgery.basis import Choice
+from qectomy.surgery.checkpoint import ExactPlan, plan_exact
+from qectomy.surgery.choice import choose_folds
 from qectomy.surgery.streams import Group, derive_streams
 
 EXACT, CHANGED = 1e-10, 1e-4

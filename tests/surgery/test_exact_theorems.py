@@ -13,7 +13,7 @@ from tiny_models import save_tiny, save_variant, tokens
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import QueryMapError
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.exact import plan_exact
+from qectomy.surgery.checkpoint import plan_exact
 
 EXACT = 1e-10
 ATTENTION_SKIP, MLP_SKIP = dict(mlp_skip=False), dict(attention_skip=False)

@@ -13,7 +13,7 @@ from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped, UnsupportedArchitecture
 from qectomy.runs import work_folder
 from qectomy.runs.work_folder import WorkFolder
-from qectomy.surgery.norm_folding import fold_norms
+from qectomy.surgery.norm_fusion import fold_norms
 
 PARTS = [("gain",), ("shift",), ("mean",), ("gain", "mean"), None]
 

@@ -14,10 +14,10 @@ from variant_reference import rotate
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import NonFiniteError, QueryMapError
 from qectomy.models.architectures import FAMILIES
-from qectomy.surgery.exact import plan_exact
-from qectomy.surgery.fold_choice import choose_folds
-from qectomy.surgery.fold_layer import query_shift
-from qectomy.surgery.folding import basis_fold, read_query, standing_fold
+from qectomy.surgery.basis import basis_fold, read_query, standing_fold
+from qectomy.surgery.checkpoint import plan_exact
+from qectomy.surgery.choice import choose_folds
+from qectomy.surgery.layer import query_shift
 from qectomy.surgery.streams import Group
 
 TOLERANCE = 1e-9

@@ -11,7 +11,7 @@ from variant_reference import rotate
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import QueryMapError
-from qectomy.surgery.exact import plan_exact
+from qectomy.surgery.checkpoint import plan_exact
 from qectomy.surgery.gauge import (
     choose_pivots,
     fold_pivots,

@@ -6,9 +6,9 @@ from foldings import Float64Norm, in_float64, relative
 from tiny_models import tiny_model, tokens
 
 from qectomy.errors import UnsupportedArchitecture
-from qectomy.surgery.fold_layer import fold_norm
-from qectomy.surgery.folding import Basis
-from qectomy.surgery.norm_folding import absorb_gain, absorb_shift, centre, centre_rows
+from qectomy.surgery.basis import Basis
+from qectomy.surgery.layer import fold_norm
+from qectomy.surgery.norm_fusion import absorb_gain, absorb_shift, centre, centre_rows
 
 EXACT = 1e-12
 

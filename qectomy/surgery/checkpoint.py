@@ -23,10 +23,10 @@ from qectomy.models.query_maps import QueryMapSpec
 from qectomy.runs.input_hashes import SourceWatch
 from qectomy.runs.step_writer import Progress, write_steps
 from qectomy.runs.work_folder import WorkFolder
-from qectomy.surgery.fold_choice import choose_folds
-from qectomy.surgery.fold_layer import LayerPlan, fold_layer, fold_norm, query_shift, readers_in_basis
-from qectomy.surgery.folding import LOST, Choice, Folds, rounding
+from qectomy.surgery.basis import LOST, Choice, Folds, rounding
+from qectomy.surgery.choice import choose_folds
 from qectomy.surgery.gauge import MAX_PIVOT_CONDITION, choose_pivots, fold_pivots, pivot_rows, split_heads
+from qectomy.surgery.layer import LayerPlan, fold_layer, fold_norm, query_shift, readers_in_basis
 from qectomy.surgery.streams import HEAD
 
 ROWS_AT_ONCE = 2048  # of the embedding

@@ -16,9 +16,9 @@ import torch
 from qectomy.models.family import Dimensions, LayerRoles, LinearView
 from qectomy.models.linear_views import Projection, read_view, store_views, without_views
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.folding import Basis, QueryFold
+from qectomy.surgery.basis import Basis, QueryFold
 from qectomy.surgery.gauge import fold_pivots, join_heads, split_heads
-from qectomy.surgery.norm_folding import absorb_gain, without_gain
+from qectomy.surgery.norm_fusion import absorb_gain, without_gain
 
 Tensors = dict[str, torch.Tensor]
 PARTS = ("weight", "bias")  # of a norm

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.surgery.audit import condition_number
-from qectomy.surgery.folding import SINGULAR, Choice, Verdict, claim, read_query, rounding, standing_fold
+from qectomy.surgery.basis import SINGULAR, Choice, Verdict, claim, read_query, rounding, standing_fold
 from qectomy.surgery.streams import Stream, derive_streams, mergeable, structural_verdict
 
 SPENT = 0.1  # rounding times condition beyond which a whole change of basis is not worth W_Q
