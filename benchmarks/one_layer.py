@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from qectomy.calibrate.attention_kl import attention_kl
+from qectomy.calibrate.hidden_states import Streams, WindowFile, batches
 from qectomy.calibrate.layer_fit import fit_layer
-from qectomy.calibrate.layers import LayerRunner
+from qectomy.calibrate.layer_runner import LayerRunner
 from qectomy.calibrate.refine import RefineSettings
-from qectomy.calibrate.states import Streams, WindowFile, batches
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.models.query_maps import parse_recipe
 from qectomy.surgery.stream_basis import StreamBasis, random_basis

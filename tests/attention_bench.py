@@ -11,12 +11,12 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from qectomy.calibrate.init import make_start
 from qectomy.calibrate.layer_fit import attended_moments
 from qectomy.calibrate.moments import Moments, MomentSums
 from qectomy.calibrate.projections import Projections, Start
 from qectomy.calibrate.refine import FitData
-from qectomy.calibrate.rope_pairs import Rope
-from qectomy.calibrate.starts import make_start
+from qectomy.calibrate.rope import Rope
 from qectomy.modeling import modeling_qectomy_gpt2, modeling_qectomy_llama
 from qectomy.modeling.modeling_qectomy_gpt2 import QectomyGPT2Config
 from qectomy.modeling.modeling_qectomy_llama import QectomyLlamaConfig

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from qectomy.calibrate import key_shared_start, refine, units
+from qectomy.calibrate import key_shared, preconditioning, refine
 from qectomy.calibrate.convert import convert
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import open_checkpoint, sha256
@@ -32,10 +32,10 @@ def few_steps(patch: pytest.MonkeyPatch, steps: int = 8) -> None:
     """Let every Adam of a conversion take only a few steps."""
 
     def adam(*arguments: Any, **options: Any) -> None:
-        units.adam(*arguments, **{**options, "steps": min(steps, options["steps"])})
+        preconditioning.adam(*arguments, **{**options, "steps": min(steps, options["steps"])})
 
     patch.setattr(refine, "adam", adam)
-    patch.setattr(key_shared_start, "adam", adam)
+    patch.setattr(key_shared, "adam", adam)
 
 
 def reload_here(patch: pytest.MonkeyPatch) -> None:

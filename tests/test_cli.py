@@ -511,7 +511,9 @@ def test_a_disk_that_fails_asks_to_try_again_and_a_result_that_is_refused_does_n
         assert ("\nto go on: qectomy convert " in done.err) == (code == 75), done.err
         assert [path.name for path in tmp_path.iterdir()] == ["out.converting"]
     with monkeypatch.context() as patch:  # before a step is kept
-        patch.setattr("qectomy.calibrate.states.WindowFile.__setitem__", raising(OSError(errno.EIO, "I/O error")))
+        patch.setattr(
+            "qectomy.calibrate.hidden_states.WindowFile.__setitem__", raising(OSError(errno.EIO, "I/O error"))
+        )
         done = cli(*command, "--clean")
     assert (done.code, list(tmp_path.iterdir())) == (1, [])
     assert done.err.endswith("out could not be written: I/O error. Nothing was left behind.\n")

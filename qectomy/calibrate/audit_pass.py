@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from qectomy.calibrate.hidden_states import WindowFile, batches, scratch_file
 from qectomy.calibrate.layer_pass import BYTES_A_READ, TOKENS_A_BATCH
-from qectomy.calibrate.layers import LayerRunner
+from qectomy.calibrate.layer_runner import LayerRunner
 from qectomy.calibrate.settings import ConvertSettings
-from qectomy.calibrate.states import WindowFile, batches, scratch_file
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.finite import all_finite
 from qectomy.errors import NonFiniteError, TextError, UnsupportedArchitecture

@@ -17,7 +17,7 @@ import torch
 
 from qectomy.calibrate.final_scores import FinalScores
 from qectomy.calibrate.layer_pass import LayerPass, Progress
-from qectomy.calibrate.layers import LayerRunner
+from qectomy.calibrate.layer_runner import LayerRunner
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.shared_run import check_alike, shared_folder
 from qectomy.calibrate.stopwatch import Stopwatch

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qectomy.calibrate.states import Streams, batches
+from qectomy.calibrate.hidden_states import Streams, batches
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.errors import NonFiniteError
 from qectomy.eval.protocol import ScoringWindows

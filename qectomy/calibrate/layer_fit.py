@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from qectomy.calibrate.attention_kl import attention_logits
-from qectomy.calibrate.layers import LayerRunner
+from qectomy.calibrate.hidden_states import Streams, WindowFile, batches, scratch_file
+from qectomy.calibrate.init import make_start
+from qectomy.calibrate.layer_runner import LayerRunner
 from qectomy.calibrate.moments import Moments, MomentSums
 from qectomy.calibrate.precision import fast_dtype, fast_math
 from qectomy.calibrate.projections import Projections, Start
 from qectomy.calibrate.refine import FitData, RefineSettings, refine
-from qectomy.calibrate.starts import make_start
-from qectomy.calibrate.states import Streams, WindowFile, batches, scratch_file
 from qectomy.checkpoint.memory import release_freed
 from qectomy.distributed.window_shard import Share
 from qectomy.models.family import Family

@@ -11,15 +11,15 @@ from torch import nn
 
 from qectomy.calibrate.attention_kl import attention_kl
 from qectomy.calibrate.final_scores import FinalScores, Head, final_scores
+from qectomy.calibrate.hidden_states import Streams, batches, scratch_file
 from qectomy.calibrate.layer_fit import fit_layer
-from qectomy.calibrate.layers import LayerRunner
+from qectomy.calibrate.layer_runner import LayerRunner
 from qectomy.calibrate.moved import moved_by
 from qectomy.calibrate.precision import fast_math
 from qectomy.calibrate.refine import RefineSettings
 from qectomy.calibrate.refit import TURNED, RefitSettings, refit_layer
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.calibrate.shared_run import SharedWriter, own_scratch
-from qectomy.calibrate.states import Streams, batches, scratch_file
 from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.checkpoint.config_files import reduced_config, write_reduced_config

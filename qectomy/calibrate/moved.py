@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from qectomy.calibrate.states import batches
+from qectomy.calibrate.hidden_states import batches
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.models.family import LayerRoles, LinearView
 from qectomy.models.linear_views import Tensors, read_view

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from qectomy.calibrate.attention_kl import MeanAttentionKL
+from qectomy.calibrate.hidden_states import WindowFile, batches
+from qectomy.calibrate.preconditioning import Parameter, adam, key_parameter, mix_parameter, output_rms
 from qectomy.calibrate.projections import Start
-from qectomy.calibrate.rope_pairs import Rope
-from qectomy.calibrate.states import WindowFile, batches
-from qectomy.calibrate.units import Parameter, adam, key_parameter, mix_parameter, output_rms
+from qectomy.calibrate.rope import Rope
 from qectomy.distributed.window_shard import Share, whole
 
 Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (heads (B, *, R, K), positions (R,)) -> turned

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from qectomy.calibrate.hidden_states import Streams
 from qectomy.calibrate.pass_steps import is_whole
-from qectomy.calibrate.states import Streams
 from qectomy.checkpoint.shards import TensorSpec
 from qectomy.distributed.together import Together
 from qectomy.errors import QectomyError

@@ -15,8 +15,8 @@ from conversions import convert_tiny, tensor_hashes
 from exchanges import hold, keep
 from launches import launched, several
 
+from qectomy.calibrate.preconditioning import Parameter, adam
 from qectomy.calibrate.refine import FitData, RefineSettings, _Batches
-from qectomy.calibrate.units import Parameter, adam
 from qectomy.distributed.together import Together
 from qectomy.distributed.window_shard import Share
 

@@ -14,13 +14,13 @@ from conversions import QUICK, convert_tiny
 from qectomy.calibrate import (
     attention_kl,
     final_scores,
-    key_shared_start,
+    key_shared,
     layer_fit,
     layer_pass,
     moments,
+    preconditioning,
     refine,
     refit,
-    units,
 )
 from qectomy.calibrate.forecast import commands, work
 from qectomy.calibrate.forecast.disk import disk_bytes, scratch_files
@@ -45,7 +45,7 @@ def test_the_constants_are_those_of_the_modules_that_do_the_work():
     assert work.TOKENS_A_PART == refine.TOKENS_A_PART
     assert settings.rows_a_step == work.ROWS_A_STEP
     assert 1 / settings.row_share == work.ROWS_STRIDE
-    assert work.JOINT_STEPS == key_shared_start.STEPS
+    assert work.JOINT_STEPS == key_shared.STEPS
     attended = inspect.signature(layer_fit.attended_moments).parameters
     assert attended["windows"].default == work.ATTENDED_WINDOWS
     assert attended["stride"].default == work.ATTENDED_STRIDE
@@ -118,13 +118,13 @@ def test_counts_are_those_of_a_conversion(shape, query, tiny_checkpoint, raven, 
     def adam_of(name):
         def adam(*arguments, **options):
             seen[name] = options["steps"]
-            units.adam(*arguments, **{**options, "steps": 2})
+            preconditioning.adam(*arguments, **{**options, "steps": 2})
 
         return adam
 
     monkeypatch.setattr(conversions, "few_steps", lambda patch: None)
     monkeypatch.setattr(refine, "adam", adam_of("refine steps"))
-    monkeypatch.setattr(key_shared_start, "adam", adam_of("joint steps"))
+    monkeypatch.setattr(key_shared, "adam", adam_of("joint steps"))
     monkeypatch.setattr(refine, "_loss", counted("parts", refine._loss))
     monkeypatch.setattr(refit.Regression, "add", counted("sums", refit.Regression.add))
     monkeypatch.setattr(moments.MomentSums, "add", counted("collected", moments.MomentSums.add))

@@ -6,9 +6,9 @@ import pytest
 import torch
 from attention_bench import AttentionBench
 
-from qectomy.calibrate import free_key_starts
-from qectomy.calibrate.free_key_starts import choose_free, per_head, roots, slices, turned_for_slices
-from qectomy.calibrate.low_rank_start import low_rank
+from qectomy.calibrate import init_without_rope
+from qectomy.calibrate.init_without_rope import choose_free, per_head, roots, slices, turned_for_slices
+from qectomy.calibrate.low_rank import low_rank
 from qectomy.calibrate.projections import Start
 
 # D d_model, H n_heads, K d_head; H*K = D
@@ -79,7 +79,7 @@ def test_a_mix_of_channels_is_expressed(shape, name, monkeypatch):
     assert start.norm_gain is None
     assert (start.norm_shift is None) == (name == "select")
     assert bench.kl(name, start) < 0.02
-    monkeypatch.setattr(free_key_starts, "DAMPING", 1e-10)
+    monkeypatch.setattr(init_without_rope, "DAMPING", 1e-10)
     exact = bench.start(name)
     assert bench.kl(name, exact) < 1e-6
     bias = exact.norm_shift if name == "identity" else exact.query["bias"]
@@ -90,7 +90,7 @@ def test_a_mix_of_channels_is_expressed(shape, name, monkeypatch):
 
 def test_a_start_that_cannot_express_the_teacher_is_not_exact(monkeypatch):
     """The bounds above can fail, also without damping."""
-    monkeypatch.setattr(free_key_starts, "DAMPING", 1e-10)
+    monkeypatch.setattr(init_without_rope, "DAMPING", 1e-10)
     bench = bench_of({})
     for name in ("identity", "select", "low-rank:3"):
         assert bench.kl(name, bench.start(name)) > 0.1
@@ -128,7 +128,7 @@ def test_a_start_does_not_depend_on_the_gauge(shape, name, spread):
 
 def test_without_the_keys_weights_it_does(monkeypatch):
     """The check above can fail: errors that are not weighed by the keys belong to one gauge."""
-    monkeypatch.setattr(free_key_starts, "roots", lambda grams: torch.eye(8, dtype=torch.float64).expand(4, 8, 8))
+    monkeypatch.setattr(init_without_rope, "roots", lambda grams: torch.eye(8, dtype=torch.float64).expand(4, 8, 8))
     bench = bench_of({})
     before = bench.start("select").query["index"]
     kl = bench.kl("select", bench.start("select"))
@@ -196,8 +196,8 @@ def test_channels_are_chosen_for_what_the_keys_see():
 def test_a_bias_that_no_key_sees_is_not_chased(monkeypatch):
     """A teacher's bias in a direction that its keys do not see moves no channel; undamped, it would move them far."""
     sizes = []
-    for damping in (free_key_starts.DAMPING, 1e-12):
-        monkeypatch.setattr(free_key_starts, "DAMPING", damping)
+    for damping in (init_without_rope.DAMPING, 1e-12):
+        monkeypatch.setattr(init_without_rope, "DAMPING", damping)
         bench = bench_of({})
         expressible(bench, "identity")
         bench.W_K[:, 3] *= 1e-3

@@ -6,11 +6,11 @@ from attention_bench import AttentionBench, reference_kl
 from conversions import few_steps
 from tiny_models import tokens
 
+from qectomy.calibrate.hidden_states import Streams
 from qectomy.calibrate.layer_fit import attended_moments, fit_layer, fold
-from qectomy.calibrate.layers import LayerRunner
+from qectomy.calibrate.layer_runner import LayerRunner
 from qectomy.calibrate.projections import Start
 from qectomy.calibrate.refine import RefineSettings
-from qectomy.calibrate.states import Streams
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.models.linear_views import read_view
 from qectomy.models.query_maps import parse_query_map

@@ -5,10 +5,10 @@ import pytest
 import torch
 from tiny_models import tokens
 
-from qectomy.calibrate.layers import LayerRunner
+from qectomy.calibrate.hidden_states import Streams
+from qectomy.calibrate.layer_runner import LayerRunner
 from qectomy.calibrate.precision import fast_math
 from qectomy.calibrate.refit import RefitSettings, refit_layer
-from qectomy.calibrate.states import Streams
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.models.linear_views import read_view, store_views
 from qectomy.models.query_maps import parse_query_map

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from qectomy.calibrate.key_shared_start import least_squares_mix, mean_turn
-from qectomy.calibrate.low_rank_start import low_rank
+from qectomy.calibrate.init import carry_over
+from qectomy.calibrate.key_shared import least_squares_mix, mean_turn
+from qectomy.calibrate.low_rank import low_rank
 from qectomy.calibrate.moments import Moments, MomentSums, ridge
 from qectomy.calibrate.projections import Start
 from qectomy.calibrate.refine import RefineSettings, refine
-from qectomy.calibrate.rope_pairs import rotate_pairs
-from qectomy.calibrate.starts import carry_over
+from qectomy.calibrate.rope import rotate_pairs
 from qectomy.models.query_maps import parse_query_map
 
 SHAPES = [dict(), dict(n_kv_heads=4), dict(n_kv_heads=1), dict(d_head=12), dict(d_head=6)]
@@ -175,7 +175,7 @@ def test_a_start_that_cannot_express_the_teacher_is_not_exact(name):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_carry_over_is_exact_for_a_linear_image(seed, monkeypatch):
-    monkeypatch.setattr("qectomy.calibrate.starts.SHRINKAGE", 1e-10)
+    monkeypatch.setattr("qectomy.calibrate.init.SHRINKAGE", 1e-10)
     bench = AttentionBench(seed=seed)
     image = torch.eye(32, dtype=torch.float64) + 0.2 * bench.normal(32, 32)
     theirs = bench.hidden

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from qectomy.calibrate.states import Streams, WindowFile, batches, scratch_file
+from qectomy.calibrate.hidden_states import Streams, WindowFile, batches, scratch_file
 from qectomy.errors import OutputError
 
 

@@ -7,7 +7,7 @@ import pytest
 from launches import launched
 
 from qectomy.calibrate import shared_run
-from qectomy.calibrate.states import Streams
+from qectomy.calibrate.hidden_states import Streams
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.shards import TensorSpec
 from qectomy.distributed.together import Together

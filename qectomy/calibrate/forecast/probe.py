@@ -19,14 +19,14 @@ from qectomy.calibrate.forecast import costs
 from qectomy.calibrate.forecast.random_layer import RandomLayer, at_most
 from qectomy.calibrate.forecast.timer import Speeds, Timer
 from qectomy.calibrate.forecast.work import Work
-from qectomy.calibrate.key_shared_start import joint_start
+from qectomy.calibrate.hidden_states import WindowFile
+from qectomy.calibrate.init import make_start
+from qectomy.calibrate.key_shared import joint_start
 from qectomy.calibrate.layer_fit import attended_moments
 from qectomy.calibrate.moments import MomentSums, ridge
 from qectomy.calibrate.precision import fast_math
 from qectomy.calibrate.refine import RefineSettings, refine
 from qectomy.calibrate.refit import Regression
-from qectomy.calibrate.starts import make_start
-from qectomy.calibrate.states import WindowFile
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.distributed.window_shard import whole
 from qectomy.eval.scores import SLICE, score_tokens

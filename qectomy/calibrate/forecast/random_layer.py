@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from qectomy.calibrate.layers import LayerRunner
+from qectomy.calibrate.layer_runner import LayerRunner
 from qectomy.calibrate.moments import Moments
 from qectomy.calibrate.precision import fast_dtype
 from qectomy.calibrate.projections import Projections, Start

@@ -9,12 +9,12 @@ Weights are (D, out). Dimensions: D d_model, H n_heads, K d_head.
 
 import torch
 
-from qectomy.calibrate.key_shared_start import joint_start
-from qectomy.calibrate.low_rank_start import low_rank, low_rank_bias
+from qectomy.calibrate.key_shared import joint_start
+from qectomy.calibrate.low_rank import low_rank, low_rank_bias
 from qectomy.calibrate.moments import Moments, ridge
 from qectomy.calibrate.projections import Projections, Start
-from qectomy.calibrate.rope_pairs import Rope
-from qectomy.calibrate.select_start import JointChoice, channel_rms
+from qectomy.calibrate.rope import Rope
+from qectomy.calibrate.select import JointChoice, channel_rms
 from qectomy.models.query_maps import QueryMapSpec
 
 RIDGE = 1e-4

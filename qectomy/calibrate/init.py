@@ -5,13 +5,13 @@ Weights are (D, out), as in x̂ W. Dimensions: D d_model, H n_heads, G n_kv_head
 
 import torch
 
-from qectomy.calibrate.free_key_starts import free_key_start
-from qectomy.calibrate.key_shared_start import joint_start
-from qectomy.calibrate.low_rank_start import low_rank, low_rank_bias
+from qectomy.calibrate.init_without_rope import free_key_start
+from qectomy.calibrate.key_shared import joint_start
+from qectomy.calibrate.low_rank import low_rank, low_rank_bias
 from qectomy.calibrate.moments import Moments, ridge
 from qectomy.calibrate.projections import Projections, Start
-from qectomy.calibrate.rope_pairs import Rope, pair_power, rotate_pairs
-from qectomy.calibrate.select_start import channel_rms, choose_channels, correlations
+from qectomy.calibrate.rope import Rope, pair_power, rotate_pairs
+from qectomy.calibrate.select import channel_rms, choose_channels, correlations
 from qectomy.models.family import Dimensions
 from qectomy.models.query_maps import QueryMapSpec
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qectomy.calibrate.rope_pairs import Rope
+from qectomy.calibrate.rope import Rope
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.config_files import load_config
 from qectomy.models.family import Dimensions, Family, LinearView

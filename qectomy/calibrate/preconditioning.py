@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qectomy.calibrate.rope_pairs import Rope
+from qectomy.calibrate.rope import Rope
 from qectomy.distributed.together import Together
 
 DAMPING = 0.03  # of the mean eigenvalue: directions in which x̂ hardly moves are not stretched further

@@ -9,7 +9,7 @@ chosen jointly, greedily and then by coordinate sweeps, to lower the sum over th
 import torch
 
 from qectomy.calibrate.moments import ridge
-from qectomy.calibrate.rope_pairs import Rope, best_angles, pair_power, rotate_pairs
+from qectomy.calibrate.rope import Rope, best_angles, pair_power, rotate_pairs
 
 SWEEPS = 2
 DIRECTIONS = 5  # leading directions of the residual from which a slot's search starts

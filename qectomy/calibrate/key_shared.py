@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 
 from qectomy.calibrate.moments import ridge
-from qectomy.calibrate.rope_pairs import Rope
-from qectomy.calibrate.units import adam, diagonal_key_parameter, mix_parameter
+from qectomy.calibrate.preconditioning import adam, diagonal_key_parameter, mix_parameter
+from qectomy.calibrate.rope import Rope
 
 STEPS = 120
 OFFSETS_A_STEP = 6  # drawn anew: the mean over all offsets starts the fit worse (docs/LOG.md)

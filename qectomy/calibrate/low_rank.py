@@ -5,7 +5,7 @@ Weights are (D, out), as in x̂ W. Dimensions: D d_model, H n_heads, K d_head, R
 
 import torch
 
-from qectomy.calibrate.select_start import channel_rms, correlations
+from qectomy.calibrate.select import channel_rms, correlations
 
 
 def low_rank(C: torch.Tensor, W_Q: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
