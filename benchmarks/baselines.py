@@ -29,9 +29,9 @@ from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.checkpoint.sizes import totals
 from qectomy.errors import QectomyError
 from qectomy.eval.loading import load_model
+from qectomy.eval.metrics import summarize
 from qectomy.eval.protocol import ScoringWindows
-from qectomy.eval.scoring import score_model
-from qectomy.eval.summary import summarize
+from qectomy.eval.score_windows import score_model
 from qectomy.models.family import Family
 from qectomy.models.query_maps import parse_recipe
 

@@ -22,11 +22,11 @@ import torch
 from setting import CHECKPOINT, print_table
 
 from qectomy.eval.loading import load_model
+from qectomy.eval.metrics import summarize
 from qectomy.eval.protocol import Protocol, ScoringWindows
 from qectomy.eval.published import Text, read_text, rolling_windows
-from qectomy.eval.scores import TokenScores
-from qectomy.eval.scoring import TOKENS_A_BATCH, TOKENS_ON_DEVICE, batches, score_model
-from qectomy.eval.summary import summarize
+from qectomy.eval.score_windows import TOKENS_A_BATCH, TOKENS_ON_DEVICE, batches, score_model
+from qectomy.eval.token_scores import TokenScores
 from qectomy.text.text import load_tokenizer
 
 

@@ -26,7 +26,7 @@ def measured(command: str, *arguments: str) -> None:
     """Run a command of qectomy in this process; print the peak over the start and the seconds as JSON."""
     import qectomy.calibrate.convert
     import qectomy.calibrate.convert_exact
-    import qectomy.eval.verify
+    import qectomy.eval.certificate
     from qectomy.checkpoint.memory import release_freed
     from qectomy.cli import app
     from qectomy.eval.peak_memory import peak_memory_bytes

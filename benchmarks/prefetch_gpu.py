@@ -35,9 +35,9 @@ from qectomy.calibrate.convert import convert
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.checkpoint.prefetch import Layers, LayersAhead, Tensors, read_layers
-from qectomy.eval import streamed
+from qectomy.eval import layerwise_model
+from qectomy.eval.layerwise_model import StreamedModel, score_streamed
 from qectomy.eval.protocol import Protocol, scoring_windows
-from qectomy.eval.streamed import StreamedModel, score_streamed
 from qectomy.models.query_maps import parse_recipe
 from qectomy.text.text import load_tokenizer, read_source
 
@@ -84,7 +84,7 @@ def main() -> int:
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for number in range(options.rounds):
             for way, reader in ways(options.device).items():
-                streamed.read_layers = layer_pass.read_layers = reader
+                layerwise_model.read_layers = layer_pass.read_layers = reader
                 for what, run in (("scoring", score), ("conversion", fit)):
                     out = Path(scratch) / f"{way}-{number}".replace(" ", "-")
                     result = measured(options, source, lambda run=run, out=out: run(options, source, text, out))

@@ -115,9 +115,9 @@ def verify(
     from qectomy.calibrate.settings import default_context
     from qectomy.checkpoint.checkpoint import open_checkpoint
     from qectomy.checkpoint.config_files import load_config
+    from qectomy.eval.certificate import verify as run
     from qectomy.eval.protocol import Protocol, check_positions, scoring_windows
     from qectomy.eval.tables import show_certificate
-    from qectomy.eval.verify import verify as run
     from qectomy.text.documents import Reading
     from qectomy.text.text import load_tokenizer, read_source
 

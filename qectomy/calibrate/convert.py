@@ -28,11 +28,11 @@ from qectomy.checkpoint.sizes import scratch_bytes, totals
 from qectomy.checkpoint.type_range import check_range
 from qectomy.distributed.together import Together
 from qectomy.errors import QectomyError, TextError, UnsupportedArchitecture
+from qectomy.eval.metrics import cost
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.eval.reload import check_reload
 from qectomy.eval.report import conversion_report, write_report
 from qectomy.eval.samples import token_sample
-from qectomy.eval.summary import cost
 from qectomy.models.query_maps import QueryMapSpec, written
 from qectomy.runs.input_hashes import SourceWatch
 from qectomy.runs.locked_folder import GoOn

@@ -17,13 +17,13 @@ from qectomy.checkpoint.config_files import copy_companions, copy_model_code, re
 from qectomy.checkpoint.headers import TORCH_NAMES, read_json
 from qectomy.checkpoint.type_range import check_range
 from qectomy.errors import QectomyError, QueryMapError
+from qectomy.eval.layerwise_model import StreamedModel, random_tokens, relative_logit_error, score_streamed
+from qectomy.eval.metrics import cost
 from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.eval.reload import RELOAD_TOKENS, check_reload
 from qectomy.eval.report import provenance, write_report
 from qectomy.eval.samples import token_sample
-from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_error, score_streamed
-from qectomy.eval.summary import cost
 from qectomy.models.query_maps import QueryMapSpec, ranges
 from qectomy.runs.input_hashes import SourceWatch
 from qectomy.runs.locked_folder import GoOn

@@ -12,7 +12,7 @@ from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.errors import NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.reload import RELOAD_TOKENS
-from qectomy.eval.scores import SLICE, Logits, TokenScores, empty_scores, join_scores, score_tokens
+from qectomy.eval.token_scores import SLICE, Logits, TokenScores, empty_scores, join_scores, score_tokens
 
 SCORED_TOKENS = 1024  # at a time: the head is read anew for each batch
 

@@ -12,7 +12,9 @@ from qectomy.checkpoint.checkpoint import locate
 from qectomy.checkpoint.file_identity import fingerprint
 from qectomy.checkpoint.headers import TORCH_NAMES, read_json
 from qectomy.errors import CheckpointError, QectomyError, TextError
+from qectomy.eval.layerwise_model import StreamedModel, open_any, score_streamed
 from qectomy.eval.loading import check_dtype, load_model, naming_dtype, read_config
+from qectomy.eval.metrics import compare, summarize
 from qectomy.eval.protocol import (
     Protocol,
     ScoringWindows,
@@ -22,10 +24,8 @@ from qectomy.eval.protocol import (
     scoring_windows,
 )
 from qectomy.eval.published import ROLLING_CONTEXT, Text, published, read_text
-from qectomy.eval.scores import TokenScores
-from qectomy.eval.scoring import Progress, score_model
-from qectomy.eval.streamed import StreamedModel, open_any, score_streamed
-from qectomy.eval.summary import compare, summarize
+from qectomy.eval.score_windows import Progress, score_model
+from qectomy.eval.token_scores import TokenScores
 from qectomy.text.documents import Reading
 from qectomy.text.overlap import Sketch, overlap, sketch_in
 from qectomy.text.text import Source, load_tokenizer, read_source

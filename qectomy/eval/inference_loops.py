@@ -14,7 +14,7 @@ import torch
 
 from qectomy.errors import QectomyError
 from qectomy.eval.inference_bytes import OperationCount
-from qectomy.eval.streamed import cache_keyword
+from qectomy.eval.layerwise_model import cache_keyword
 
 
 @dataclass(frozen=True, kw_only=True)

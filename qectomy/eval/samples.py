@@ -14,7 +14,7 @@ import torch
 
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import ScoringWindows
-from qectomy.eval.scores import TokenScores
+from qectomy.eval.token_scores import TokenScores
 from qectomy.text.text import load_tokenizer
 
 SAMPLE_TOKENS = 256  # shown, from the start of one window

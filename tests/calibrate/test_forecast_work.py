@@ -27,7 +27,7 @@ from qectomy.calibrate.forecast.disk import disk_bytes, scratch_files
 from qectomy.calibrate.forecast.work import fast_itemsize, plan_work
 from qectomy.calibrate.precision import fast_dtype
 from qectomy.checkpoint.checkpoint import open_checkpoint
-from qectomy.eval import reload, samples, scores, streamed, verify
+from qectomy.eval import certificate, layerwise_model, reload, samples, token_scores
 from qectomy.models.query_maps import parse_recipe
 from qectomy.surgery import checkpoint
 
@@ -53,14 +53,14 @@ def test_the_constants_are_those_of_the_modules_that_do_the_work():
     assert work.BLOCK_LOGITS == attention_kl.BLOCK_LOGITS
     assert work.COLUMNS == moments.COLUMNS
     assert work.SCORED_TOKENS == final_scores.SCORED_TOKENS
-    assert work.SLICE == scores.SLICE
+    assert work.SLICE == token_scores.SLICE
     assert work.RELOAD_TOKENS == reload.RELOAD_TOKENS
     assert len(samples.PROMPTS) * samples.NEW_TOKENS == work.GENERATED
     assert work.MOST_GENERATING == samples.MOST_BYTES
-    assert commands.STREAMED_TOKENS == streamed.TOKENS_A_BATCH
-    assert commands.STATES_BYTES == streamed.STATES_BYTES
-    assert commands.ROWS_A_HEAD == streamed.ROWS_A_HEAD
-    assert commands.SAMPLED == verify.SAMPLED
+    assert commands.STREAMED_TOKENS == layerwise_model.TOKENS_A_BATCH
+    assert commands.STATES_BYTES == layerwise_model.STATES_BYTES
+    assert commands.ROWS_A_HEAD == layerwise_model.ROWS_A_HEAD
+    assert commands.SAMPLED == certificate.SAMPLED
     assert commands.FOLD_ROWS == checkpoint.ROWS_AT_ONCE
 
 

@@ -13,8 +13,8 @@ from qectomy.calibrate import layer_pass
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.prefetch import LayersAhead
 from qectomy.errors import NonFiniteError, Stopped
-from qectomy.eval import streamed
-from qectomy.eval.streamed import StreamedModel
+from qectomy.eval import layerwise_model
+from qectomy.eval.layerwise_model import StreamedModel
 
 MIXED = "0=identity,1=select,2=dense,3=key-shared"  # identity turns the stream, and the source's layers
 
@@ -31,7 +31,7 @@ def taken(monkeypatch):
 
         return LayersAhead(layers, read)
 
-    for module in (layer_pass, streamed):
+    for module in (layer_pass, layerwise_model):
         monkeypatch.setattr(module, "read_layers", read_layers)
     yield read_by_it
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]

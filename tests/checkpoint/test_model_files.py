@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import qectomy
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.config_files import code_fields, copy_model_code, model_code, model_files, reduced_config
-from qectomy.eval.verify import _same_model
+from qectomy.eval.certificate import _same_model
 from qectomy.models.architectures import FAMILIES
 from qectomy.surgery.materialize import materialize
 from qectomy.surgery.norm_fusion import fold_norms

@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.eval.cast_on_use import cast_on_use, projections
-from qectomy.eval.streamed import StreamedModel
+from qectomy.eval.layerwise_model import StreamedModel
 
 
 class Twice(nn.Module):

@@ -24,9 +24,9 @@ from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.headers import INDEX, SINGLE
 from qectomy.errors import QectomyError
+from qectomy.eval.certificate import verify
+from qectomy.eval.layerwise_model import StreamedModel, open_any
 from qectomy.eval.loading import load_model
-from qectomy.eval.streamed import StreamedModel, open_any
-from qectomy.eval.verify import verify
 from qectomy.models.architectures import FAMILIES
 
 IDS = tokens(batch=1, length=24, seed=3)

@@ -14,7 +14,7 @@ from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, TextEr
 from qectomy.eval.evaluate import evaluate
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import Protocol, common_context, scoring_windows
-from qectomy.eval.scoring import LogitsReader
+from qectomy.eval.score_windows import LogitsReader
 from qectomy.text.text import Source
 
 SOURCE = Source("raven", "hash", RAVEN * 2)

@@ -15,7 +15,7 @@ from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import CheckpointError, Stopped
 from qectomy.eval import reload
-from qectomy.eval.streamed import StreamedModel
+from qectomy.eval.layerwise_model import StreamedModel
 from qectomy.modeling import modeling_qectomy_gpt2, modeling_qectomy_llama
 
 MODELING = {"llama": modeling_qectomy_llama, "mistral": modeling_qectomy_llama, "gpt2": modeling_qectomy_gpt2}

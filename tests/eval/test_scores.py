@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qectomy.eval import scores as module
-from qectomy.eval.scores import TokenScores, join_scores, score_tokens
+from qectomy.eval import token_scores as module
+from qectomy.eval.token_scores import TokenScores, join_scores, score_tokens
 
 
 def draw(n, vocab, seed=0, scale=3.0):

@@ -6,14 +6,14 @@ from damage import edit_weights
 from tiny_models import RAVEN, VOCAB_SIZE, save_variant, tiny_model, tiny_tokenizer
 
 from qectomy.errors import NonFiniteError
-from qectomy.eval import scoring, streamed
+from qectomy.eval import layerwise_model, score_windows
 from qectomy.eval.evaluate import Measure, evaluate, evaluate_all
+from qectomy.eval.layerwise_model import StreamedModel, open_any, score_streamed
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.eval.published import Text
-from qectomy.eval.scores import score_rows, score_tokens
-from qectomy.eval.scoring import MOST_PADDING, batches, first_bad_layer, score_model
-from qectomy.eval.streamed import StreamedModel, open_any, score_streamed
+from qectomy.eval.score_windows import MOST_PADDING, batches, first_bad_layer, score_model
+from qectomy.eval.token_scores import score_rows, score_tokens
 from qectomy.text.text import Source
 
 SOURCE = Source("raven", "hash", RAVEN * 2)
@@ -39,7 +39,7 @@ def test_batches_hold_each_window_once_and_hardly_any_padding():
 
 @pytest.mark.parametrize("at_once", [1, 90, 4096])
 def test_scores_are_in_the_order_of_the_windows_however_they_are_batched(at_once, monkeypatch):
-    monkeypatch.setattr(scoring, "TOKENS_A_BATCH", at_once)
+    monkeypatch.setattr(score_windows, "TOKENS_A_BATCH", at_once)
     model, windows = tiny_model(), of_lengths(20, 33, 9, 33, 32)
     found, start = score_model(model, windows).nll, 0
     for tokens, length in zip(windows.tokens, windows.lengths.tolist(), strict=True):
@@ -75,10 +75,10 @@ def test_an_accelerators_way_gives_the_same_scores(shape, held, plain, tiny_chec
     model, other = (load_model(str(tiny_checkpoint(kind)), "float32", "cpu")[0] for kind in (shape, shape))
     windows = of_lengths(20, 33, 9, 33, 32)
     expected = [score_model(model, windows, reference=reference) for reference in (None, other)]
-    monkeypatch.setattr(scoring, "SLICED", ())
-    monkeypatch.setattr(scoring, "LOGITS_ON_DEVICE", held)
+    monkeypatch.setattr(score_windows, "SLICED", ())
+    monkeypatch.setattr(score_windows, "LOGITS_ON_DEVICE", held)
     if not plain:
-        monkeypatch.setattr(scoring, "is_plain", lambda *_: False)
+        monkeypatch.setattr(score_windows, "is_plain", lambda *_: False)
     for reference, scores in zip((None, other), expected, strict=True):
         found = score_model(model, windows, reference=reference)
         for name in ("nll", "kl", "agree", "reference_nll"):
@@ -117,8 +117,8 @@ class TestNonFinite:
 class TestStreamed:
     @pytest.mark.parametrize("shape", ["gpt2", "llama", "biases", "mistral", "bf16", "tied", "mqa"])
     def test_gives_the_same_numbers(self, shape, tiny_checkpoint, monkeypatch):
-        monkeypatch.setattr(streamed, "STATES_BYTES", 40_000)  # several groups
-        monkeypatch.setattr(streamed, "TOKENS_A_BATCH", 70)
+        monkeypatch.setattr(layerwise_model, "STATES_BYTES", 40_000)  # several groups
+        monkeypatch.setattr(layerwise_model, "TOKENS_A_BATCH", 70)
         name, other = str(tiny_checkpoint(shape)), str(tiny_checkpoint(shape, initializer_range=0.03))
         results = [
             evaluate(name, SOURCE, Protocol(context=32), dtype="float32", reference=other, streamed=kind)
@@ -150,7 +150,7 @@ class TestStreamed:
         assert results[1]["bits_per_byte"] == pytest.approx(results[0]["bits_per_byte"], rel=1e-6)
 
     def test_reads_each_layer_once_whatever_the_text(self, tiny_checkpoint, monkeypatch):
-        monkeypatch.setattr(streamed, "TOKENS_A_BATCH", 70)
+        monkeypatch.setattr(layerwise_model, "TOKENS_A_BATCH", 70)
         checkpoint = open_any(str(tiny_checkpoint()))
         read = []
         monkeypatch.setattr(type(checkpoint), "read_layer", count_calls(type(checkpoint).read_layer, read))

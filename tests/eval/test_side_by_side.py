@@ -16,7 +16,7 @@ from qectomy.errors import CheckpointError, Stopped
 from qectomy.eval import reload, samples
 from qectomy.eval.protocol import Protocol, scoring_windows
 from qectomy.eval.samples import NEW_TOKENS, generation_of, token_sample, write
-from qectomy.eval.scores import TokenScores
+from qectomy.eval.token_scores import TokenScores
 from qectomy.text.text import Source
 
 

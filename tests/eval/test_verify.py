@@ -13,8 +13,8 @@ from qectomy.calibrate.convert_exact import convert_exact
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import CheckpointError
+from qectomy.eval.certificate import verify
 from qectomy.eval.protocol import Protocol, scoring_windows
-from qectomy.eval.verify import verify
 from qectomy.surgery.choice import choose_folds
 from qectomy.text.text import load_tokenizer, read_source
 

@@ -10,7 +10,7 @@ from foldings import fold
 from tiny_models import EVERY_MAP, GPT2_SHAPES, load_reduced, tokens
 from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache
 
-from qectomy.eval.streamed import cache_keyword
+from qectomy.eval.layerwise_model import cache_keyword
 
 
 def relative(a, b):

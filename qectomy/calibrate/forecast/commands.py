@@ -8,10 +8,10 @@ Dimensions: D d_model, M d_mlp, Q n_heads * d_head, S n_kv_heads * d_head, T con
 from qectomy.calibrate.forecast.memory import KERNELS, LIBRARIES, MLP_A_TOKEN, SLICE_COPIES, SVD
 from qectomy.calibrate.forecast.work import RELOAD_TOKENS, SLICE, Work
 
-STREAMED_TOKENS = 2048  # eval/streamed.py: a batch
+STREAMED_TOKENS = 2048  # eval/layerwise_model.py: a batch
 STATES_BYTES = 1 << 28  # of hidden states of one model held at a time
 ROWS_A_HEAD = 8192  # tokens that the head scores at a time
-SAMPLED, SAMPLED_WINDOWS = 64, 4  # eval/verify.py
+SAMPLED, SAMPLED_WINDOWS = 64, 4  # eval/certificate.py
 FOLD_ROWS = 2048  # surgery/checkpoint.py: of the embedding at a time
 RESIDUALS = 3  # arrays of D a token in an MLP: what enters the layer and it, and that normed
 SQUARES = 6  # arrays of W_Q's size while it is seen whether it can go: W, its columns, their Gram, what it is off by

@@ -29,7 +29,7 @@ from qectomy.calibrate.refine import RefineSettings, refine
 from qectomy.calibrate.refit import Regression
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.distributed.window_shard import whole
-from qectomy.eval.scores import SLICE, score_tokens
+from qectomy.eval.token_scores import SLICE, score_tokens
 from qectomy.models.query_maps import QueryMapSpec
 
 BUDGET = 8.0  # seconds after which nothing is begun any more; of these ...

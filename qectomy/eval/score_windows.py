@@ -13,7 +13,7 @@ from torch import nn
 from qectomy.checkpoint.finite import all_finite
 from qectomy.errors import CheckpointError, NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
-from qectomy.eval.scores import TokenScores, empty_scores, score_rows, score_tokens
+from qectomy.eval.token_scores import TokenScores, empty_scores, score_rows, score_tokens
 
 Progress = Callable[[int, int], None]  # (windows done, windows in all)
 TOKENS_A_BATCH = 4096

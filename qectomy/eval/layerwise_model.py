@@ -28,8 +28,8 @@ from qectomy.errors import NonFiniteError
 from qectomy.eval.cast_on_use import cast_on_use, projections
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import ScoringWindows
-from qectomy.eval.scores import SLICE, TokenScores, empty_scores, score_tokens
-from qectomy.eval.scoring import Progress, batches
+from qectomy.eval.score_windows import Progress, batches
+from qectomy.eval.token_scores import SLICE, TokenScores, empty_scores, score_tokens
 from qectomy.models.family import Dimensions
 
 TOKENS_A_BATCH = 2048  # on which a layer runs at a time

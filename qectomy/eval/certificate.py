@@ -18,9 +18,9 @@ from qectomy.checkpoint.checkpoint import Checkpoint, differing_sizes
 from qectomy.checkpoint.config_files import DROPPED, VARIANT, has_model_code, load_config
 from qectomy.checkpoint.headers import TORCH_NAMES, read_json
 from qectomy.errors import CheckpointError, clean, shown
+from qectomy.eval.layerwise_model import StreamedModel, random_tokens, relative_logit_error, score_streamed
+from qectomy.eval.metrics import cost
 from qectomy.eval.protocol import ScoringWindows
-from qectomy.eval.streamed import StreamedModel, random_tokens, relative_logit_error, score_streamed
-from qectomy.eval.summary import cost
 from qectomy.models.query_maps import ranges
 from qectomy.surgery.basis import Choice, Folds, Verdict, claim, read_query, rounding, standing_fold, usable_error
 from qectomy.surgery.checkpoint import ExactPlan, Progress, folded_tensors, layer_plan

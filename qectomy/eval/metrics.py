@@ -8,8 +8,8 @@ from typing import Any
 
 from qectomy.errors import NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
-from qectomy.eval.scores import TokenScores
 from qectomy.eval.statistics import by_position, mean_interval, paired, perplexity_interval
+from qectomy.eval.token_scores import TokenScores
 
 MOST_NATS = 650.0  # whose exp a float holds with room for a ratio
 
