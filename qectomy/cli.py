@@ -87,7 +87,7 @@ def inspect(
     if as_json:
         print_json(result)
     else:
-        from qectomy.eval.inspection_table import show_inspection
+        from qectomy.report.inspection_table import show_inspection
 
         show_inspection(result, checkpoint)
 
@@ -117,7 +117,7 @@ def verify(
     from qectomy.checkpoint.config_files import load_config
     from qectomy.eval.certificate import verify as run
     from qectomy.eval.protocol import Protocol, check_positions, scoring_windows
-    from qectomy.eval.tables import show_certificate
+    from qectomy.report.tables import show_certificate
     from qectomy.text.documents import Reading
     from qectomy.text.text import load_tokenizer, read_source
 

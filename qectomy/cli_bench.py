@@ -43,10 +43,10 @@ def bench(
 ) -> None:
     """Time loading, prefill and decoding of two checkpoints in turn, next to what the bytes they read allow."""
     from qectomy.calibrate.convert import check_device
-    from qectomy.eval.bench_table import show_bench
     from qectomy.eval.inference_cost import BenchSettings, compare
-    from qectomy.eval.report import made
-    from qectomy.eval.saved import check_savable, save_result
+    from qectomy.report.bench_table import show_bench
+    from qectomy.report.record import made
+    from qectomy.report.saved import check_savable, save_result
 
     if save is not None:
         check_savable(save, "bench")

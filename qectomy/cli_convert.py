@@ -229,7 +229,7 @@ def _convert(source: Any, recipe: Any, settings: Any, asked: _Asked, together: A
     if asked.as_json:
         print_json(report)
     else:
-        from qectomy.eval.tables import show_conversion
+        from qectomy.report.tables import show_conversion
 
         show_conversion(report)
         typer.echo(f"wrote {asked.out}")
@@ -298,7 +298,7 @@ def _show_plan(source: Any, recipe: Any, settings: Any, probe: bool, as_json: bo
     if as_json:
         print_json(plan)
     else:
-        from qectomy.eval.tables import show_plan
+        from qectomy.report.tables import show_plan
 
         show_plan(plan)
 
@@ -306,7 +306,7 @@ def _show_plan(source: Any, recipe: Any, settings: Any, probe: bool, as_json: bo
 def _convert_exact(source: Any, settings: Any, kept: Any, asked: _Asked) -> None:
     """Run `convert --query exact`, or only its plan, which reads the weights."""
     from qectomy.calibrate.convert_exact import convert_exact, dry_run_exact
-    from qectomy.eval.tables import show_exact
+    from qectomy.report.tables import show_exact
 
     with progress_bar("planning" if asked.dry_run else "folding") as progress:
         if asked.dry_run:

@@ -63,8 +63,8 @@ def evaluate(
     check_texts([text], field, 1 if protocol else context or 2)
     from qectomy.calibrate.convert import check_device
     from qectomy.eval.evaluate import Measure, evaluate_all, settle
-    from qectomy.eval.report import made
-    from qectomy.eval.saved import check_savable, save_result
+    from qectomy.report.record import made
+    from qectomy.report.saved import check_savable, save_result
 
     check_device(device)
     tasks = [task.strip() for task in lm_eval.split(",") if task.strip()] if lm_eval else []
@@ -116,8 +116,8 @@ def evaluate(
 
 def show(result: dict[str, Any]) -> None:
     """Print what was measured."""
-    from qectomy.eval.evaluation_table import show_evaluations
-    from qectomy.eval.harness_table import show_harness
+    from qectomy.report.evaluation_table import show_evaluations
+    from qectomy.report.harness_table import show_harness
 
     if "results" in result:
         show_evaluations(result["results"])

@@ -180,7 +180,7 @@ def show(report: dict[str, Any], out: Path, as_json: bool) -> None:
         print_json(report)
         return
     from qectomy.calibrate.healing.budget import too_few
-    from qectomy.eval.tables import show_healing
+    from qectomy.report.tables import show_healing
 
     show_healing(report)
     healing = report["healing"]

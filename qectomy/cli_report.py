@@ -36,18 +36,18 @@ def report(
     It needs nothing beside it and no network. It shows qectomy.json, and where they lie in the folder evaluation.json
     (`eval --save`), bench.json (`bench --save`) and healing.csv.
     """
-    from qectomy.eval.card_verdict import renew_card_verdict
-    from qectomy.eval.page.compare import summary
-    from qectomy.eval.page.page import page
-    from qectomy.eval.page.reading import read_folders, read_points
-    from qectomy.eval.page.verdict import judged
-    from qectomy.eval.page.writing import COMPARISON, NAME, check_replaceable, write_html
+    from qectomy.report.card_verdict import renew_card_verdict
+    from qectomy.report.page.compare import summary
+    from qectomy.report.page.page import page
+    from qectomy.report.page.reading import read_folders, read_points
+    from qectomy.report.page.verdict import judged
+    from qectomy.report.page.writing import COMPARISON, NAME, check_replaceable, write_html
 
     found = read_folders(folders)
     note_old_code(folders)
     if original is not None:
-        from qectomy.eval.page.reading import check_original
         from qectomy.eval.samples import generation_of
+        from qectomy.report.page.reading import check_original
 
         for each in found:
             check_original(each, original)
@@ -64,7 +64,7 @@ def report(
     if as_json:
         print_json(result)
     else:
-        from qectomy.eval.page.table import show_summary
+        from qectomy.report.page.table import show_summary
 
         show_summary(result)
         for folder in renewed:

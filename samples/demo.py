@@ -22,8 +22,8 @@ from qectomy.calibrate.layer_pass import Progress
 from qectomy.calibrate.settings import ConvertSettings, default_context
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.errors import QectomyError
-from qectomy.eval.query_share import query_share
 from qectomy.models.query_maps import parse_exact, parse_recipe
+from qectomy.report.query_share import query_share
 from qectomy.runs.output import check_absent
 from qectomy.text.text import read_source
 

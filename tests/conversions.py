@@ -21,8 +21,9 @@ from qectomy.calibrate.convert import convert
 from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import open_checkpoint, sha256
 from qectomy.errors import QectomyError
-from qectomy.eval import reload, report
+from qectomy.eval import reload
 from qectomy.models.query_maps import parse_recipe
+from qectomy.report import record
 
 gc.freeze()  # a conversion collects garbage after every layer: what the imports made need not be walked each time
 QUICK: dict[str, Any] = dict(tokens=320, context=32, eval_tokens=160)
@@ -56,7 +57,7 @@ def reload_here(patch: pytest.MonkeyPatch) -> None:
             return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
 
     patch.setattr(reload.subprocess, "run", run)
-    patch.setattr(report, "write_page", lambda folder: None)  # it takes half a second; its own tests draw it
+    patch.setattr(record, "write_page", lambda folder: None)  # it takes half a second; its own tests draw it
 
 
 def convert_tiny(

@@ -31,9 +31,9 @@ from qectomy.errors import QectomyError, TextError, UnsupportedArchitecture
 from qectomy.eval.metrics import cost
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.eval.reload import check_reload
-from qectomy.eval.report import conversion_report, write_report
 from qectomy.eval.samples import token_sample
 from qectomy.models.query_maps import QueryMapSpec, written
+from qectomy.report.record import conversion_report, write_report
 from qectomy.runs.input_hashes import SourceWatch
 from qectomy.runs.locked_folder import GoOn
 from qectomy.runs.output import check_room

@@ -22,9 +22,9 @@ from qectomy.eval.metrics import cost
 from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.eval.reload import RELOAD_TOKENS, check_reload
-from qectomy.eval.report import provenance, write_report
 from qectomy.eval.samples import token_sample
 from qectomy.models.query_maps import QueryMapSpec, ranges
+from qectomy.report.record import provenance, write_report
 from qectomy.runs.input_hashes import SourceWatch
 from qectomy.runs.locked_folder import GoOn
 from qectomy.runs.output import check_room

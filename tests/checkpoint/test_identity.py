@@ -9,11 +9,11 @@ from damage import edit_json, edit_weights
 
 from qectomy.checkpoint.file_identity import fingerprint
 from qectomy.eval.evaluate import Measure, evaluate_all
-from qectomy.eval.page.checked import ReportError
-from qectomy.eval.page.page import page
-from qectomy.eval.page.reading import check_original, read_folder
 from qectomy.eval.protocol import Protocol
-from qectomy.eval.report import made
+from qectomy.report.page.checked import ReportError
+from qectomy.report.page.page import page
+from qectomy.report.page.reading import check_original, read_folder
+from qectomy.report.record import made
 
 
 @pytest.fixture(scope="module")

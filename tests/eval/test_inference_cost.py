@@ -12,7 +12,6 @@ from transformers import DynamicCache
 from qectomy.errors import QectomyError
 from qectomy.eval import fresh_start as fresh
 from qectomy.eval import inference_cost
-from qectomy.eval.bench_table import show_bench
 from qectomy.eval.fresh_start import FreshStart, fresh_start
 from qectomy.eval.inference_bytes import (
     OperationCount,
@@ -25,6 +24,7 @@ from qectomy.eval.inference_bytes import (
 from qectomy.eval.inference_cost import BenchSettings, alternate, compare, spread
 from qectomy.eval.inference_loops import InferenceLoop, Timing, random_tokens, short_memory
 from qectomy.eval.loading import load_model
+from qectomy.report.bench_table import show_bench
 
 QUICK = dict(batches=(1, 3), rounds=2, prompt_tokens=9, new_tokens=4)
 MAPS = ("identity", "select", "key-shared")

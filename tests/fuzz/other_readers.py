@@ -28,8 +28,8 @@ from qectomy.calibrate.healing.export import fitted_report
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.headers import SINGLE
 from qectomy.eval.certificate import _edited
-from qectomy.eval.page.page import page
-from qectomy.eval.page.reading import read_folders, read_points
+from qectomy.report.page.page import page
+from qectomy.report.page.reading import read_folders, read_points
 from qectomy.surgery.materialize import materialize
 from qectomy.surgery.nanogpt import import_nanogpt
 from qectomy.text.documents import Documents, Reading

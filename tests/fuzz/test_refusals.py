@@ -34,9 +34,9 @@ from qectomy.errors import (
     shown,
 )
 from qectomy.eval.loading import read_config
-from qectomy.eval.page.reading import ReportError, read_curve, read_folder
 from qectomy.eval.protocol import Protocol, scoring_windows
 from qectomy.models.architectures import find_family
+from qectomy.report.page.reading import ReportError, read_curve, read_folder
 from qectomy.runs.journal import Journal
 from qectomy.runs.work_folder import WorkFolder, finished, work_folder
 from qectomy.surgery.materialize import materialize

@@ -17,7 +17,7 @@ from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.config_files import has_model_code, model_code
 from qectomy.checkpoint.file_identity import fingerprint
 from qectomy.errors import CheckpointError, OutputError
-from qectomy.eval.page.reading import read_folder
+from qectomy.report.page.reading import read_folder
 from qectomy.surgery import renew as module
 from qectomy.surgery.renew import has_old_code, renew
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qectomy.eval.text_words import text_doubt
+from qectomy.report.text_words import text_doubt
 from qectomy.text.overlap import KEPT, WORDS, FittedSpans, Sketch, overlap, sketch_in, span_hashes
 
 DICE = random.Random(0)

@@ -25,13 +25,13 @@ from qectomy.checkpoint.sizes import totals
 from qectomy.errors import NonFiniteError, QectomyError
 from qectomy.eval.layerwise_model import StreamedModel, score_streamed
 from qectomy.eval.metrics import cost
-from qectomy.eval.page.reading import read_json as read_report
-from qectomy.eval.page.shapes import REDUCED
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.reload import RELOAD_TOKENS, Reload, check_reload
-from qectomy.eval.report import made, provenance, write_report
 from qectomy.eval.samples import token_sample
 from qectomy.eval.token_scores import TokenScores
+from qectomy.report.page.reading import read_json as read_report
+from qectomy.report.page.shapes import REDUCED
+from qectomy.report.record import made, provenance, write_report
 from qectomy.runs.output import new_folder
 from qectomy.runs.run_folder import RunFolder
 from qectomy.text.packing import Packed, PackedWindows

@@ -27,8 +27,8 @@ from qectomy.calibrate.healing.settings import GENERATED, VALIDATION
 from qectomy.calibrate.layer_pass import Progress
 from qectomy.checkpoint.checkpoint import Checkpoint, sha256
 from qectomy.distributed.devices import multiplies_bfloat16
-from qectomy.eval.report import made
 from qectomy.models.family import Dimensions
+from qectomy.report.record import made
 from qectomy.runs.locked_folder import read_record, write_json
 from qectomy.text.text import load_tokenizer
 

@@ -1,0 +1,260 @@
+"""The sections on sizes, speed, time and provenance."""
+
+from typing import Any
+
+from qectomy.models.query_maps import ranges
+from qectomy.report.page import numbers
+from qectomy.report.page.blocks import Block, Cell, Chart, Command, Facts, Prose, Section, Table
+from qectomy.report.page.charts import removed_chart, singular_chart
+from qectomy.report.page.quality import FOREIGN
+from qectomy.report.page.reading import Folder
+from qectomy.report.query_share import query_share
+
+
+def removed_section(folder: Folder, key: str) -> Section:
+    """What was removed: of the whole model, of its queries, and layer by layer where the weights could be read."""
+    report, layers = folder.report, folder.layers
+    blocks: list[Block] = [_totals(report, folder)]
+    if layers:
+        rows = [(layer.index, float(layer.query_before), float(layer.query_after)) for layer in layers]
+        caption = "Outlines: W_Q as it was. Filled: what stands in its place."
+        blocks.append(Chart(picture=removed_chart(f"{key}-removed", rows), caption=caption))
+        maps = {layer["index"]: layer["map"] for layer in report["layers"]}
+        table = Table(
+            caption="Numbers stored by each layer",
+            columns=("layer", "map", "queries before", "now", "all else before", "now", "bytes now"),
+            words=(0, 1),
+            rows=[
+                (
+                    str(layer.index),
+                    maps.get(layer.index, numbers.DASH),
+                    *map(numbers.whole, (layer.query_before, layer.query_after, layer.rest_before, layer.rest_after)),
+                    numbers.bytes_(layer.bytes_after),
+                )
+                for layer in layers
+            ],
+            note="All else: keys, values, output, MLP and norms. What went there are biases that the folding made "
+            "superfluous and, in an exact fold, blocks of W_V.",
+        )
+        blocks.append(table)
+    else:
+        text = f"Query maps: {recipe_words(report)}. The weights were not beside the report, or are of "
+        blocks.append(Prose(text=text + "another version, so that there are no sizes of each layer."))
+    return Section(key=f"{key}-removed", title="What was removed, and where", blocks=blocks)
+
+
+def _totals(report: dict[str, Any], folder: Folder) -> Table:
+    rows = [("the whole model", report["parameters"], numbers.whole)]
+    if (queries := query_share(report)) is not None:
+        pair = {"before": queries.before, "after": queries.after}
+        rows.append(("W_Q of all layers, and what stands in its place", pair, numbers.whole))
+    if folder.layers:
+        rest = [sum(layer.rest_before for layer in folder.layers), sum(layer.rest_after for layer in folder.layers)]
+        rows.append(("all else in its layers", {"before": float(rest[0]), "after": float(rest[1])}, numbers.whole))
+    rows.append(("bytes of the weights", report["bytes"], numbers.bytes_))
+    return Table(
+        caption="Numbers stored, net: all that was added is counted",
+        columns=("part", "before", "now", "removed", "share"),
+        rows=[
+            (
+                name,
+                write(pair["before"]),
+                write(pair["after"]),
+                write(pair["before"] - pair["after"]),
+                numbers.percent(1 - pair["after"] / pair["before"], 2),
+            )
+            for name, pair, write in rows
+        ],
+    )
+
+
+def recipe_words(report: dict[str, Any]) -> str:
+    """Name the maps and the layers that have them: 'key-shared in layers 0-4, dense in layer 5'."""
+    found: dict[str, list[int]] = {}
+    for layer in report["layers"]:
+        found.setdefault(_map_words(layer, report.get("method") == "exact"), []).append(layer["index"])
+    if len(found) == 1:
+        return f"{next(iter(found))} in every layer"
+    return ", ".join(
+        f"{name} in layer{'' if len(indices) == 1 else 's'} {ranges(indices)}" for name, indices in found.items()
+    )
+
+
+def _map_words(layer: dict[str, Any], exact: bool) -> str:
+    """One layer's map; of an exact fold, what became of each projection that changed."""
+    if not exact:
+        return str(layer["map"])
+    fields = {"W_Q": "map", "W_V": "value_map", "W_O": "output_map"}
+    changed = [f"{name} {layer[field]}" for name, field in fields.items() if layer.get(field, "dense") != "dense"]
+    return ", ".join(changed) or "as it was"
+
+
+def singular_section(folder: Folder, key: str) -> Section | None:
+    """How W_Q's singular values fall: how far from low rank each one was."""
+    held = [layer for layer in folder.report["layers"] if "singular_values" in layer]
+    found = [(layer["index"], layer["singular_values"]) for layer in held]
+    found = [(index, values) for index, values in found if len(values) > 1 and max(values) == values[0] > 0]
+    if not found:
+        return None
+    rows = []
+    for index, values in found:
+        half = sum(value >= values[0] / 10 for value in values) / len(values)
+        condition = values[0] / values[-1] if values[-1] > 0 else None
+        rows.append((str(index), *map(numbers.short, (values[0], values[-1], condition)), numbers.percent(half, 0)))
+    caption = "Singular values of the original W_Q of each layer, at equal steps of the index. A line that stays high "
+    caption += "means a matrix that no low rank can stand in for."
+    blocks = (
+        Chart(picture=singular_chart(f"{key}-sv", found), caption=caption),
+        Table(
+            caption="Singular values of W_Q",
+            columns=("layer", "largest", "smallest", "largest ÷ smallest", "above a tenth of the largest"),
+            rows=rows,
+        ),
+    )
+    return Section(key=f"{key}-singular", title="Singular values of W_Q", blocks=blocks)
+
+
+def bench_section(folder: Folder, key: str) -> Section | None:
+    """What inference costs: loading, memory, prefill and decoding of each model, and the ratios."""
+    bench = folder.bench
+    if not bench.get("models"):
+        return None
+    models = bench["models"]
+    if not folder.owns(models):
+        return Section(key=f"{key}-bench", title="Inference", blocks=[Prose(text=FOREIGN.format(file="bench.json"))])
+    rows = _size_rows(models, bench.get("ratios", {}).get("load"))
+    for name, words in (("prefill", "Prefill"), ("decode", "Decode")):
+        ratios = {row.get("batch"): row for row in bench.get("ratios", {}).get(name, [])}
+        for place, first in enumerate(models[0].get(name, [])):
+            cells = [_at(model, name, place) for model in models]
+            ratio = ratios.get(first.get("batch"), {})
+            label = f"{words}, batch {first.get('batch', numbers.DASH)}, tokens/s"
+            label += f", prompts of {first['tokens']:,}" if "tokens" in first else ""
+            limit = _two(ratio.get("byte_limit"))
+            speeds = (_spread(cell.get("tokens_per_second"), numbers.short) for cell in cells)
+            rows.append((label, *speeds, _spread(ratio.get("ratio"), _two), limit))
+    told = [f"{bench[name]}" for name in ("device", "dtype") if name in bench]
+    told += [f"{bench['threads']} thread{'s' * (bench['threads'] != 1)}"] if "threads" in bench else []
+    table = Table(
+        caption=f"Measured by qectomy bench{': ' if told else ''}{', '.join(told)}",
+        columns=("", *(model["checkpoint"] for model in models), "ratio", "bytes allow"),
+        rows=rows,
+        note="Median [low, high] of the repetitions. Ratio: the original’s cost over the reduced one’s, so that above "
+        "1 favours the reduced; where its interval holds 1 the two cannot be told apart. Bytes allow: the ratio if "
+        "only the weights’ bytes, which every decoded token reads, took time.",
+    )
+    blocks: list[Block] = [table]
+    if "command" in bench:
+        blocks.append(Command(label="Measure it again", text=bench["command"]))
+    return Section(key=f"{key}-bench", title="Inference", blocks=blocks)
+
+
+def _size_rows(models: list[dict[str, Any]], load: dict[str, Any] | None) -> list[tuple[str, ...]]:
+    rows = []
+    for name, words, write in (
+        ("parameters", "Parameters", numbers.whole),
+        ("bytes", "Weights", numbers.bytes_),
+        ("peak_memory_bytes", "Peak memory", numbers.bytes_),
+        ("kv_cache_bytes_per_token", "Key/value cache a token", numbers.bytes_),
+    ):
+        values = [model.get(name) for model in models]
+        if any(value is not None for value in values):
+            share = numbers.DASH
+            if len(values) == 2 and values[1] and values[0] is not None:
+                share = numbers.ratio(values[0] / values[1])
+            rows.append((words, *map(write, values), share, ""))
+    if any("load_seconds" in model for model in models):
+        cells = [_spread(model.get("load_seconds"), numbers.seconds) for model in models]
+        rows.append(("Load", *cells, _spread(load, _two), ""))
+    return rows
+
+
+def _two(value: float | int | None) -> str:
+    return numbers.plain(value, 2)
+
+
+def _at(model: dict[str, Any], name: str, place: int) -> dict[str, Any]:
+    found = model.get(name, [])
+    return found[place] if place < len(found) else {}
+
+
+def _spread(found: dict[str, float] | None, write: Any) -> str:
+    if found is None:
+        return numbers.DASH
+    spread = f" [{write(found['low'])}, {write(found['high'])}]" if {"low", "high"} <= found.keys() else ""
+    return write(found["median"]) + spread
+
+
+def timing_section(folder: Folder, key: str) -> Section | None:
+    """Where the time of the conversion went."""
+    report = folder.report
+    stages = {name: value for name, value in report.get("seconds", {}).items() if name != "total"}
+    if not stages:
+        return None
+    total = report["seconds"].get("total") or sum(stages.values()) or 1.0
+    rows: list[tuple[str | Cell, ...]] = [
+        (name, numbers.seconds(value), Cell(text=numbers.percent(value / total, 0), share=min(value / total, 1)))
+        for name, value in sorted(stages.items(), key=lambda item: -item[1])
+    ]
+    rows.append(("total", numbers.seconds(total), ""))
+    facts = []
+    if report.get("forward_pass_seconds"):
+        times = numbers.plain(total / report["forward_pass_seconds"], 1)
+        facts.append(("As many plain forward passes of the same tokens", times))
+    if "peak_memory_bytes" in report:
+        facts.append(("Peak memory", numbers.bytes_(report["peak_memory_bytes"])))
+    if "device" in report:
+        facts.append(("Device", report["device"]))
+    table = Table(caption="The conversion, by stage", columns=("stage", "time", "share"), rows=rows)
+    blocks = (table, Facts(rows=facts)) if facts else (table,)
+    return Section(key=f"{key}-time", title="Time", blocks=blocks)
+
+
+def provenance_section(folder: Folder, key: str) -> Section:
+    """Where everything came from: the source and its hashes, the texts, versions, and the commands that repeat it."""
+    report, healing = folder.report, folder.report.get("healing", {})
+    source, calibration = report.get("source", {}), report.get("calibration", {})
+    rows = [
+        ("Original", source.get("name", "")),
+        ("Family, stored in", ", ".join(source[name] for name in ("model_type", "dtype") if name in source)),
+        ("Fitted" if "healing" in report else "Made", report.get("created", "")),
+        ("Healed", healing.get("created", "")),
+        ("Seed, context of the fit", ", ".join(str(calibration[n]) for n in ("seed", "context") if n in calibration)),
+        (
+            "Versions",
+            ", ".join(f"{n} {v}" for n, v in {"qectomy": report["qectomy"], **report.get("versions", {})}.items()),
+        ),
+    ]
+    blocks: list[Block] = [Facts(rows=[row for row in rows if row[1]])]
+    texts = [(text.get("file", "?"), "fit", text) for text in calibration.get("texts", [])]
+    texts += [(text.get("text", "?"), "healing", text) for text in healing.get("texts", [])]
+    if texts:
+        blocks.append(
+            Table(
+                caption="Texts",
+                columns=("text", "used for", "tokens", "sha256"),
+                words=(0, 1, 3),
+                rows=[
+                    (n, use, numbers.whole(t.get("tokens")), Cell(text=t.get("sha256", ""), mark="hash"))
+                    for n, use, t in texts
+                ],
+            )
+        )
+    hashes = [
+        ("original", source.get("sha256", {})),
+        ("fitted checkpoint that was healed", healing.get("fitted_sha256", {})),
+    ]
+    for whose, found in hashes:
+        if found:
+            blocks.append(
+                Table(
+                    caption=f"Files of the {whose}",
+                    columns=("file", "sha256"),
+                    words=(0, 1),
+                    rows=[(name, Cell(text=digest, mark="hash")) for name, digest in found.items()],
+                )
+            )
+    commands = dict.fromkeys(c for c in (report.get("command"), healing.get("command")) if c)
+    for place, command in enumerate(commands):
+        blocks.append(Command(label="To make it again" if place == 0 else "Then, to heal it", text=command))
+    return Section(key=f"{key}-provenance", title="Provenance", blocks=blocks)

@@ -1,0 +1,145 @@
+"""The page: one HTML file that needs nothing else, says what was removed, what it cost and whether to believe it."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup, escape
+
+from qectomy import __version__
+from qectomy.errors import clean
+from qectomy.report.page import accounts, outcomes, quality, texts
+from qectomy.report.page.accounts import recipe_words
+from qectomy.report.page.best import SAVED, best_report
+from qectomy.report.page.blocks import Section
+from qectomy.report.page.compare import compare_section
+from qectomy.report.page.numbers import DASH, between, bytes_, percent, ratio, rough
+from qectomy.report.page.reading import Folder, Point
+from qectomy.report.page.verdict import Check, Verdict, checks, judged, removed_share
+from qectomy.report.query_share import query_share
+
+TEMPLATES = Path(__file__).parent / "templates"
+SECTIONS: tuple[Callable[[Folder, str], Section | None], ...] = (
+    quality.perplexity_section,
+    outcomes.healing_section,
+    quality.layer_section,
+    quality.moved_section,
+    quality.position_section,
+    outcomes.task_section,
+    texts.token_section,
+    texts.generation_section,
+    accounts.removed_section,
+    accounts.bench_section,
+    accounts.singular_section,
+    accounts.timing_section,
+    accounts.provenance_section,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A number of the headline: what it is, and a line below it."""
+
+    label: str
+    value: str
+    below: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """All that the page says of one folder."""
+
+    key: str
+    title: str
+    name: str
+    subtitle: str
+    figures: Sequence[Figure]
+    verdict: Verdict
+    checks: Sequence[Check]
+    sections: Sequence[Section]
+
+
+def page(folders: Sequence[Folder], *, points: Sequence[Point] = (), title: str | None = None) -> str:
+    """Return the page of one reduced checkpoint, or the comparison of several. The same input gives the same text."""
+    assert folders
+    alone = len(folders) == 1
+    parts = [part(folder, "m" if alone else f"m{number}") for number, folder in enumerate(folders)]
+    comparison = compare_section(folders, points) if points or not alone else None
+    shown = clean(title) if title else parts[0].title if alone else f"{len(folders)} reduced checkpoints"
+    template = _environment().get_template("page.html")
+    return template.render(
+        version=__version__,
+        title=shown,
+        style=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
+        alone=alone,
+        parts=parts,
+        comparison=comparison,
+    )
+
+
+def part(folder: Folder, key: str) -> Part:
+    """Return what the page says of one folder; its anchors begin with `key`."""
+    report = folder.report
+    name = report.get("source", {}).get("name", "A checkpoint")
+    exact = report.get("method") == "exact"
+    healed = ", healed" if "healing" in report else ""
+    return Part(
+        key=key,
+        title=f"{name}, folded exactly" if exact else f"{name} without W_Q{healed}",
+        name=folder.name,
+        subtitle=recipe_words(report),
+        figures=_figures(folder),
+        verdict=judged(folder),
+        checks=checks(folder),
+        sections=[section for make in SECTIONS if (section := make(folder, key)) is not None],
+    )
+
+
+def _figures(folder: Folder) -> list[Figure]:
+    report = best_report(folder)
+    parameters, size, found = report["parameters"], report["bytes"], report.get("perplexity")
+    saved = size["before"] - size["after"]
+    figures = [
+        Figure(
+            label="Parameters removed",
+            value=percent(removed_share(report), 2 if removed_share(report) < 0.1 else 1),
+            below=f"of {rough(parameters['before'])}; {bytes_(saved)}",
+        )
+    ]
+    if found:
+        interval = f"95 %: {between(found['ratio_95'], 'ratio')}" if "ratio_95" in found else "no interval recorded"
+        interval = "1 but for rounding" if report.get("method") == "exact" else interval
+        interval += f"; by {SAVED}" if found.get("file") == SAVED else ""
+        figures.append(Figure(label="Perplexity, times the original’s", value=ratio(found["ratio"]), below=interval))
+    elif "logit_error" in report:
+        error = f"{report['logit_error']:.1e}"
+        figures.append(Figure(label="Largest error of a logit", value=error, below="as a share of the largest logit"))
+    else:
+        figures.append(Figure(label="Perplexity, times the original’s", value=DASH, below="not measured"))
+    if (queries := query_share(report)) is not None:
+        figures.append(Figure(label="W_Q removed", value=percent(queries.removed), below=queries.words))
+    return figures
+
+
+def indexed(text: str) -> Markup:
+    """Set W_Q, b_O, W_down and their like with an index; all else is text."""
+    return Markup(re.sub(r"\b([Wb])_([QKVO]|gate|up|down)\b", r"\1<sub>\2</sub>", str(escape(text))))
+
+
+def words(text: str) -> Markup:
+    """Set our own words: as `indexed`, and code between backticks."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(indexed(text))))
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"words": words, "indexed": indexed}
+    return environment
