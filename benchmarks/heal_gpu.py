@@ -25,12 +25,12 @@ from setting import CHECKPOINT, print_table
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from qectomy.calibrate.convert import convert
 from qectomy.calibrate.healing.heal import heal
 from qectomy.calibrate.healing.models import Distillation, load_student, load_teacher
 from qectomy.calibrate.healing.settings import HealSettings
-from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from qectomy.convert.fitted import convert
+from qectomy.convert.settings import ConvertSettings
 from qectomy.errors import QectomyError
 from qectomy.eval.loading import load_model
 from qectomy.models.query_maps import parse_recipe

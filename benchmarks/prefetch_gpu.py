@@ -30,11 +30,11 @@ from setting import print_table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qectomy.calibrate import layer_pass
-from qectomy.calibrate.convert import convert
-from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.checkpoint.prefetch import Layers, LayersAhead, Tensors, read_layers
+from qectomy.convert import layerwise
+from qectomy.convert.fitted import convert
+from qectomy.convert.settings import ConvertSettings
 from qectomy.eval import layerwise_model
 from qectomy.eval.layerwise_model import StreamedModel, score_streamed
 from qectomy.eval.protocol import Protocol, scoring_windows
@@ -84,7 +84,7 @@ def main() -> int:
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for number in range(options.rounds):
             for way, reader in ways(options.device).items():
-                layerwise_model.read_layers = layer_pass.read_layers = reader
+                layerwise_model.read_layers = layerwise.read_layers = reader
                 for what, run in (("scoring", score), ("conversion", fit)):
                     out = Path(scratch) / f"{way}-{number}".replace(" ", "-")
                     result = measured(options, source, lambda run=run, out=out: run(options, source, text, out))

@@ -59,11 +59,11 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say what each query map would remove, from the config and the file headers alone unless audited."""
-    from qectomy.calibrate.forecast.forecast import forecast
-    from qectomy.calibrate.settings import default_context
     from qectomy.checkpoint.checkpoint import open_checkpoint
     from qectomy.checkpoint.hub_headers import open_headers
     from qectomy.checkpoint.sizes import inspect as inspect_checkpoint
+    from qectomy.convert.forecast.forecast import forecast
+    from qectomy.convert.settings import default_context
 
     if text and not audit:
         raise typer.BadParameter("only an audit reads a text; add --audit", param_hint="--text")
@@ -71,7 +71,7 @@ def inspect(
     context = context or default_context(source)
     result = inspect_checkpoint(source)
     if audit:
-        from qectomy.calibrate.audit_pass import audit_layers
+        from qectomy.convert.audit import audit_layers
         from qectomy.surgery.choice import choose_folds
 
         with progress_bar("auditing") as progress:
@@ -112,9 +112,9 @@ def verify(
 ) -> None:
     """Certify that a reduced checkpoint computes what its original does; exit code 1 if it is not exact."""
     check_texts([text], field, context or 2)
-    from qectomy.calibrate.settings import default_context
     from qectomy.checkpoint.checkpoint import open_checkpoint
     from qectomy.checkpoint.config_files import load_config
+    from qectomy.convert.settings import default_context
     from qectomy.eval.certificate import verify as run
     from qectomy.eval.protocol import Protocol, check_positions, scoring_windows
     from qectomy.report.tables import show_certificate

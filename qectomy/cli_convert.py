@@ -97,8 +97,8 @@ def convert(
     """
     if not dry_run:  # which notes what is missing
         check_texts([*(text or ()), eval_text], field, context or 16)
-    from qectomy.calibrate.settings import ConvertSettings, default_context
     from qectomy.checkpoint.checkpoint import open_checkpoint
+    from qectomy.convert.settings import ConvertSettings, default_context
     from qectomy.models.query_maps import parse_exact, parse_recipe
 
     with _together(device) as together:
@@ -218,7 +218,7 @@ def _together(device: str) -> Iterator[Any]:
 
 def _convert(source: Any, recipe: Any, settings: Any, asked: _Asked, together: Any) -> None:
     """Run `convert` with a fit alone; the first process shows what came of it."""
-    from qectomy.calibrate.convert import convert as run
+    from qectomy.convert.fitted import convert as run
 
     with progress_bar("converting") if together.is_first else nullcontext() as progress:
         report = run(
@@ -237,9 +237,9 @@ def _convert(source: Any, recipe: Any, settings: Any, asked: _Asked, together: A
 
 def _self_generated(source: Any, settings: Any, heal: int | None) -> Any:
     """Return the settings with a text that the model writes, long enough to calibrate, measure and heal on."""
-    from qectomy.calibrate.convert import check_device
     from qectomy.calibrate.healing.models import load_teacher
     from qectomy.calibrate.healing.self_generated import sampling_dtype, self_generated_text, tokens_to_write
+    from qectomy.convert.fitted import check_device
 
     settings.check_context(source)
     model = load_teacher(source, sampling_dtype(settings.device), check_device(settings.device))
@@ -278,8 +278,8 @@ def _convert_and_heal(source: Any, recipe: Any, settings: Any, tokens: int, aske
 
 def _show_plan(source: Any, recipe: Any, settings: Any, probe: bool, as_json: bool) -> None:
     """Print what a conversion would write and need."""
-    from qectomy.calibrate.forecast.forecast import forecast
     from qectomy.checkpoint.sizes import totals
+    from qectomy.convert.forecast.forecast import forecast
 
     settings.check_context(source)
     settings.check_refit(source, recipe)
@@ -305,12 +305,12 @@ def _show_plan(source: Any, recipe: Any, settings: Any, probe: bool, as_json: bo
 
 def _convert_exact(source: Any, settings: Any, kept: Any, asked: _Asked) -> None:
     """Run `convert --query exact`, or only its plan, which reads the weights."""
-    from qectomy.calibrate.convert_exact import convert_exact, dry_run_exact
+    from qectomy.convert.exact import convert_exact, dry_run_exact
     from qectomy.report.tables import show_exact
 
     with progress_bar("planning" if asked.dry_run else "folding") as progress:
         if asked.dry_run:
-            from qectomy.calibrate.forecast.forecast import forecast_exact
+            from qectomy.convert.forecast.forecast import forecast_exact
 
             report = dry_run_exact(source, settings, kept, progress)
             report["needs"] = forecast_exact(source, report["bytes"]["after"], settings.stored_dtype)

@@ -129,8 +129,8 @@ def heal(
     check_texts([*(text or ()), eval_text], field, context or 16)
     from qectomy.calibrate.healing.heal import heal as run
     from qectomy.calibrate.healing.settings import HealSettings
-    from qectomy.calibrate.settings import default_context
     from qectomy.checkpoint.checkpoint import open_checkpoint
+    from qectomy.convert.settings import default_context
     from qectomy.runs.run_folder import RunFolder, check_unhealed
 
     if not (resume or resume_only):  # one that is resumed may be in its place already

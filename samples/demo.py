@@ -16,11 +16,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qectomy.calibrate.convert import convert
-from qectomy.calibrate.convert_exact import convert_exact
-from qectomy.calibrate.layer_pass import Progress
-from qectomy.calibrate.settings import ConvertSettings, default_context
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from qectomy.convert.exact import convert_exact
+from qectomy.convert.fitted import convert
+from qectomy.convert.layerwise import Progress
+from qectomy.convert.settings import ConvertSettings, default_context
 from qectomy.errors import QectomyError
 from qectomy.models.query_maps import parse_exact, parse_recipe
 from qectomy.report.query_share import query_share

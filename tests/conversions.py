@@ -17,9 +17,9 @@ from tiny_models import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from qectomy.calibrate import key_shared, preconditioning, refine
-from qectomy.calibrate.convert import convert
-from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import open_checkpoint, sha256
+from qectomy.convert.fitted import convert
+from qectomy.convert.settings import ConvertSettings
 from qectomy.errors import QectomyError
 from qectomy.eval import reload
 from qectomy.models.query_maps import parse_recipe

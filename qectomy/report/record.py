@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qectomy import __version__
-from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.file_identity import fingerprint
 from qectomy.checkpoint.sizes import totals
+from qectomy.convert.settings import ConvertSettings
 from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.reload import Reload
 from qectomy.models.query_maps import QueryMapSpec

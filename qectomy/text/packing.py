@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from qectomy.calibrate.layer_pass import Progress
 from qectomy.checkpoint.checkpoint import sha256
+from qectomy.convert.layerwise import Progress
 from qectomy.errors import CheckpointError, QectomyError, TextError, note
 from qectomy.runs.locked_folder import read_record, write_record
 from qectomy.text.documents import Documents, Reading, grouped

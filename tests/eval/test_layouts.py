@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_tokenizer, tokens
 from transformers import AutoModelForCausalLM
 
-from qectomy.calibrate.convert_exact import convert_exact
-from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.headers import INDEX, SINGLE
+from qectomy.convert.exact import convert_exact
+from qectomy.convert.settings import ConvertSettings
 from qectomy.errors import QectomyError
 from qectomy.eval.certificate import verify
 from qectomy.eval.layerwise_model import StreamedModel, open_any

@@ -10,9 +10,9 @@ from damage import edit_json
 from healings import Pair, heal_tiny
 from tiny_models import EVERY_MAP, load_reduced, tokens
 
-from qectomy.calibrate.convert_exact import convert_exact
-from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.convert.exact import convert_exact
+from qectomy.convert.settings import ConvertSettings
 from qectomy.errors import CheckpointError, Stopped
 from qectomy.eval import reload
 from qectomy.eval.layerwise_model import StreamedModel

@@ -18,11 +18,11 @@ from page_folders import full_report, write_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import EVERY_MAP, RAVEN, bos_tokenizer, tiny_tokenizer
 
-from qectomy.calibrate.pass_steps import is_whole
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.config_files import copy_companions, load_config
 from qectomy.checkpoint.headers import INDEX, MAX_DEPTH, SINGLE, parse_json
 from qectomy.cli import complain
+from qectomy.convert.pass_steps import is_whole
 from qectomy.errors import (
     CheckpointError,
     OutputError,

@@ -12,9 +12,9 @@ from conversions import convert_tiny, reload_here
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from qectomy.calibrate.convert_exact import convert_exact
-from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from qectomy.convert.exact import convert_exact
+from qectomy.convert.settings import ConvertSettings
 from qectomy.report.model_card import model_card
 
 

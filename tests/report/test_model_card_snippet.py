@@ -12,9 +12,9 @@ from conversions import convert_tiny, reload_here
 from strangers import make_stranger, strange_environment
 from tiny_models import load_reduced
 
-from qectomy.calibrate.convert_exact import convert_exact
-from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.convert.exact import convert_exact
+from qectomy.convert.settings import ConvertSettings
 
 BEFORE, AFTER = (
     """

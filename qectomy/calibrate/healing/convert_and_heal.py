@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qectomy.calibrate.convert import convert
 from qectomy.calibrate.healing.heal import heal
 from qectomy.calibrate.healing.settings import HealSettings
-from qectomy.calibrate.layer_pass import Progress
-from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.convert.fitted import convert
+from qectomy.convert.layerwise import Progress
+from qectomy.convert.settings import ConvertSettings
 from qectomy.distributed.processes import Processes
 from qectomy.errors import OutputError, QectomyError, Stopped, TextError, resumable
 from qectomy.models.query_maps import QueryMapSpec

@@ -6,8 +6,8 @@ from typing import Any
 
 from qectomy.calibrate.healing.export import fitted_report
 from qectomy.calibrate.healing.settings import HealSettings
-from qectomy.calibrate.layer_pass import Progress
 from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.convert.layerwise import Progress
 from qectomy.errors import TextError
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.text.documents import Documents, Reading, own_hash

@@ -15,13 +15,13 @@ from qectomy.calibrate.healing.curve import curve_of, write_curve
 from qectomy.calibrate.healing.models import Distillation
 from qectomy.calibrate.healing.plan import Plan
 from qectomy.calibrate.healing.settings import HealSettings
-from qectomy.calibrate.layer_pass import Progress
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.checkpoint.config_files import copy_companions, copy_model_code, with_code, write_reduced_config
 from qectomy.checkpoint.finite import all_finite
 from qectomy.checkpoint.headers import TORCH_NAMES, read_json
 from qectomy.checkpoint.shards import ShardWriter, TensorSpec
 from qectomy.checkpoint.sizes import totals
+from qectomy.convert.layerwise import Progress
 from qectomy.errors import NonFiniteError, QectomyError
 from qectomy.eval.layerwise_model import StreamedModel, score_streamed
 from qectomy.eval.metrics import cost

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from qectomy.calibrate.convert import check_device
 from qectomy.calibrate.healing.budget import Budget, budget_of, spending
 from qectomy.calibrate.healing.data import prepare
 from qectomy.calibrate.healing.export import Outcome, export, teacher_perplexity
@@ -37,8 +36,9 @@ from qectomy.calibrate.healing.self_generated import self_generated_text, tokens
 from qectomy.calibrate.healing.settings import TOKENS, HealSettings
 from qectomy.calibrate.healing.trainer import HealTrainer, Watch, ended_at, validation_losses
 from qectomy.calibrate.healing.training_arguments import reporters, training_arguments
-from qectomy.calibrate.layer_pass import Progress
 from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.convert.fitted import check_device
+from qectomy.convert.layerwise import Progress
 from qectomy.distributed.processes import Processes
 from qectomy.errors import CheckpointError, TextError
 from qectomy.eval.protocol import ScoringWindows

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from qectomy.calibrate.healing.settings import GENERATED, VALIDATION
-from qectomy.calibrate.layer_pass import Progress
 from qectomy.checkpoint.checkpoint import Checkpoint, sha256
+from qectomy.convert.layerwise import Progress
 from qectomy.distributed.devices import multiplies_bfloat16
 from qectomy.models.family import Dimensions
 from qectomy.report.record import made

@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from qectomy.calibrate.healing.models import Distillation
 from qectomy.calibrate.healing.settings import HealSettings
-from qectomy.calibrate.layer_pass import Progress
+from qectomy.convert.layerwise import Progress
 from qectomy.distributed.processes import Processes
 from qectomy.errors import NonFiniteError
 from qectomy.runs.run_folder import RunFolder, mark_complete

@@ -11,7 +11,6 @@ from tiny_models import load_reduced, tokens
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
-from qectomy.calibrate.convert_exact import convert_exact
 from qectomy.calibrate.healing.models import (
     Distillation,
     is_trained,
@@ -20,8 +19,9 @@ from qectomy.calibrate.healing.models import (
     open_pair,
     stream_basis,
 )
-from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.convert.exact import convert_exact
+from qectomy.convert.settings import ConvertSettings
 from qectomy.errors import CheckpointError, QectomyError
 
 MIXED = ("key-shared", "dense", "select", "low-rank:3")

@@ -1,9 +1,9 @@
 """How many bytes a conversion takes on the disk at its worst moment. Torch is not loaded."""
 
-from qectomy.calibrate.forecast.work import Work
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.config_files import companions
 from qectomy.checkpoint.sizes import totals
+from qectomy.convert.forecast.work import Work
 
 REPORT = 1_000_000  # the model code, qectomy.json, the card and the page, about
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from qectomy.calibrate.hidden_states import WindowFile, batches, scratch_file
-from qectomy.calibrate.layer_pass import BYTES_A_READ, TOKENS_A_BATCH
 from qectomy.calibrate.layer_runner import LayerRunner
-from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.finite import all_finite
+from qectomy.convert.layerwise import BYTES_A_READ, TOKENS_A_BATCH
+from qectomy.convert.settings import ConvertSettings
 from qectomy.errors import NonFiniteError, TextError, UnsupportedArchitecture
 from qectomy.models.linear_views import read_view
 from qectomy.surgery.audit import condition_number, distance_from_orthogonal, leading_rank

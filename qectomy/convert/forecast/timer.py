@@ -6,9 +6,9 @@ from statistics import median
 
 import torch
 
-from qectomy.calibrate.forecast.checkpoint_speed import CheckpointSpeed, checkpoint_speed
-from qectomy.calibrate.forecast.work import Work
 from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.convert.forecast.checkpoint_speed import CheckpointSpeed, checkpoint_speed
+from qectomy.convert.forecast.work import Work
 
 PIECE_SECONDS = 0.25  # a piece is timed again while it has taken less in all
 REPEATS = 4

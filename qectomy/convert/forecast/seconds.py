@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from qectomy.calibrate.forecast import costs
-from qectomy.calibrate.forecast.work import (
+from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.checkpoint.sizes import totals
+from qectomy.convert.forecast import costs
+from qectomy.convert.forecast.work import (
     EIGEN_CHANNELS,
     GENERATED,
     JOINT_STEPS,
@@ -19,12 +21,10 @@ from qectomy.calibrate.forecast.work import (
     SLICE,
     Work,
 )
-from qectomy.checkpoint.checkpoint import Checkpoint
-from qectomy.checkpoint.sizes import totals
 from qectomy.models.query_maps import QueryMapSpec
 
 if TYPE_CHECKING:
-    from qectomy.calibrate.forecast.timer import Speeds
+    from qectomy.convert.forecast.timer import Speeds
 
 IMPORTS = 5.0  # seconds in which a new process has torch and transformers loaded, where they were loaded before
 TOKENIZER, MODEL = 0.8, 0.3  # of those seconds: what loading a tokenizer and a model's class imports besides

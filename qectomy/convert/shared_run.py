@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from qectomy.calibrate.hidden_states import Streams
-from qectomy.calibrate.pass_steps import is_whole
 from qectomy.checkpoint.shards import TensorSpec
+from qectomy.convert.pass_steps import is_whole
 from qectomy.distributed.together import Together
 from qectomy.errors import QectomyError
 from qectomy.runs.locked_folder import GoOn, differences

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from qectomy.calibrate.final_scores import FinalScores
-from qectomy.calibrate.layer_pass import LayerPass, Progress
 from qectomy.calibrate.layer_runner import LayerRunner
-from qectomy.calibrate.settings import ConvertSettings
-from qectomy.calibrate.shared_run import check_alike, shared_folder
-from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.config_files import copy_companions, copy_model_code
 from qectomy.checkpoint.headers import read_json
 from qectomy.checkpoint.sizes import scratch_bytes, totals
 from qectomy.checkpoint.type_range import check_range
+from qectomy.convert.final_scores import FinalScores
+from qectomy.convert.layerwise import LayerPass, Progress
+from qectomy.convert.settings import ConvertSettings
+from qectomy.convert.shared_run import check_alike, shared_folder
+from qectomy.convert.stopwatch import Stopwatch
 from qectomy.distributed.together import Together
 from qectomy.errors import QectomyError, TextError, UnsupportedArchitecture
 from qectomy.eval.metrics import cost

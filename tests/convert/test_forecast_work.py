@@ -11,22 +11,13 @@ import pytest
 import torch
 from conversions import QUICK, convert_tiny
 
-from qectomy.calibrate import (
-    attention_kl,
-    final_scores,
-    key_shared,
-    layer_fit,
-    layer_pass,
-    moments,
-    preconditioning,
-    refine,
-    refit,
-)
-from qectomy.calibrate.forecast import commands, work
-from qectomy.calibrate.forecast.disk import disk_bytes, scratch_files
-from qectomy.calibrate.forecast.work import fast_itemsize, plan_work
+from qectomy.calibrate import attention_kl, key_shared, layer_fit, moments, preconditioning, refine, refit
 from qectomy.calibrate.precision import fast_dtype
 from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.convert import final_scores, layerwise
+from qectomy.convert.forecast import commands, work
+from qectomy.convert.forecast.disk import disk_bytes, scratch_files
+from qectomy.convert.forecast.work import fast_itemsize, plan_work
 from qectomy.eval import certificate, layerwise_model, reload, samples, token_scores
 from qectomy.models.query_maps import parse_recipe
 from qectomy.surgery import checkpoint
@@ -39,9 +30,9 @@ def planned(source, query="key-shared", **told):
 
 def test_the_constants_are_those_of_the_modules_that_do_the_work():
     settings = refine.RefineSettings()
-    assert work.TOKENS_A_BATCH == layer_pass.TOKENS_A_BATCH
-    assert work.TOKENS_ON_DEVICE == layer_pass.TOKENS_ON_DEVICE
-    assert work.KL_WINDOWS == layer_pass.KL_WINDOWS
+    assert work.TOKENS_A_BATCH == layerwise.TOKENS_A_BATCH
+    assert work.TOKENS_ON_DEVICE == layerwise.TOKENS_ON_DEVICE
+    assert work.KL_WINDOWS == layerwise.KL_WINDOWS
     assert work.TOKENS_A_PART == refine.TOKENS_A_PART
     assert settings.rows_a_step == work.ROWS_A_STEP
     assert 1 / settings.row_share == work.ROWS_STRIDE
@@ -66,7 +57,7 @@ def test_the_constants_are_those_of_the_modules_that_do_the_work():
 
 ALONE = """
 import pathlib, sys
-from qectomy.calibrate.forecast import work
+from qectomy.convert.forecast import work
 found = []
 for listed in (work.Path, lambda path: pathlib.Path(sys.argv[1]), lambda path: pathlib.Path(sys.argv[2])):
     work.Path = listed  # of this process alone
@@ -129,10 +120,10 @@ def test_counts_are_those_of_a_conversion(shape, query, tiny_checkpoint, raven, 
     monkeypatch.setattr(refit.Regression, "add", counted("sums", refit.Regression.add))
     monkeypatch.setattr(moments.MomentSums, "add", counted("collected", moments.MomentSums.add))
     monkeypatch.setattr(layer_fit, "attention_logits", counted("attended", layer_fit.attention_logits))
-    monkeypatch.setattr(layer_pass, "attention_kl", counted("KL", layer_pass.attention_kl))
+    monkeypatch.setattr(layerwise, "attention_kl", counted("KL", layerwise.attention_kl))
     monkeypatch.setattr(final_scores, "score_tokens", counted("scores", final_scores.score_tokens))
-    monkeypatch.setattr(layer_pass.LayerRunner, "forward", counted("student", layer_pass.LayerRunner.forward))
-    monkeypatch.setattr(layer_pass, "TOKENS_A_BATCH", 64)
+    monkeypatch.setattr(layerwise.LayerRunner, "forward", counted("student", layerwise.LayerRunner.forward))
+    monkeypatch.setattr(layerwise, "TOKENS_A_BATCH", 64)
     monkeypatch.setattr(work, "TOKENS_A_BATCH", 64)
     monkeypatch.setattr(refine, "TOKENS_A_PART", 96)
     monkeypatch.setattr(work, "TOKENS_A_PART", 96)

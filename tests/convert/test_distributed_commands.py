@@ -9,8 +9,8 @@ from conversions import reload_here
 from launches import launched
 
 from qectomy import cli_convert
-from qectomy.calibrate.layer_pass import LayerPass
 from qectomy.cli import main
+from qectomy.convert.layerwise import LayerPass
 from qectomy.terminal import progress_bar
 
 

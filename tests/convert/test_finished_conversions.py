@@ -3,9 +3,9 @@
 import pytest
 from conversions import convert_tiny, reload_here
 
-from qectomy.calibrate.convert_exact import convert_exact
-from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.convert.exact import convert_exact
+from qectomy.convert.settings import ConvertSettings
 from qectomy.errors import QectomyError
 from qectomy.runs.work_folder import WorkFolder
 

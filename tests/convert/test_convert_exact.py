@@ -9,9 +9,9 @@ from damage import edit_weights
 from tiny_models import save_variant
 from transformers import AutoModelForCausalLM
 
-from qectomy.calibrate.convert_exact import convert_exact, dry_run_exact
-from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.convert.exact import convert_exact, dry_run_exact
+from qectomy.convert.settings import ConvertSettings
 from qectomy.errors import QectomyError, QueryMapError, TextError
 from qectomy.models.query_maps import parse_exact
 

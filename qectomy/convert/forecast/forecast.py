@@ -4,11 +4,11 @@ import sys
 import time
 from typing import Any
 
-from qectomy.calibrate.forecast import commands, memory
-from qectomy.calibrate.forecast.disk import companion_bytes, disk_bytes
-from qectomy.calibrate.forecast.seconds import stage_seconds
-from qectomy.calibrate.forecast.work import Work, plan_work
 from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.convert.forecast import commands, memory
+from qectomy.convert.forecast.disk import companion_bytes, disk_bytes
+from qectomy.convert.forecast.seconds import stage_seconds
+from qectomy.convert.forecast.work import Work, plan_work
 from qectomy.models.query_maps import QueryMapSpec
 
 FITTED = QueryMapSpec("key-shared")  # the map that stands for a fitted conversion where none is named
@@ -81,8 +81,8 @@ def forecast_exact(source: Checkpoint, written: int, dtype: str | None = None) -
 def _timed(source: Checkpoint, work: Work, dtype: str | None, device: str) -> dict[str, Any]:
     """Return the seconds of each stage, all of them, and those that it took to find out."""
     begun, new = time.perf_counter(), "torch" not in sys.modules
-    from qectomy.calibrate.convert import check_device
-    from qectomy.calibrate.forecast.probe import probe
+    from qectomy.convert.fitted import check_device
+    from qectomy.convert.forecast.probe import probe
 
     imports = time.perf_counter() - begun if new else None
     speeds = probe(source, work, check_device(device))

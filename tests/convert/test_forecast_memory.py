@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from qectomy.calibrate.forecast import commands
-from qectomy.calibrate.forecast.memory import (
+from qectomy.convert.forecast import commands
+from qectomy.convert.forecast.memory import (
     KERNELS,
     LIBRARIES,
     batch_bytes,
@@ -17,7 +17,7 @@ from qectomy.calibrate.forecast.memory import (
     layer_stages,
     peak,
 )
-from qectomy.calibrate.forecast.work import Work
+from qectomy.convert.forecast.work import Work
 from qectomy.models.family import Dimensions
 from qectomy.models.query_maps import QueryMapSpec
 

@@ -14,11 +14,6 @@ from pathlib import Path
 import torch
 
 from qectomy.calibrate.attention_kl import attention_kl
-from qectomy.calibrate.final_scores import SCORED_TOKENS
-from qectomy.calibrate.forecast import costs
-from qectomy.calibrate.forecast.random_layer import RandomLayer, at_most
-from qectomy.calibrate.forecast.timer import Speeds, Timer
-from qectomy.calibrate.forecast.work import Work
 from qectomy.calibrate.hidden_states import WindowFile
 from qectomy.calibrate.init import make_start
 from qectomy.calibrate.key_shared import joint_start
@@ -28,6 +23,11 @@ from qectomy.calibrate.precision import fast_math
 from qectomy.calibrate.refine import RefineSettings, refine
 from qectomy.calibrate.refit import Regression
 from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.convert.final_scores import SCORED_TOKENS
+from qectomy.convert.forecast import costs
+from qectomy.convert.forecast.random_layer import RandomLayer, at_most
+from qectomy.convert.forecast.timer import Speeds, Timer
+from qectomy.convert.forecast.work import Work
 from qectomy.distributed.window_shard import whole
 from qectomy.eval.token_scores import SLICE, score_tokens
 from qectomy.models.query_maps import QueryMapSpec

@@ -12,10 +12,10 @@ from tiny_models import ROPES, bos_tokenizer, tiny_tokenizer
 
 from qectomy import __version__
 from qectomy.calibrate import layer_fit
-from qectomy.calibrate.convert import convert
-from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import open_checkpoint, sha256
 from qectomy.checkpoint.sizes import scratch_bytes
+from qectomy.convert.fitted import convert
+from qectomy.convert.settings import ConvertSettings
 from qectomy.errors import CheckpointError
 from qectomy.eval.evaluate import evaluate
 from qectomy.eval.protocol import Protocol

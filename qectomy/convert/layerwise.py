@@ -10,23 +10,23 @@ import torch
 from torch import nn
 
 from qectomy.calibrate.attention_kl import attention_kl
-from qectomy.calibrate.final_scores import FinalScores, Head, final_scores
 from qectomy.calibrate.hidden_states import Streams, batches, scratch_file
 from qectomy.calibrate.layer_fit import fit_layer
 from qectomy.calibrate.layer_runner import LayerRunner
-from qectomy.calibrate.moved import moved_by
 from qectomy.calibrate.precision import fast_math
 from qectomy.calibrate.refine import RefineSettings
 from qectomy.calibrate.refit import TURNED, RefitSettings, refit_layer
-from qectomy.calibrate.settings import ConvertSettings
-from qectomy.calibrate.shared_run import SharedWriter, own_scratch
-from qectomy.calibrate.stopwatch import Stopwatch
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.checkpoint.config_files import reduced_config, write_reduced_config
 from qectomy.checkpoint.finite import all_finite
 from qectomy.checkpoint.prefetch import Layers, read_layers
 from qectomy.checkpoint.shards import DTYPES, TensorSpec
 from qectomy.checkpoint.sizes import planned_tensors
+from qectomy.convert.final_scores import FinalScores, Head, final_scores
+from qectomy.convert.moved import moved_by
+from qectomy.convert.settings import ConvertSettings
+from qectomy.convert.shared_run import SharedWriter, own_scratch
+from qectomy.convert.stopwatch import Stopwatch
 from qectomy.distributed.together import Together
 from qectomy.distributed.window_shard import shared
 from qectomy.errors import NonFiniteError

@@ -9,9 +9,9 @@ from damage import edit_weights
 from interruptions import same_output
 from tiny_models import tokens
 
-from qectomy.calibrate import layer_pass
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.prefetch import LayersAhead
+from qectomy.convert import layerwise
 from qectomy.errors import NonFiniteError, Stopped
 from qectomy.eval import layerwise_model
 from qectomy.eval.layerwise_model import StreamedModel
@@ -31,7 +31,7 @@ def taken(monkeypatch):
 
         return LayersAhead(layers, read)
 
-    for module in (layer_pass, layerwise_model):
+    for module in (layerwise, layerwise_model):
         monkeypatch.setattr(module, "read_layers", read_layers)
     yield read_by_it
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]

@@ -16,10 +16,10 @@ from interruptions import PowerCut, in_a_child, same_output
 from nanogpt_checkpoints import made
 from tiny_models import tiny_tokenizer
 
-from qectomy.calibrate.convert_exact import convert_exact
-from qectomy.calibrate.layer_pass import LayerPass
-from qectomy.calibrate.settings import ConvertSettings
 from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.convert.exact import convert_exact
+from qectomy.convert.layerwise import LayerPass
+from qectomy.convert.settings import ConvertSettings
 from qectomy.runs.step_writer import StepWriter
 from qectomy.runs.work_folder import WorkFolder, without_report
 from qectomy.surgery.materialize import materialize

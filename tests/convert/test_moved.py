@@ -7,9 +7,9 @@ from damage import edit_weights
 from launches import several
 from numpy.linalg import norm
 
-from qectomy.calibrate.layer_pass import LayerPass
-from qectomy.calibrate.moved import moved_by
 from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.convert.layerwise import LayerPass
+from qectomy.convert.moved import moved_by
 from qectomy.errors import QectomyError, QueryMapError, Stopped
 from qectomy.models.query_maps import parse_query_map
 from qectomy.runs.work_folder import WorkFolder
