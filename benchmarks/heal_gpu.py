@@ -25,14 +25,14 @@ from setting import CHECKPOINT, print_table
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from qectomy.calibrate.healing.heal import heal
-from qectomy.calibrate.healing.models import Distillation, load_student, load_teacher
-from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.convert.fitted import convert
 from qectomy.convert.settings import ConvertSettings
 from qectomy.errors import QectomyError
 from qectomy.eval.loading import load_model
+from qectomy.healing.heal import heal
+from qectomy.healing.models import Distillation, load_student, load_teacher
+from qectomy.healing.settings import HealSettings
 from qectomy.models.query_maps import parse_recipe
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16, dense, by the vendor's data sheets

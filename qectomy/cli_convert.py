@@ -237,9 +237,9 @@ def _convert(source: Any, recipe: Any, settings: Any, asked: _Asked, together: A
 
 def _self_generated(source: Any, settings: Any, heal: int | None) -> Any:
     """Return the settings with a text that the model writes, long enough to calibrate, measure and heal on."""
-    from qectomy.calibrate.healing.models import load_teacher
-    from qectomy.calibrate.healing.self_generated import sampling_dtype, self_generated_text, tokens_to_write
     from qectomy.convert.fitted import check_device
+    from qectomy.healing.models import load_teacher
+    from qectomy.healing.self_generated import sampling_dtype, self_generated_text, tokens_to_write
 
     settings.check_context(source)
     model = load_teacher(source, sampling_dtype(settings.device), check_device(settings.device))
@@ -254,8 +254,8 @@ def _self_generated(source: Any, settings: Any, heal: int | None) -> Any:
 
 def _convert_and_heal(source: Any, recipe: Any, settings: Any, tokens: int, asked: _Asked) -> None:
     """Run `convert --heal`: the fitted checkpoint lies in OUT.fitted until the healed one is there."""
-    from qectomy.calibrate.healing.convert_and_heal import convert_and_heal
-    from qectomy.calibrate.healing.settings import HealSettings
+    from qectomy.healing.convert_and_heal import convert_and_heal
+    from qectomy.healing.settings import HealSettings
 
     heal_settings = HealSettings(
         texts=() if asked.self_generated else settings.texts,

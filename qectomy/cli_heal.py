@@ -127,10 +127,10 @@ def heal(
     (DDP, FSDP, DeepSpeed as configured there).
     """
     check_texts([*(text or ()), eval_text], field, context or 16)
-    from qectomy.calibrate.healing.heal import heal as run
-    from qectomy.calibrate.healing.settings import HealSettings
     from qectomy.checkpoint.checkpoint import open_checkpoint
     from qectomy.convert.settings import default_context
+    from qectomy.healing.heal import heal as run
+    from qectomy.healing.settings import HealSettings
     from qectomy.runs.run_folder import RunFolder, check_unhealed
 
     if not (resume or resume_only):  # one that is resumed may be in its place already
@@ -179,7 +179,7 @@ def show(report: dict[str, Any], out: Path, as_json: bool) -> None:
     if as_json:
         print_json(report)
         return
-    from qectomy.calibrate.healing.budget import too_few
+    from qectomy.healing.budget import too_few
     from qectomy.report.tables import show_healing
 
     show_healing(report)

@@ -14,9 +14,9 @@ import torch
 from conversions import reload_here
 from torch import Tensor
 
-from qectomy.calibrate.healing import curve
-from qectomy.calibrate.healing.heal import heal
-from qectomy.calibrate.healing.settings import HealSettings
+from qectomy.healing import curve
+from qectomy.healing.heal import heal
+from qectomy.healing.settings import HealSettings
 
 STEP = 128  # tokens
 STEPS = 8

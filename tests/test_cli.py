@@ -83,7 +83,7 @@ def test_the_examples_work_one_after_the_other(cli, tiny_checkpoint, raven, tmp_
     shutil.copytree(tiny_checkpoint(), tmp_path / "gpt2-tokenizer")
     assert cli("convert", "original", "--out", "exact", "--query", "exact").code == 0
     (tmp_path / "mine.txt").write_text(raven.read_text())
-    monkeypatch.setattr("qectomy.calibrate.healing.budget._speed", lambda *_: (20.0, 0.0))  # 10 minutes: few steps
+    monkeypatch.setattr("qectomy.healing.budget._speed", lambda *_: (20.0, 0.0))  # 10 minutes: few steps
     start = FreshStart(load_seconds=1.0, peak_memory_bytes=1)  # fourteen fresh processes would take a minute
     monkeypatch.setattr("qectomy.eval.inference_cost.fresh_start", lambda *_, **__: start)
     for name in sorted(COMMANDS, key=lambda name: name != "convert"):  # the others read what it wrote

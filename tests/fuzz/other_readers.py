@@ -23,11 +23,11 @@ from nanogpt_checkpoints import made
 from page_folders import exact_report, full_bench, full_evaluation, full_report, healed_report
 from tiny_models import RAVEN, tiny_tokenizer
 
-from qectomy.calibrate.healing.data import fitted_span
-from qectomy.calibrate.healing.export import fitted_report
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.headers import SINGLE
 from qectomy.eval.certificate import _edited
+from qectomy.healing.data import fitted_span
+from qectomy.healing.export import fitted_report
 from qectomy.report.page.page import page
 from qectomy.report.page.reading import read_folders, read_points
 from qectomy.surgery.materialize import materialize

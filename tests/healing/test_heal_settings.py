@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from qectomy.calibrate.healing.settings import TRAINED, HealSettings
 from qectomy.distributed import devices
 from qectomy.errors import QectomyError
+from qectomy.healing.settings import TRAINED, HealSettings
 
 
 def told(**values):

@@ -11,7 +11,11 @@ from tiny_models import load_reduced, tokens
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
-from qectomy.calibrate.healing.models import (
+from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.convert.exact import convert_exact
+from qectomy.convert.settings import ConvertSettings
+from qectomy.errors import CheckpointError, QectomyError
+from qectomy.healing.models import (
     Distillation,
     is_trained,
     load_student,
@@ -19,10 +23,6 @@ from qectomy.calibrate.healing.models import (
     open_pair,
     stream_basis,
 )
-from qectomy.checkpoint.checkpoint import open_checkpoint
-from qectomy.convert.exact import convert_exact
-from qectomy.convert.settings import ConvertSettings
-from qectomy.errors import CheckpointError, QectomyError
 
 MIXED = ("key-shared", "dense", "select", "low-rank:3")
 

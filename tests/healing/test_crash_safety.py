@@ -18,10 +18,10 @@ from healings import STEP, heal_tiny, kill, killed, options
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from qectomy.calibrate.healing import budget, trainer
-from qectomy.calibrate.healing import export as export_module
-from qectomy.calibrate.healing import heal as heal_module
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped
+from qectomy.healing import budget, trainer
+from qectomy.healing import export as export_module
+from qectomy.healing import heal as heal_module
 from qectomy.runs.run_folder import RunFolder, is_complete
 from qectomy.text import packing
 

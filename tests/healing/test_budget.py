@@ -8,13 +8,13 @@ from healings import Pair
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qectomy.calibrate.healing import budget as module
-from qectomy.calibrate.healing.budget import Budget, budget_of, spending
-from qectomy.calibrate.healing.models import Distillation, load_student, load_teacher
-from qectomy.calibrate.healing.plan import STEPS
-from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.distributed.processes import Processes
+from qectomy.healing import budget as module
+from qectomy.healing.budget import Budget, budget_of, spending
+from qectomy.healing.models import Distillation, load_student, load_teacher
+from qectomy.healing.plan import STEPS
+from qectomy.healing.settings import HealSettings
 from qectomy.runs.run_folder import RunFolder
 
 CONTEXT = 512

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 from safetensors import SafetensorError
 
-from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.errors import OutputError, QectomyError, Stopped, resumable
+from qectomy.healing.settings import HealSettings
 from qectomy.runs.output import cause
 from qectomy.runs.run_folder import RunFolder
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qectomy.calibrate.healing.heal import heal
-from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.convert.fitted import convert
 from qectomy.convert.layerwise import Progress
 from qectomy.convert.settings import ConvertSettings
 from qectomy.distributed.processes import Processes
 from qectomy.errors import OutputError, QectomyError, Stopped, TextError, resumable
+from qectomy.healing.heal import heal
+from qectomy.healing.settings import HealSettings
 from qectomy.models.query_maps import QueryMapSpec
 from qectomy.runs.locked_folder import GoOn
 from qectomy.runs.run_folder import RunFolder, check_unhealed

@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qectomy.calibrate.healing import budget as budget_module
-from qectomy.calibrate.healing.budget import Budget, budget_of
-from qectomy.calibrate.healing.models import Distillation
-from qectomy.calibrate.healing.plan import Plan, batches, make_plan
-from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.distributed.processes import Processes
 from qectomy.errors import QectomyError
+from qectomy.healing import budget as budget_module
+from qectomy.healing.budget import Budget, budget_of
+from qectomy.healing.models import Distillation
+from qectomy.healing.plan import Plan, batches, make_plan
+from qectomy.healing.settings import HealSettings
 from qectomy.runs.run_folder import RunFolder
 from qectomy.text.packing import Packed
 

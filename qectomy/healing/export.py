@@ -10,11 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qectomy.calibrate.healing.budget import Budget
-from qectomy.calibrate.healing.curve import curve_of, write_curve
-from qectomy.calibrate.healing.models import Distillation
-from qectomy.calibrate.healing.plan import Plan
-from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.checkpoint.config_files import copy_companions, copy_model_code, with_code, write_reduced_config
 from qectomy.checkpoint.finite import all_finite
@@ -29,6 +24,11 @@ from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.reload import RELOAD_TOKENS, Reload, check_reload
 from qectomy.eval.samples import token_sample
 from qectomy.eval.token_scores import TokenScores
+from qectomy.healing.budget import Budget
+from qectomy.healing.curve import curve_of, write_curve
+from qectomy.healing.models import Distillation
+from qectomy.healing.plan import Plan
+from qectomy.healing.settings import HealSettings
 from qectomy.report.page.reading import read_json as read_report
 from qectomy.report.page.shapes import REDUCED
 from qectomy.report.record import made, provenance, write_report

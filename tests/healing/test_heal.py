@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from tiny_models import load_reduced, tiny_tokenizer, tokens
 from transformers import AutoModelForCausalLM
 
-from qectomy.calibrate.healing.models import Distillation, load_student, load_teacher, stream_basis
 from qectomy.checkpoint.checkpoint import open_checkpoint, sha256
 from qectomy.eval.evaluate import evaluate
 from qectomy.eval.protocol import Protocol
+from qectomy.healing.models import Distillation, load_student, load_teacher, stream_basis
 from qectomy.text.text import read_source
 
 CASES = [("llama", "identity"), ("llama", "select"), ("gpt2", "key-shared")]
@@ -264,7 +264,7 @@ def test_the_start_is_kept_where_nothing_was_better(pair, raven, tmp_path):
 
 def prefer(monkeypatch, best):
     """Make the validation at one step the best, and keep a copy of the weights that each had."""
-    from qectomy.calibrate.healing import trainer
+    from qectomy.healing import trainer
 
     right, kept = trainer.HealTrainer.prediction_step, {}
 
@@ -300,7 +300,7 @@ def test_what_is_not_trained_stays_bit_for_bit(name, part, pair, raven, tmp_path
 
 
 def test_only_matrices_decay(pair, raven, tmp_path, monkeypatch):
-    from qectomy.calibrate.healing import trainer
+    from qectomy.healing import trainer
 
     seen, train = [], trainer.HealTrainer.train
 
@@ -411,7 +411,7 @@ def test_a_short_text_is_read_again(made, raven, tmp_path):
 
 
 def test_every_window_is_trained_on_once_a_reading(made, raven, tmp_path, monkeypatch):
-    from qectomy.calibrate.healing import trainer
+    from qectomy.healing import trainer
 
     seen, step = [], trainer.HealTrainer.training_step
 

@@ -9,9 +9,9 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from qectomy.calibrate.healing.plan import Plan
-from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.errors import QectomyError
+from qectomy.healing.plan import Plan
+from qectomy.healing.settings import HealSettings
 from qectomy.runs.run_folder import RunFolder
 
 LOGGED = 20  # training losses between two validations

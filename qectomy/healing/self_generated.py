@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from qectomy.calibrate.healing.settings import GENERATED, VALIDATION
 from qectomy.checkpoint.checkpoint import Checkpoint, sha256
 from qectomy.convert.layerwise import Progress
 from qectomy.distributed.devices import multiplies_bfloat16
+from qectomy.healing.settings import GENERATED, VALIDATION
 from qectomy.models.family import Dimensions
 from qectomy.report.record import made
 from qectomy.runs.locked_folder import read_record, write_json

@@ -6,7 +6,7 @@ import math
 import pytest
 from matplotlib.image import imread
 
-from qectomy.calibrate.healing.curve import COLUMNS, curve_of, write_curve
+from qectomy.healing.curve import COLUMNS, curve_of, write_curve
 
 HISTORY = [
     {"eval_objective": 2.0, "eval_kl": 1.5, "eval_nll": 3.0, "step": 0},

@@ -141,7 +141,7 @@ def test_the_outcome_is_printed(cli, as_json, pair, raven, tmp_path):
 
 def test_too_few_minutes_are_told_at_the_start_and_at_the_end(cli, monkeypatch, pair, raven):
     """Before the first step, that one may think again; and beside the result, where the reason is asked for."""
-    monkeypatch.setattr("qectomy.calibrate.healing.budget._speed", lambda *_: (128.0, 0.0))
+    monkeypatch.setattr("qectomy.healing.budget._speed", lambda *_: (128.0, 0.0))
     found = pair()
     told = options(raven, tokens=10**6, minutes=0.2, validation_tokens=10**5, evaluations=9)
     code, out, err = cli("heal", found.reduced, "--teacher", found.original, "--out", "new", *told)
@@ -162,7 +162,7 @@ def test_too_few_minutes_are_told_at_the_start_and_at_the_end(cli, monkeypatch, 
 
 def test_every_option_arrives(cli, monkeypatch, pair):
     seen = []
-    monkeypatch.setattr("qectomy.calibrate.healing.heal.heal", lambda *a, **k: seen.append((a, k)))
+    monkeypatch.setattr("qectomy.healing.heal.heal", lambda *a, **k: seen.append((a, k)))
     found = pair()
     given = {"train": "attention", "loss": "mixed", "ce_weight": 0.25, "hidden_weight": 0.5, "lr": 0.125}
     given |= {"weight_decay": 0.75, "warmup": 0.375, "clip": 2.0, "batch_tokens": 4000, "micro_batch": 3, "context": 64}
@@ -206,7 +206,7 @@ def test_convert_on_what_the_model_writes(cli, heal, tiny_checkpoint, tmp_path):
 def test_healing_that_fails_keeps_what_was_fitted_and_says_the_command(
     cli, monkeypatch, tiny_checkpoint, raven, tmp_path
 ):
-    source, module = tiny_checkpoint(), "qectomy.calibrate.healing.convert_and_heal"
+    source, module = tiny_checkpoint(), "qectomy.healing.convert_and_heal"
 
     def fail(*_, **__):
         raise QectomyError("no luck")
@@ -249,7 +249,7 @@ def test_an_interruption_of_the_healing_names_the_command_that_goes_on(
 @pytest.mark.parametrize("name", ["new.fitted", "new.healing"])
 def test_what_lies_in_the_way_is_said_before_the_fit(cli, name, monkeypatch, tiny_checkpoint, raven, tmp_path):
     (tmp_path / name).mkdir()
-    monkeypatch.setattr("qectomy.calibrate.healing.convert_and_heal.convert", lambda *_: pytest.fail("fitted"))
+    monkeypatch.setattr("qectomy.healing.convert_and_heal.convert", lambda *_: pytest.fail("fitted"))
     code, _, err = cli("convert", tiny_checkpoint(), "--out", "new", "--text", raven, *FIT, "--heal", "1k")
     assert code == 1
     assert f"{name} " in err
@@ -284,7 +284,7 @@ def test_what_does_not_go_together(cli, extra, message, tiny_checkpoint, tmp_pat
 
 
 def test_the_command_to_go_on_with_says_all_that_convert_did(cli, monkeypatch, tiny_checkpoint, raven):
-    from qectomy.calibrate.healing import convert_and_heal
+    from qectomy.healing import convert_and_heal
 
     def fail(*_, **__):
         raise QectomyError("no luck")

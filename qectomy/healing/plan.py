@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.distributed.processes import Processes
 from qectomy.errors import QectomyError
+from qectomy.healing.settings import HealSettings
 from qectomy.runs.run_folder import RunFolder
 from qectomy.text.packing import Packed, PackedWindows
 

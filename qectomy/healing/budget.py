@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from qectomy.calibrate.healing.models import Distillation
-from qectomy.calibrate.healing.plan import STEPS, at_a_time, batches
-from qectomy.calibrate.healing.settings import HealSettings
 from qectomy.distributed.processes import Processes
+from qectomy.healing.models import Distillation
+from qectomy.healing.plan import STEPS, at_a_time, batches
+from qectomy.healing.settings import HealSettings
 from qectomy.runs.run_folder import RunFolder
 
 TIMING_SHARE, VALIDATION_SHARE = 0.05, 0.15  # of the minutes, at most

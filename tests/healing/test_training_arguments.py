@@ -2,11 +2,11 @@
 
 import pytest
 
-from qectomy.calibrate.healing import training_arguments as module
-from qectomy.calibrate.healing.plan import Plan
-from qectomy.calibrate.healing.settings import HealSettings
-from qectomy.calibrate.healing.training_arguments import training_arguments
 from qectomy.errors import QectomyError
+from qectomy.healing import training_arguments as module
+from qectomy.healing.plan import Plan
+from qectomy.healing.settings import HealSettings
+from qectomy.healing.training_arguments import training_arguments
 from qectomy.runs.run_folder import RunFolder
 
 

@@ -5,8 +5,8 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qectomy.calibrate.healing import loss as loss_module
-from qectomy.calibrate.healing.loss import head_loss, hidden_loss
+from qectomy.healing import loss as loss_module
+from qectomy.healing.loss import head_loss, hidden_loss
 
 N, D, E, V = 23, 6, 5, 41
 

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qectomy.calibrate.healing.loss import head_loss, hidden_loss
 from qectomy.checkpoint.checkpoint import Checkpoint, differing_sizes, open_checkpoint
 from qectomy.errors import CheckpointError
+from qectomy.healing.loss import head_loss, hidden_loss
 from qectomy.text.text import load_tokenizer
 
 SAME_STREAM = 1e-2  # of the embedding's norm: what a change of basis may leave over; bfloat16 leaves 2e-3

@@ -6,10 +6,10 @@ import pytest
 import torch
 from healings import STEP, heal_tiny
 
-from qectomy.calibrate.healing import self_generated
-from qectomy.calibrate.healing.models import load_teacher
-from qectomy.calibrate.healing.self_generated import cache_folder, self_generated_text
 from qectomy.checkpoint.checkpoint import open_checkpoint, sha256
+from qectomy.healing import self_generated
+from qectomy.healing.models import load_teacher
+from qectomy.healing.self_generated import cache_folder, self_generated_text
 
 LENGTH, BATCH = 24, 4
 

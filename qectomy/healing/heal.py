@@ -18,11 +18,16 @@ from typing import Any
 
 import torch
 
-from qectomy.calibrate.healing.budget import Budget, budget_of, spending
-from qectomy.calibrate.healing.data import prepare
-from qectomy.calibrate.healing.export import Outcome, export, teacher_perplexity
-from qectomy.calibrate.healing.mendable import explained
-from qectomy.calibrate.healing.models import (
+from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.convert.fitted import check_device
+from qectomy.convert.layerwise import Progress
+from qectomy.distributed.processes import Processes
+from qectomy.errors import CheckpointError, TextError
+from qectomy.eval.protocol import ScoringWindows
+from qectomy.healing.budget import Budget, budget_of, spending
+from qectomy.healing.data import prepare
+from qectomy.healing.export import Outcome, export, teacher_perplexity
+from qectomy.healing.models import (
     Distillation,
     enable_checkpointing_,
     is_trained,
@@ -31,17 +36,12 @@ from qectomy.calibrate.healing.models import (
     open_pair,
     stream_basis,
 )
-from qectomy.calibrate.healing.plan import Plan, make_plan
-from qectomy.calibrate.healing.self_generated import self_generated_text, tokens_to_write
-from qectomy.calibrate.healing.settings import TOKENS, HealSettings
-from qectomy.calibrate.healing.trainer import HealTrainer, Watch, ended_at, validation_losses
-from qectomy.calibrate.healing.training_arguments import reporters, training_arguments
-from qectomy.checkpoint.checkpoint import Checkpoint
-from qectomy.convert.fitted import check_device
-from qectomy.convert.layerwise import Progress
-from qectomy.distributed.processes import Processes
-from qectomy.errors import CheckpointError, TextError
-from qectomy.eval.protocol import ScoringWindows
+from qectomy.healing.plan import Plan, make_plan
+from qectomy.healing.self_generated import self_generated_text, tokens_to_write
+from qectomy.healing.settings import TOKENS, HealSettings
+from qectomy.healing.trainer import HealTrainer, Watch, ended_at, validation_losses
+from qectomy.healing.training_arguments import reporters, training_arguments
+from qectomy.healing.translate_errors import explained
 from qectomy.runs.locked_folder import GoOn, read_record
 from qectomy.runs.output import check_absent, check_room, interruptible
 from qectomy.runs.run_folder import RunFolder, check_unhealed, step_of
