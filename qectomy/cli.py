@@ -8,16 +8,16 @@ from typing import Annotated, NoReturn
 import typer
 
 from qectomy import __version__
-from qectomy.cli_bench import bench
-from qectomy.cli_convert import CONTEXT_HELP, NoProbe, convert
-from qectomy.cli_eval import evaluate
-from qectomy.cli_heal import heal
-from qectomy.cli_renew import renew
-from qectomy.cli_report import report
-from qectomy.cli_rewrites import fold_norms, import_nanogpt, materialize
+from qectomy.commands.bench import bench
+from qectomy.commands.convert import CONTEXT_HELP, NoProbe, convert
+from qectomy.commands.eval import evaluate
+from qectomy.commands.heal import heal
+from qectomy.commands.renew import renew
+from qectomy.commands.report import report
+from qectomy.commands.rewrites import fold_norms, import_nanogpt, materialize
+from qectomy.commands.terminal import Field, Json, check_texts, command_to_go_on, print_json, progress_bar, resumed
 from qectomy.distributed.launch import launch
 from qectomy.errors import STOPPED_SAFELY, QectomyError, clean
-from qectomy.terminal import Field, Json, check_texts, command_to_go_on, print_json, progress_bar, resumed
 from qectomy.versions import check_transformers
 
 app = typer.Typer(

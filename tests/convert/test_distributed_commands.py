@@ -8,10 +8,10 @@ import sys
 from conversions import reload_here
 from launches import launched
 
-from qectomy import cli_convert
 from qectomy.cli import main
+from qectomy.commands import convert
+from qectomy.commands.terminal import progress_bar
 from qectomy.convert.layerwise import LayerPass
-from qectomy.terminal import progress_bar
 
 
 def commanded(monkeypatch, *arguments, before=lambda: None):
@@ -93,7 +93,7 @@ def test_the_first_process_writes_the_text_for_all(tiny_checkpoint, tmp_path, mo
             file.write(f"{what} {os.environ['RANK']}\n")
         return progress_bar(what)
 
-    monkeypatch.setattr(cli_convert, "progress_bar", bar)
+    monkeypatch.setattr(convert, "progress_bar", bar)
     command = ["convert", tiny_checkpoint(), "--out", tmp_path / "out", "--self-generated", "--query", "select"]
     command += ["--context", "32", "--eval-tokens", "64", "--tokens", "128", "--json"]
     assert commanded(monkeypatch, *command) == [0, 0]

@@ -477,7 +477,7 @@ def test_a_checkpoint_without_a_report(tiny_checkpoint, tiny_reduced, raven, tmp
 @pytest.mark.parametrize("same", [True, False])
 def test_a_teacher_that_is_another_model_is_told_apart(same, made, raven, tmp_path, capsys):
     """It has the original's sizes, so it can teach; but the report must not call it the original."""
-    from qectomy.cli_heal import show
+    from qectomy.commands.heal import show
 
     wanted = made("llama", "select").pair
     teacher = tmp_path / "teacher"
@@ -494,7 +494,7 @@ def test_a_teacher_that_is_another_model_is_told_apart(same, made, raven, tmp_pa
 
 
 def test_an_early_end_is_said(capsys, made, tmp_path):
-    from qectomy.cli_heal import show
+    from qectomy.commands.heal import show
 
     report = made("llama", "select").report
     show({**report, "healing": {**report["healing"], "steps": 3}}, tmp_path, as_json=False)

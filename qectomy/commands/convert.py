@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from qectomy.cli_heal import count, show
-from qectomy.errors import QectomyError
-from qectomy.terminal import (
+from qectomy.commands.heal import count, show
+from qectomy.commands.terminal import (
     Clean,
     Field,
     Json,
@@ -24,6 +23,7 @@ from qectomy.terminal import (
     print_json,
     progress_bar,
 )
+from qectomy.errors import QectomyError
 
 CONTEXT_HELP = "Tokens a window. Default: 512, or what the model was made for if that is less."
 NoProbe = Annotated[

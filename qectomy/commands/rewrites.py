@@ -5,7 +5,17 @@ from typing import Annotated, Any
 
 import typer
 
-from qectomy.terminal import Clean, Json, Resume, ResumeOnly, check_out, go_on, one_process, print_json, progress_bar
+from qectomy.commands.terminal import (
+    Clean,
+    Json,
+    Resume,
+    ResumeOnly,
+    check_out,
+    go_on,
+    one_process,
+    print_json,
+    progress_bar,
+)
 
 
 def materialize(

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qectomy.terminal import Json, one_process, print_json
+from qectomy.commands.terminal import Json, one_process, print_json
 
 
 def renew(

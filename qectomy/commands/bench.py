@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from qectomy.cli_convert import Device
-from qectomy.terminal import Json, command_line, print_json, progress_bar
+from qectomy.commands.convert import Device
+from qectomy.commands.terminal import Json, command_line, print_json, progress_bar
 
 
 def bench(

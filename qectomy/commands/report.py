@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qectomy.terminal import Json, note_old_code, print_json
+from qectomy.commands.terminal import Json, note_old_code, print_json
 
 ALSO_HELP = (
     "JSON file of other things to compare with: a list of objects with name, parameters_removed (a share of the "

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from qectomy.cli_convert import Device
-from qectomy.terminal import Field, Json, check_texts, command_line, note_old_code, print_json, progress_bar
+from qectomy.commands.convert import Device
+from qectomy.commands.terminal import Field, Json, check_texts, command_line, note_old_code, print_json, progress_bar
 
 
 def evaluate(

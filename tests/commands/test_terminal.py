@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from qectomy import terminal
-from qectomy.terminal import SECONDS_A_LINE, progress_bar
+from qectomy.commands import terminal
+from qectomy.commands.terminal import SECONDS_A_LINE, progress_bar
 
 
 @pytest.fixture(params=[{}, {"FORCE_COLOR": "1"}, {"TTY_COMPATIBLE": "1"}], ids=str)
@@ -46,9 +46,7 @@ def test_a_stage_of_as_many_steps_begins_anew(clock, capsys):
 
 
 def test_a_terminal_gets_a_bar():
-    script = (
-        "from qectomy.terminal import progress_bar\nwith progress_bar('converting') as report: report(1, 2, 'a note')"
-    )
+    script = "from qectomy.commands.terminal import progress_bar\nwith progress_bar('converting') as report: report(1, 2, 'a note')"
     ours, theirs = pty.openpty()
     with subprocess.Popen([sys.executable, "-c", script], stderr=theirs, env={**os.environ, "TERM": "xterm"}) as child:
         os.close(theirs)

@@ -6,7 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from qectomy.terminal import Field, Json, ResumeOnly, check_texts, command_line, go_on, print_json, progress_bar
+from qectomy.commands.terminal import (
+    Field,
+    Json,
+    ResumeOnly,
+    check_texts,
+    command_line,
+    go_on,
+    print_json,
+    progress_bar,
+)
 
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
