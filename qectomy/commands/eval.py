@@ -96,7 +96,7 @@ def evaluate(
             streamed=streamed,
         )
         with progress_bar("evaluating") as progress:
-            report = lambda name: lambda done, total: progress(done, total, name)  # noqa: E731
+            report = lambda name: lambda done, total, _: progress(done, total, name)  # noqa: E731
             result["results"] = evaluate_all(checkpoints, text, measure, report, field)
     if loaded is not None:
         if save and "results" in result:

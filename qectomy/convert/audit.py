@@ -5,7 +5,7 @@ scratch file. Dimensions: n windows, T positions, D d_model.
 """
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,11 +21,11 @@ from qectomy.convert.layerwise import BYTES_A_READ, TOKENS_A_BATCH
 from qectomy.convert.settings import ConvertSettings
 from qectomy.errors import NonFiniteError, TextError, UnsupportedArchitecture
 from qectomy.models.linear_views import read_view
+from qectomy.progress import Progress
 from qectomy.surgery.audit import condition_number, distance_from_orthogonal, leading_rank
 from qectomy.text.documents import Reading
 from qectomy.text.text import Windows, load_tokenizer, make_windows, read_source
 
-Progress = Callable[[int, int], None]  # (layers done, layers in all)
 Moments = Generator[torch.Tensor, None, None]
 WHITE = "white states"
 
@@ -56,7 +56,7 @@ def audit_layers(
         for layer, C in enumerate(moments):
             records.append({**_numbers(source, layer, C), "rank_99_data": data, "d_model": source.dims.d_model})
             if progress:
-                progress(layer + 1, source.dims.n_layers)
+                progress(layer + 1, source.dims.n_layers, "")
     return records
 
 

@@ -24,13 +24,14 @@ from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.eval.reload import RELOAD_TOKENS, check_reload
 from qectomy.eval.samples import token_sample
 from qectomy.models.query_maps import QueryMapSpec, ranges
+from qectomy.progress import Progress
 from qectomy.report.record import provenance, write_report
 from qectomy.runs.input_hashes import SourceWatch
 from qectomy.runs.locked_folder import GoOn
 from qectomy.runs.output import check_room
 from qectomy.runs.work_folder import WorkFolder, finished, work_folder
 from qectomy.surgery.basis import usable_error
-from qectomy.surgery.checkpoint import ExactPlan, Progress, fold_checkpoint, plan_exact
+from qectomy.surgery.checkpoint import ExactPlan, fold_checkpoint, plan_exact
 from qectomy.text.documents import Reading
 from qectomy.text.text import load_tokenizer, read_source
 

@@ -22,7 +22,7 @@ from qectomy.checkpoint.headers import read_json
 from qectomy.checkpoint.sizes import scratch_bytes, totals
 from qectomy.checkpoint.type_range import check_range
 from qectomy.convert.final_scores import FinalScores
-from qectomy.convert.layerwise import LayerPass, Progress
+from qectomy.convert.layerwise import LayerPass
 from qectomy.convert.settings import ConvertSettings
 from qectomy.convert.shared_run import check_alike, shared_folder
 from qectomy.convert.stopwatch import Stopwatch
@@ -33,6 +33,7 @@ from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.eval.reload import check_reload
 from qectomy.eval.samples import token_sample
 from qectomy.models.query_maps import QueryMapSpec, written
+from qectomy.progress import Progress
 from qectomy.report.record import conversion_report, write_report
 from qectomy.runs.input_hashes import SourceWatch
 from qectomy.runs.locked_folder import GoOn

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -32,6 +32,7 @@ from qectomy.distributed.window_shard import shared
 from qectomy.errors import NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.models.query_maps import QueryMapSpec
+from qectomy.progress import Progress
 from qectomy.runs.input_hashes import SourceWatch
 from qectomy.runs.work_folder import WorkFolder
 from qectomy.surgery.audit import spectrum
@@ -39,7 +40,6 @@ from qectomy.surgery.basis import read_query
 from qectomy.surgery.stream_basis import StreamBasis, random_basis
 from qectomy.text.text import Windows
 
-Progress = Callable[[int, int, str], None]  # (layers done, layers in all, note)
 TOKENS_A_BATCH = 512  # how many tokens a layer runs on at a time
 TOKENS_ON_DEVICE = 8192  # likewise, on an accelerator
 BYTES_A_READ = 4_000_000  # of the embedding, about

@@ -24,8 +24,9 @@ from qectomy.eval.protocol import (
     scoring_windows,
 )
 from qectomy.eval.published import ROLLING_CONTEXT, Text, published, read_text
-from qectomy.eval.score_windows import Progress, score_model
+from qectomy.eval.score_windows import score_model
 from qectomy.eval.token_scores import TokenScores
+from qectomy.progress import Progress
 from qectomy.text.documents import Reading
 from qectomy.text.overlap import Sketch, overlap, sketch_in
 from qectomy.text.text import Source, load_tokenizer, read_source

@@ -19,9 +19,9 @@ from qectomy.checkpoint.headers import read_json
 from qectomy.errors import NonFiniteError, QectomyError, TextError
 from qectomy.eval.harness_tasks import HarnessTasks, describe, quiet_harness
 from qectomy.eval.loading import load_model
+from qectomy.progress import Progress
 from qectomy.text.text import load_tokenizer
 
-Progress = Callable[[int, int, str], None]  # (runs done, runs in all, what runs now); a run is a task on a checkpoint
 MAX_LENGTH = 2048  # tokens; configs promise far more than a task needs, and memory goes with it
 BOOTSTRAP_ITERS = 1000  # for standard errors without a formula; lm-eval's own 100,000 take minutes
 UNVERSIONED = (None, "N/A", "Yaml")  # what lm-eval says of a task or a group that gives no version

@@ -31,8 +31,8 @@ from qectomy.eval.inference_bytes import (
 from qectomy.eval.inference_loops import InferenceLoop, Timing, random_tokens
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import common_context, table_of_positions
+from qectomy.progress import Progress
 
-Progress = Callable[[int, int, str], None]  # (runs done, runs in all, what ran)
 COVERAGE = 0.95  # of the interval around a median
 EAGER_NOTE = (
     "decoding in eager mode on a GPU is bound by launching kernels, not by bytes: the share of the limit then says "

@@ -28,9 +28,10 @@ from qectomy.errors import NonFiniteError
 from qectomy.eval.cast_on_use import cast_on_use, projections
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import ScoringWindows
-from qectomy.eval.score_windows import Progress, batches
+from qectomy.eval.score_windows import batches
 from qectomy.eval.token_scores import SLICE, TokenScores, empty_scores, score_tokens
 from qectomy.models.family import Dimensions
+from qectomy.progress import Progress
 
 TOKENS_A_BATCH = 2048  # on which a layer runs at a time
 TOKENS_ON_DEVICE = 16_384  # likewise, on an accelerator
@@ -267,7 +268,7 @@ def score_streamed(
         nonlocal done
         done += 1
         if progress:
-            progress(done, total)
+            progress(done, total, "")
 
     for group in groups:
         tokens = [windows.tokens[rows, : length - 1] for rows, length in group]

@@ -14,8 +14,8 @@ from qectomy.checkpoint.finite import all_finite
 from qectomy.errors import CheckpointError, NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.token_scores import TokenScores, empty_scores, score_rows, score_tokens
+from qectomy.progress import Progress
 
-Progress = Callable[[int, int], None]  # (windows done, windows in all)
 TOKENS_A_BATCH = 4096
 TOKENS_ON_DEVICE = 32_768  # a batch, on an accelerator
 LOGITS_ON_DEVICE = 1 << 28  # of one model at a time there: 1 GiB in float32, and some times that in between
@@ -52,7 +52,7 @@ def score_model(
         found.put(numbers[rows, : length - 1][keep], scores)
         done += len(rows)
         if progress:
-            progress(done, len(windows.tokens))
+            progress(done, len(windows.tokens), "")
     return found
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.convert.fitted import convert
-from qectomy.convert.layerwise import Progress
 from qectomy.convert.settings import ConvertSettings
 from qectomy.distributed.processes import Processes
 from qectomy.errors import OutputError, QectomyError, Stopped, TextError, resumable
 from qectomy.healing.heal import heal
 from qectomy.healing.settings import HealSettings
 from qectomy.models.query_maps import QueryMapSpec
+from qectomy.progress import Progress
 from qectomy.runs.locked_folder import GoOn
 from qectomy.runs.run_folder import RunFolder, check_unhealed
 from qectomy.runs.work_folder import check_free

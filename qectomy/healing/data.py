@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from qectomy.checkpoint.checkpoint import Checkpoint
-from qectomy.convert.layerwise import Progress
 from qectomy.errors import TextError
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.healing.export import fitted_report
 from qectomy.healing.settings import HealSettings
+from qectomy.progress import Progress
 from qectomy.text.documents import Documents, Reading, own_hash
 from qectomy.text.overlap import FittedSpans, overlap, sketch_in
 from qectomy.text.packing import Packed, Reserved, pack, text_from

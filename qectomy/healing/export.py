@@ -16,7 +16,6 @@ from qectomy.checkpoint.finite import all_finite
 from qectomy.checkpoint.headers import TORCH_NAMES, read_json
 from qectomy.checkpoint.shards import ShardWriter, TensorSpec
 from qectomy.checkpoint.sizes import totals
-from qectomy.convert.layerwise import Progress
 from qectomy.errors import NonFiniteError, QectomyError
 from qectomy.eval.layerwise_model import StreamedModel, score_streamed
 from qectomy.eval.metrics import cost
@@ -29,6 +28,7 @@ from qectomy.healing.curve import curve_of, write_curve
 from qectomy.healing.models import Distillation
 from qectomy.healing.plan import Plan
 from qectomy.healing.settings import HealSettings
+from qectomy.progress import Progress
 from qectomy.report.page.reading import read_json as read_report
 from qectomy.report.page.shapes import REDUCED
 from qectomy.report.record import made, provenance, write_report
@@ -121,7 +121,7 @@ def _measure(
         for checkpoint in (original, student, open_checkpoint(work, reduced=True))
     ]
 
-    def report(done: int, total: int) -> None:
+    def report(done: int, total: int, _: str) -> None:
         if progress:
             progress(done, total, "measuring, layer by layer")
 

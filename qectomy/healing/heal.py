@@ -20,7 +20,6 @@ import torch
 
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.convert.fitted import check_device
-from qectomy.convert.layerwise import Progress
 from qectomy.distributed.processes import Processes
 from qectomy.errors import CheckpointError, TextError
 from qectomy.eval.protocol import ScoringWindows
@@ -42,6 +41,7 @@ from qectomy.healing.settings import TOKENS, HealSettings
 from qectomy.healing.trainer import HealTrainer, Watch, ended_at, validation_losses
 from qectomy.healing.training_arguments import reporters, training_arguments
 from qectomy.healing.translate_errors import explained
+from qectomy.progress import Progress
 from qectomy.runs.locked_folder import GoOn, read_record
 from qectomy.runs.output import check_absent, check_room, interruptible
 from qectomy.runs.run_folder import RunFolder, check_unhealed, step_of

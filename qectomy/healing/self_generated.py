@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from qectomy.checkpoint.checkpoint import Checkpoint, sha256
-from qectomy.convert.layerwise import Progress
 from qectomy.distributed.devices import multiplies_bfloat16
 from qectomy.healing.settings import GENERATED, VALIDATION
 from qectomy.models.family import Dimensions
+from qectomy.progress import Progress
 from qectomy.report.record import made
 from qectomy.runs.locked_folder import read_record, write_json
 from qectomy.text.text import load_tokenizer

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalPrediction
 
-from qectomy.convert.layerwise import Progress
 from qectomy.distributed.processes import Processes
 from qectomy.errors import NonFiniteError
 from qectomy.healing.models import Distillation
 from qectomy.healing.settings import HealSettings
+from qectomy.progress import Progress
 from qectomy.runs.run_folder import RunFolder, mark_complete
 
 SECONDS_A_CHECKPOINT = 600.0  # at most, beside those at each evaluation

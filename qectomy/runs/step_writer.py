@@ -9,12 +9,12 @@ import torch
 
 from qectomy.checkpoint.shards import MAX_SHARD_BYTES, ShardWriter, TensorSpec, damaged
 from qectomy.errors import Stopped, Untrusted, note
+from qectomy.progress import Progress
 from qectomy.runs.input_hashes import FileWatch
 from qectomy.runs.locked_folder import sync
 from qectomy.runs.work_folder import WorkFolder
 
 Holds = Callable[[int, dict[str, Any]], bool]
-Progress = Callable[[int, int, str], None]  # steps done, of how many, what is being done
 
 
 class StepWriter(ShardWriter):

@@ -20,8 +20,9 @@ from qectomy.errors import NonFiniteError, QueryMapError
 from qectomy.models.family import Dimensions
 from qectomy.models.linear_views import read_view
 from qectomy.models.query_maps import QueryMapSpec
+from qectomy.progress import Progress
 from qectomy.runs.input_hashes import SourceWatch
-from qectomy.runs.step_writer import Progress, write_steps
+from qectomy.runs.step_writer import write_steps
 from qectomy.runs.work_folder import WorkFolder
 from qectomy.surgery.basis import LOST, Choice, Folds, rounding
 from qectomy.surgery.choice import choose_folds

@@ -20,10 +20,11 @@ from qectomy.errors import NonFiniteError, UnsupportedArchitecture
 from qectomy.models.family import Dimensions, Family, LayerRoles, LinearView
 from qectomy.models.linear_views import Projection, read_maps, read_view, store_views, without_views
 from qectomy.models.query_maps import QueryMapSpec
+from qectomy.progress import Progress
 from qectomy.runs.input_hashes import SourceWatch
 from qectomy.runs.locked_folder import GoOn
 from qectomy.runs.output import check_room
-from qectomy.runs.step_writer import Progress, write_steps
+from qectomy.runs.step_writer import write_steps
 from qectomy.runs.work_folder import WorkFolder, finished, without_report, work_folder
 from qectomy.surgery.balance import balance_channels, balance_heads
 from qectomy.surgery.engines import dropped_fields

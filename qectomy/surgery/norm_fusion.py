@@ -21,10 +21,11 @@ from qectomy.checkpoint.shards import ShardWriter, TensorSpec
 from qectomy.errors import NonFiniteError, QectomyError, UnsupportedArchitecture
 from qectomy.models.family import LayerRoles
 from qectomy.models.linear_views import Projection, read_view, store_views
+from qectomy.progress import Progress
 from qectomy.runs.input_hashes import SourceWatch
 from qectomy.runs.locked_folder import GoOn
 from qectomy.runs.output import check_room
-from qectomy.runs.step_writer import Progress, write_steps
+from qectomy.runs.step_writer import write_steps
 from qectomy.runs.work_folder import WorkFolder, finished, without_report, work_folder
 
 PARTS = ("gain", "shift", "mean")

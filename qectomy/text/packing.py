@@ -22,8 +22,8 @@ import torch
 from torch.utils.data import Dataset
 
 from qectomy.checkpoint.checkpoint import sha256
-from qectomy.convert.layerwise import Progress
 from qectomy.errors import CheckpointError, QectomyError, TextError, note
+from qectomy.progress import Progress
 from qectomy.runs.locked_folder import read_record, write_record
 from qectomy.text.documents import Documents, Reading, grouped
 from qectomy.text.overlap import FittedSpans
