@@ -6,9 +6,8 @@ from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.headers import TORCH_NAMES
 from qectomy.errors import QectomyError, QueryMapError, TextError
 from qectomy.models.query_maps import QueryMapSpec
+from qectomy.text.text import CONTEXT, MIN_CONTEXT
 
-CONTEXT = 512  # tokens a window, where the model was made for as many
-MIN_CONTEXT = 16
 DTYPES = {TORCH_NAMES[kind]: kind for kind in ("F32", "BF16", "F16")}
 
 
