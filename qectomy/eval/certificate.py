@@ -21,11 +21,12 @@ from qectomy.errors import CheckpointError, clean, shown
 from qectomy.eval.layerwise_model import StreamedModel, random_tokens, relative_logit_error, score_streamed
 from qectomy.eval.metrics import cost
 from qectomy.eval.protocol import ScoringWindows
+from qectomy.models.heads import split_heads
 from qectomy.models.query_maps import ranges
 from qectomy.progress import Progress
 from qectomy.surgery.basis import Choice, Folds, Verdict, claim, read_query, rounding, standing_fold, usable_error
 from qectomy.surgery.checkpoint import ExactPlan, folded_tensors, layer_plan
-from qectomy.surgery.gauge import pivot_condition, split_heads
+from qectomy.surgery.gauge import pivot_condition
 from qectomy.surgery.layer import readers_in_basis
 from qectomy.surgery.streams import HEAD, Place, derive_streams, mergeable
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 
 from qectomy.models.family import LayerRoles, LinearView, Orientation
+from qectomy.models.heads import join_heads, split_heads, unfold_pivots
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.surgery.gauge import join_heads, split_heads, unfold_pivots
 
 Tensors = Mapping[str, torch.Tensor]
 Projection = tuple[torch.Tensor, torch.Tensor | None]  # W (in, out) and its bias (out,)

@@ -7,7 +7,7 @@ Dimensions: D d_model, H n_heads, G n_kv_heads, K d_head.
 import torch
 
 from qectomy.models.family import Dimensions
-from qectomy.surgery.gauge import join_heads, split_heads
+from qectomy.models.heads import join_heads, split_heads
 
 SPECTRUM = 33  # singular values that a report shows
 ENERGY = 0.99  # the share of the queries' energy that `leading_rank` asks for

@@ -15,9 +15,10 @@ import torch
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.shards import DTYPES
 from qectomy.models.family import Dimensions
+from qectomy.models.heads import join_heads, split_heads
 from qectomy.models.linear_views import read_view
 from qectomy.surgery.audit import condition_number
-from qectomy.surgery.gauge import join_heads, orthonormal_gauge, pair_scales, split_heads
+from qectomy.surgery.gauge import orthonormal_gauge, pair_scales
 from qectomy.surgery.streams import HEAD, Group, Place, Stream, Streams
 
 SINGULAR = 1e13  # a condition number beyond which float64 cannot tell a matrix from a singular one

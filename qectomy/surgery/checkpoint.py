@@ -18,6 +18,7 @@ from qectomy.checkpoint.shards import DTYPES, ShardWriter, TensorSpec
 from qectomy.checkpoint.sizes import planned_tensors
 from qectomy.errors import NonFiniteError, QueryMapError
 from qectomy.models.family import Dimensions
+from qectomy.models.heads import split_heads
 from qectomy.models.linear_views import read_view
 from qectomy.models.query_maps import QueryMapSpec
 from qectomy.progress import Progress
@@ -26,7 +27,7 @@ from qectomy.runs.step_writer import write_steps
 from qectomy.runs.work_folder import WorkFolder
 from qectomy.surgery.basis import LOST, Choice, Folds, rounding
 from qectomy.surgery.choice import choose_folds
-from qectomy.surgery.gauge import MAX_PIVOT_CONDITION, choose_pivots, fold_pivots, pivot_rows, split_heads
+from qectomy.surgery.gauge import MAX_PIVOT_CONDITION, choose_pivots, fold_pivots, pivot_rows
 from qectomy.surgery.layer import LayerPlan, fold_layer, fold_norm, query_shift, readers_in_basis
 from qectomy.surgery.streams import HEAD
 

@@ -13,19 +13,11 @@ Dimensions: D d_model, K d_head, n heads; blocks are (n, D, K). All algebra in f
 
 import torch
 
+from qectomy.models.heads import other_channels
+
 MAX_PIVOT_CONDITION = 1e4  # of a head's block at the pivots, in the head's own orthonormal coordinates
 SWAPS = 100
 ENOUGH = 1.1  # a swap that grows a determinant by less is not worth it
-
-
-def split_heads(W: torch.Tensor, d_head: int) -> torch.Tensor:
-    """Return W (D, n*K) as one block a head, (n, D, K)."""
-    return W.unflatten(1, (-1, d_head)).transpose(0, 1)
-
-
-def join_heads(blocks: torch.Tensor) -> torch.Tensor:
-    """Return blocks (n, D, K) side by side, (D, n*K)."""
-    return blocks.transpose(0, 1).flatten(1)
 
 
 def orthonormal_gauge(blocks: torch.Tensor) -> torch.Tensor:
@@ -101,12 +93,6 @@ def pivot_rows(blocks: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
     return blocks.gather(1, channels[..., None].expand(-1, -1, blocks.shape[2]))
 
 
-def other_channels(pivots: torch.Tensor, d_model: int) -> torch.Tensor:
-    """Return each head's channels that are no pivots, ascending, (n, D - K)."""
-    rest = torch.ones(len(pivots), d_model, dtype=torch.bool).scatter(1, pivots, False)
-    return torch.arange(d_model).expand_as(rest)[rest].view(len(pivots), -1)
-
-
 def fold_pivots(blocks: torch.Tensor, pivots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (the rows of W A beside the pivots (n, D - K, K), A⁻¹ (n, K, K)) with A = W[P]⁻¹.
 
@@ -114,11 +100,3 @@ def fold_pivots(blocks: torch.Tensor, pivots: torch.Tensor) -> tuple[torch.Tenso
     """
     inverse = pivot_rows(blocks, pivots)
     return torch.linalg.solve(inverse, pivot_rows(blocks, other_channels(pivots, blocks.shape[1])), left=False), inverse
-
-
-def unfold_pivots(rest: torch.Tensor, pivots: torch.Tensor) -> torch.Tensor:
-    """Return W A (n, D, K): the identity at the pivots, `rest` (n, D - K, K) at the other channels."""
-    n, others, K = rest.shape
-    W = torch.empty(n, others + K, K, dtype=rest.dtype)
-    W.scatter_(1, pivots[..., None].expand(-1, -1, K), torch.eye(K, dtype=rest.dtype).expand(n, -1, -1))
-    return W.scatter_(1, other_channels(pivots, others + K)[..., None].expand(-1, -1, K), rest)

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from qectomy.models.family import Dimensions, LayerRoles, LinearView
+from qectomy.models.heads import join_heads, split_heads
 from qectomy.models.linear_views import Projection, read_view, store_views, without_views
 from qectomy.models.query_maps import QueryMapSpec
 from qectomy.surgery.basis import Basis, QueryFold
-from qectomy.surgery.gauge import fold_pivots, join_heads, split_heads
+from qectomy.surgery.gauge import fold_pivots
 from qectomy.surgery.norm_fusion import absorb_gain, without_gain
 
 Tensors = dict[str, torch.Tensor]

@@ -18,6 +18,7 @@ from qectomy.checkpoint.finite import all_finite
 from qectomy.checkpoint.shards import DTYPES, MAX_SHARD_BYTES, ShardWriter, TensorSpec
 from qectomy.errors import NonFiniteError, UnsupportedArchitecture
 from qectomy.models.family import Dimensions, Family, LayerRoles, LinearView
+from qectomy.models.heads import join_heads, split_heads
 from qectomy.models.linear_views import Projection, read_maps, read_view, store_views, without_views
 from qectomy.models.query_maps import QueryMapSpec
 from qectomy.progress import Progress
@@ -28,7 +29,6 @@ from qectomy.runs.step_writer import write_steps
 from qectomy.runs.work_folder import WorkFolder, finished, without_report, work_folder
 from qectomy.surgery.balance import balance_channels, balance_heads
 from qectomy.surgery.engines import dropped_fields
-from qectomy.surgery.gauge import join_heads, split_heads
 
 LAYERS = "balanced, of the default softmax scale"  # so that no run goes on with layers of another form
 

@@ -11,18 +11,9 @@ from variant_reference import rotate
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import QueryMapError
+from qectomy.models.heads import join_heads, other_channels, split_heads, unfold_pivots
 from qectomy.surgery.checkpoint import plan_exact
-from qectomy.surgery.gauge import (
-    choose_pivots,
-    fold_pivots,
-    join_heads,
-    orthonormal_gauge,
-    other_channels,
-    pair_scales,
-    pivot_condition,
-    split_heads,
-    unfold_pivots,
-)
+from qectomy.surgery.gauge import choose_pivots, fold_pivots, orthonormal_gauge, pair_scales, pivot_condition
 
 
 def normal(*shape, seed=0):

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, L
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import CheckpointError, NonFiniteError, OutputError, UnsupportedArchitecture
+from qectomy.models.heads import split_heads
 from qectomy.models.linear_views import read_view
-from qectomy.surgery.gauge import split_heads
 from qectomy.surgery.materialize import materialize
 
 HALF = ("bf16", "fp16", "gpt2-bf16")
