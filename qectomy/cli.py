@@ -61,9 +61,9 @@ def inspect(
     """Say what each query map would remove, from the config and the file headers alone unless audited."""
     from qectomy.checkpoint.checkpoint import open_checkpoint
     from qectomy.checkpoint.hub_headers import open_headers
-    from qectomy.checkpoint.sizes import inspect as inspect_checkpoint
     from qectomy.convert.forecast.forecast import forecast
     from qectomy.convert.settings import default_context
+    from qectomy.surgery.inspect import inspect as inspect_checkpoint
 
     if text and not audit:
         raise typer.BadParameter("only an audit reads a text; add --audit", param_hint="--text")

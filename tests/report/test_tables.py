@@ -5,11 +5,12 @@ from conversions import convert_tiny
 from tiny_models import save_variant
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
-from qectomy.checkpoint.sizes import inspect, totals
+from qectomy.checkpoint.sizes import totals
 from qectomy.models.query_maps import parse_recipe
 from qectomy.report import tables
 from qectomy.report.evaluation_table import show_evaluations
 from qectomy.report.inspection_table import show_inspection
+from qectomy.surgery.inspect import inspect
 
 NEEDS = dict(
     peak_memory_bytes=512_000_000,
