@@ -147,7 +147,12 @@ def _finish(run: LayerPass, scores: FinalScores, digests: dict[str, str], fitted
     report = conversion_report(
         source=source,
         recipe=run.recipe,
-        settings=run.settings,
+        command=run.settings.command,
+        stored_dtype=run.settings.stored_dtype,
+        context=run.settings.context,
+        seed=run.settings.seed,
+        refit=run.settings.refit,
+        device=run.settings.device,
         hashes=run.unchanged.weights,
         calibration=fitted.sources,
         layers=run.layers,

@@ -11,7 +11,6 @@ from qectomy import __version__
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.file_identity import fingerprint
 from qectomy.checkpoint.sizes import totals
-from qectomy.convert.settings import ConvertSettings
 from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.reload import Reload
 from qectomy.models.query_maps import QueryMapSpec
@@ -25,7 +24,12 @@ def conversion_report(
     *,
     source: Checkpoint,
     recipe: tuple[QueryMapSpec, ...],
-    settings: ConvertSettings,
+    command: str,
+    stored_dtype: str | None,
+    context: int,
+    seed: int,
+    refit: bool,
+    device: str,
     hashes: dict[str, str],
     calibration: list[dict[str, Any]],
     layers: list[dict[str, Any]],
@@ -37,14 +41,14 @@ def conversion_report(
     processes: int = 1,
 ) -> dict[str, Any]:
     """Return the record of one conversion: everything needed to believe it and to repeat it."""
-    sizes = totals(source, recipe, settings.stored_dtype)
+    sizes = totals(source, recipe, stored_dtype)
     return {
-        **provenance(source, settings.command, hashes),
+        **provenance(source, command, hashes),
         "calibration": {
             "texts": calibration,
-            "context": settings.context,
-            "seed": settings.seed,
-            "refit": settings.refit,
+            "context": context,
+            "seed": seed,
+            "refit": refit,
         },
         "layers": layers,
         **measured,
@@ -55,7 +59,7 @@ def conversion_report(
         },
         "forward_pass_seconds": round(forward_pass_seconds, 3),
         "peak_memory_bytes": max(peak_memory_bytes(), reload.peak_memory_bytes),
-        "device": settings.device,
+        "device": device,
         "processes": processes,
         **reload.record(),
     }
