@@ -12,11 +12,10 @@ KERNELS = default
 VERSIONS = 5.4.0 5.19.0 newest
 
 # What is bounded by rounding, and so by the order in which a processor's kernels add up.
-NUMERICS := $(addprefix tests/calibrate/test_,attention_kl.py distributed_convert.py forecast_work.py free_key_starts.py \
-  layer_fit.py moments.py refine.py refit.py starts.py) tests/calibrate/healing/test_loss.py \
-  $(addprefix tests/eval/test_,perplexity.py scores.py scoring.py) \
-  $(addprefix tests/surgery/test_,architectures.py folding.py gauge.py materialize.py nanogpt.py norm_folding.py \
-  stream_basis.py)
+NUMERICS := tests/calibrate tests/healing/test_loss.py tests/models/test_architectures.py \
+  $(addprefix tests/convert/test_,distributed_convert.py forecast_work.py) \
+  $(addprefix tests/eval/test_,perplexity.py token_scores.py score_windows.py) \
+  $(addprefix tests/surgery/test_,folding.py gauge.py materialize.py nanogpt.py norm_fusion.py stream_basis.py)
 
 # The demo's settings, for the command line only (never taken from the environment):
 #   make demo MODEL=path/to/checkpoint TEXT=mine.txt EVAL_TEXT=other.txt QUERY="select low-rank:32" OUT=reduced
@@ -31,9 +30,7 @@ OUT =
 DEMO_OUT := .cache/demo
 
 # What runs inside a reduced model, and what loads it.
-MODEL_CODE := $(addprefix tests/surgery/test_,adapters.py channel_numbers.py modeling.py modeling_gpt2.py \
-  modeling_gpt2_life.py modeling_life.py modeling_variants.py generation.py other_weights.py stranger.py tensor_parallel.py) \
-  tests/eval/test_reload.py
+MODEL_CODE := tests/modeling tests/eval/test_reload.py
 
 VENV := .venv
 STAMP := $(VENV)/.installed

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversions import convert_tiny
+from healings import Pair
 from hypothesis import settings
 from tiny_models import RAVEN, save_reduced, save_tiny
 
@@ -72,3 +74,33 @@ def raven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "raven.txt"
     path.write_text("\n".join([RAVEN] * 6), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Return a function (content, name) -> path of a new file, as a string."""
+
+    def make(content, name="text.txt"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pair(
+    tiny_checkpoint: Callable[..., Path], raven: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Pair]:
+    """Return a function (name="llama", query="key-shared", **config overrides) -> Pair."""
+    made: dict[str, Pair] = {}
+
+    def make(name: str = "llama", query: str = "key-shared", **overrides: object) -> Pair:
+        key = repr((name, query, sorted(overrides.items())))
+        if key not in made:
+            original = tiny_checkpoint(name, **overrides)
+            made[key] = Pair(original, tmp_path_factory.mktemp("fitted") / name)
+            convert_tiny(original, made[key].reduced, query, raven)
+        return made[key]
+
+    return make

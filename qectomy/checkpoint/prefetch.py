@@ -127,7 +127,7 @@ class CudaCopies:
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)
 
-    def send(self, tensors: Each) -> tuple[Tensors, torch.cuda.Event]:
+    def send(self, tensors: Each) -> tuple[Tensors, Any]:
         """Begin to copy tensors from the host; return where they will be, and the event that ends the copy.
 
         Only from page-locked memory does a copy not wait. PyTorch keeps such memory from being used again before the
@@ -137,7 +137,7 @@ class CudaCopies:
             sent = {name: tensor.pin_memory().to(self._device, non_blocking=True) for name, tensor in tensors}
             return sent, self._stream.record_event()
 
-    def receive(self, sent: Tensors, copied: torch.cuda.Event) -> Tensors:
+    def receive(self, sent: Tensors, copied: Any) -> Tensors:
         """Return the tensors for use on the caller's current stream, which waits for the copy; the caller does not."""
         current = torch.cuda.current_stream(self._device)
         current.wait_event(copied)

@@ -46,7 +46,10 @@ def test_a_stage_of_as_many_steps_begins_anew(clock, capsys):
 
 
 def test_a_terminal_gets_a_bar():
-    script = "from qectomy.commands.terminal import progress_bar\nwith progress_bar('converting') as report: report(1, 2, 'a note')"
+    script = (
+        "from qectomy.commands.terminal import progress_bar\n"
+        "with progress_bar('converting') as report: report(1, 2, 'a note')"
+    )
     ours, theirs = pty.openpty()
     with subprocess.Popen([sys.executable, "-c", script], stderr=theirs, env={**os.environ, "TERM": "xterm"}) as child:
         os.close(theirs)

@@ -313,7 +313,7 @@ def test_what_moved_is_a_table_of_every_layer(report, made):
 
 
 def test_what_an_adapter_can_be_trained_on_is_named(report, made, tiny_checkpoint):
-    """By the names that tests/surgery/test_adapters.py gives to PEFT."""
+    """By the names that tests/modeling/test_adapters.py gives to PEFT."""
     assert "its attention has `c_attn`, `c_proj`, which" in body(model_card(report, made()))
     llama = model_card(report, open_checkpoint(tiny_checkpoint()))
     assert "its attention has `k_proj`, `v_proj`, `o_proj`, which" in body(llama)

@@ -1,5 +1,6 @@
 """Who may enter a work folder, what is removed of it and when, and what a kill leaves around its end."""
 
+import fcntl
 import json
 import os
 import random
@@ -357,7 +358,7 @@ def test_the_lock_of_another_process_dies_with_it(out):
 
 def test_a_folder_that_is_removed_while_it_is_entered(out, monkeypatch):
     """The other process was done between the two calls: its lock is on a file that is gone."""
-    other, flock = WorkFolder(out), module.LockedFolder.take.__globals__["fcntl"].flock
+    other, flock = WorkFolder(out), fcntl.flock
     other.start(TOLD, resume=False)
     calls = []
 

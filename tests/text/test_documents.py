@@ -106,7 +106,7 @@ def test_a_folder_and_a_file_that_cannot_be_opened(write, tmp_path, monkeypatch)
         list(Documents(path))
 
 
-# Records: tests/calibrate/test_records.py has more
+# Records: tests/text/test_records.py has more
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson"])
