@@ -303,7 +303,7 @@ def test_a_journal_of_empty_steps(tiny_reduced, tmp_path, count):
     assert open_checkpoint(out).tensors
 
 
-def test_a_step_of_a_conversion_that_lacks_what_it_goes_on_from(tiny_checkpoint, tmp_path, raven):
+def test_a_step_of_a_conversion_that_lacks_what_it_goes_on_from(tiny_checkpoint, tmp_path, raven, capsys):
     source, out = tiny_checkpoint(), tmp_path / "out"
 
     def stop(done, total, note):
@@ -324,9 +324,8 @@ def test_a_step_of_a_conversion_that_lacks_what_it_goes_on_from(tiny_checkpoint,
         assert not is_whole(1, {**last, **change}), change
     work.journal.cut(1)
     work.journal.append(**{**last, "record": None})
-    said = []
-    convert_tiny(source, out, "select", raven, resume=True, progress=lambda *call: said.append(call))
-    assert said[0] == (0, 2, "1 step(s) were damaged on the disk: they are made anew")
+    convert_tiny(source, out, "select", raven, resume=True)
+    assert "note: 1 step(s) in " in capsys.readouterr().err
     convert_tiny(source, tmp_path / "whole", "select", raven)
     assert tensor_hashes(out) == tensor_hashes(tmp_path / "whole")
 
