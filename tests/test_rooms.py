@@ -40,7 +40,7 @@ def imported(path: Path) -> set[str]:
     return rooms
 
 
-@pytest.mark.parametrize("room", FLOOR)
+@pytest.mark.parametrize("room", sorted(FLOOR))
 def test_a_room_imports_from_below_alone(room):
     files = [path for path in PACKAGE.rglob("*.py") if room_of(path) == room]
     assert files
