@@ -14,12 +14,12 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from qectomy import calibrate
+from qectomy import calibrate, convert
 from qectomy.distributed.together import Together
 
-CALIBRATE = Path(calibrate.__file__).parent
+FITS = [Path(room.__file__).parent for room in (calibrate, convert)]
 ROUNDING = 2**8 * torch.finfo(torch.float32).eps  # 3e-5; see `apart`
-DURATIONS = {"layer_pass._run_teacher", "final_scores.final_scores"}
+DURATIONS = {"layerwise._run_teacher", "final_scores.final_scores"}
 FREE = {"refit.__init__"}  # about which point a regression's sums are taken: any near their mean does
 
 
@@ -84,7 +84,7 @@ def apart(found: Tensor, own: Tensor, wanted: Tensor) -> float:
 def _caller() -> str:
     """Return module.function of the package's that asked for an exchange; the checker of annotations stands between."""
     frame = sys._getframe(2)
-    while frame.f_back and (Path(frame.f_code.co_filename).parent != CALIBRATE or _place(frame) == "share.sum_numbers"):
+    while frame.f_back and Path(frame.f_code.co_filename).parent not in FITS:
         frame = frame.f_back
     return _place(frame)
 

@@ -6,7 +6,7 @@ from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.headers import TORCH_NAMES
 from qectomy.errors import QectomyError, QueryMapError, TextError
 from qectomy.models.query_maps import QueryMapSpec
-from qectomy.text.text import CONTEXT, MIN_CONTEXT
+from qectomy.text.documents import CONTEXT, MIN_CONTEXT
 
 DTYPES = {TORCH_NAMES[kind]: kind for kind in ("F32", "BF16", "F16")}
 

@@ -12,7 +12,8 @@ import torch
 from qectomy.checkpoint.checkpoint import locate
 from qectomy.checkpoint.headers import read_json
 from qectomy.errors import CheckpointError, TextError
-from qectomy.text.text import CONTEXT, Source, adds_bos, first_tokens_and_ends, text_of
+from qectomy.text.documents import CONTEXT
+from qectomy.text.text import Source, adds_bos, first_tokens_and_ends, text_of
 from qectomy.text.text_spans import spans_of
 
 

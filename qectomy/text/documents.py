@@ -14,6 +14,8 @@ from qectomy.text.columns import parquet_rows, saved_files, saved_rows
 from qectomy.text.records import Placed, Texts, json_records, lines_of, looks_like
 from qectomy.text.text_bytes import BYTES_A_READ, Hashed, decoded, peeked, unpacked
 
+CONTEXT = 512  # tokens a window, where the model was made for as many
+MIN_CONTEXT = 16
 JOIN = "\n\n"
 # Of a name mistyped, not of a dataset's.
 FILE_ENDINGS = (".txt", ".jsonl", ".ndjson", ".json", ".md", ".parquet", ".gz", ".zst", ".csv", ".html")

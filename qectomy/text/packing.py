@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -85,7 +85,7 @@ class Packed:
     train: Path
     validation: Path
     report: list[dict[str, Any]]
-    spans: dict[str, Any]  # what a report keeps of the content of all that was fitted and trained on; or nothing
+    spans: dict[str, Any] = field(default_factory=dict)  # what a report keeps of the content of all texts that are seen
 
     @staticmethod
     def kept(folder: Path) -> "Packed | None":

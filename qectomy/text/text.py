@@ -22,8 +22,6 @@ from qectomy.checkpoint.config_files import MAX_CARRIED_BYTES, TOKENIZER_FILES, 
 from qectomy.errors import CheckpointError, TextError, reason_of
 from qectomy.text.documents import Documents, Reading
 
-CONTEXT = 512  # tokens a window, where the model was made for as many
-MIN_CONTEXT = 16
 MAX_GROWTH = 1e4  # of a text by a tokenizer's replacements; those of Llama's and Gemma's keep its length
 MAX_TEXT_BYTES = 4_000_000_000
 # Of a pattern: a class of characters, a class's or a character's escape, or a plain character; not one to leave out.

@@ -463,15 +463,16 @@ def test_ctrl_c_in_any_stage(tiny_checkpoint, raven, calm, tmp_path):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    early = ["states.WindowFile.__setitem__", "convert.SourceWatch"]
-    late = ["layer_fit.make_start", "layer_fit.refine", "layer_pass.refit_layer", "layer_pass.final_scores"]
-    late += ["convert.check_reload", "convert.write_report"]
+    early = ["calibrate.hidden_states.WindowFile.__setitem__", "convert.fitted.SourceWatch"]
+    late = ["calibrate.layer_fit.make_start", "calibrate.layer_fit.refine"]
+    late += ["convert.layerwise.refit_layer", "convert.layerwise.final_scores"]
+    late += ["convert.fitted.check_reload", "convert.fitted.write_report"]
     for stage in early + late:
         place = tmp_path / stage
         place.mkdir()
         error = Stopped if stage in late else KeyboardInterrupt
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(f"qectomy.calibrate.{stage}", interrupt)
+            patch.setattr(f"qectomy.{stage}", interrupt)
             with pytest.raises(error) as caught:
                 convert_tiny(tiny_checkpoint(), place / "out", "select", raven)
         assert [path.name for path in place.iterdir()] == (["out.converting"] if stage in late else []), stage

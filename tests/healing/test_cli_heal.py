@@ -235,7 +235,7 @@ def test_an_interruption_of_the_healing_names_the_command_that_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"qectomy.calibrate.healing.{place}", interrupt)
+        patch.setattr(f"qectomy.healing.{place}", interrupt)
         code, _, err = cli("convert", tiny_checkpoint(), "--out", "new", "--text", raven, *FIT, "--heal", "500")
     assert code == 75
     assert "error: interrupted" in err

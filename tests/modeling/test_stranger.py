@@ -145,7 +145,7 @@ def test_what_the_stranger_saves_travels_on(answers, name):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_model_file_stands_alone(name):
     """It imports torch and transformers only, and travels unchanged."""
-    source = Path(qectomy.__file__).parent / f"surgery/{code(name)}.py"
+    source = Path(qectomy.__file__).parent / f"modeling/{code(name)}.py"
     imports = [line for line in source.read_text().splitlines() if line.lstrip().startswith(("import ", "from "))]
     assert imports
     for line in imports:

@@ -1,5 +1,6 @@
 """What is shown beside the numbers: it is right, and where it cannot be made, nothing else is lost."""
 
+import copy
 import json
 import os
 import signal
@@ -85,7 +86,7 @@ TEMPLATE = (
 
 
 def with_template(folder, template):
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return folder
@@ -108,7 +109,7 @@ def test_a_model_that_chats_is_asked_in_its_template(tiny_copy, monkeypatch):
 
 def test_the_tokenizers_end_ends_a_turn(tiny_copy):
     folder = with_template(tiny_copy("llama"), TEMPLATE)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), tiny_tokenizer()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), copy.deepcopy(tiny_tokenizer())
     ids = tokenizer("Nevermore", return_tensors="pt")["input_ids"]
     whole = write(model, tokenizer, ids)
     with torch.no_grad():

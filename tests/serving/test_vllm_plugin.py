@@ -151,7 +151,7 @@ left = {name for name, _ in model.named_parameters()} - loaded
 print(json.dumps([type(model.model).__module__, model.config.value_maps, config.value_maps, sorted(left)]))
 """
     module, dense, stored, left = run(stand_in, script, str(folder), str(trust))
-    assert module == f"qectomy.surgery.{FAMILIES[family].modeling}"
+    assert module == f"qectomy.modeling.{FAMILIES[family].modeling}"
     assert (dense, stored, left) == (["dense"] * 2, ["gauge", "dense"], [])
 
 

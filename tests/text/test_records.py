@@ -1,5 +1,6 @@
 """Records are read as records whatever a file is called, by the field that holds the text, and prose is left prose."""
 
+import copy
 import hashlib
 import json
 
@@ -239,7 +240,7 @@ WRITTEN = [f"<user>Who is there?<assistant>Nobody {i}." for i in range(3)]
 
 
 def chat_tokenizer(template=TEMPLATE):
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.chat_template = template
     return tokenizer
 
