@@ -164,12 +164,11 @@ def measure_speed(options: argparse.Namespace, common: dict[str, Any]) -> list[l
         if "failed" in result:
             rows.append([family, "failed", "", ""])
             continue
-        times = {name: median(seconds) for name, seconds in result["seconds"].items()}
-        rate = N_PROMPTS * 128 / times["exact"]
-        against = (
-            f"{times[name] / times['exact']:.3f}" if name in times else "" for name in ("own class", "same backend")
-        )
-        rows.append([family, f"{rate:.0f}", *against])
+        seconds = result["seconds"]
+        rate = N_PROMPTS * 128 / median(seconds["exact"])
+        pairs = {name: list(zip(seconds[name], seconds["exact"], strict=True)) for name in folders if name != "exact"}
+        against = {name: f"{median(one / exact for one, exact in turns):.3f}" for name, turns in pairs.items()}
+        rows.append([family, f"{rate:.0f}", against["own class"], against.get("same backend", "")])
     return rows
 
 

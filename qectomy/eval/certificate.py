@@ -50,10 +50,12 @@ def verify(
     wrong += [f"{name} is in no exact fold" for name in reduced.tensors if plan and name not in deviations]
     if reduced.dims.tied and not original.dims.tied:
         wrong.append("embedding and head are tied, which the original's are not")
-    if fitted:
-        wrong += [
-            f"{name} was changed since it was fitted: qectomy.json has another sha256" for name in _edited(reduced)
-        ]
+    as_written = _as_written(reduced) if fitted else {}
+    wrong += [
+        f"{name} was changed since it was fitted: qectomy.json has another sha256"
+        for name, same in as_written.items()
+        if not same
+    ]
     wrong += [f"{name} is {units:.3g} roundings from the exact one" for name, units in deviations.items() if units > 1]
     if wrong and not (reduced.folder / "qectomy.json").is_file():
         wrong.append(
@@ -76,6 +78,7 @@ def verify(
         "verdict": "failed" if wrong else "not exact" if fitted else "exact",
         "reasons": [*wrong, *fitted],
         "tensors_proved": sum(units <= 1 for units in deviations.values()),
+        "tensors_as_written": sum(as_written.values()) if as_written else None,
         "tensors": len(reduced.tensors),
         "dtype": TORCH_NAMES[reduced.dtype],
         "code_as_shipped": has_model_code(reduced.family, reduced.folder),  # which is what was run here
@@ -85,14 +88,14 @@ def verify(
     }
 
 
-def _edited(reduced: Checkpoint) -> list[str]:
-    """Return the tensors that are not those of which qectomy.json has the sha256."""
+def _as_written(reduced: Checkpoint) -> dict[str, bool]:
+    """Return whether each tensor is the one of which qectomy.json has the sha256; nothing where it has none."""
     report = reduced.folder / "qectomy.json"
     known = read_json(report) if report.is_file() else {}
     digests = known.get("tensors_sha256") if isinstance(known, dict) else None
     if not isinstance(digests, dict):
-        return []
-    return [name for name in reduced.tensors if digests.get(name) != reduced.digest(name)]
+        return {}
+    return {name: digests.get(name) == reduced.digest(name) for name in reduced.tensors}
 
 
 def measure(

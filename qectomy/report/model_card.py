@@ -9,10 +9,10 @@ from qectomy.report.card_metadata import Origin, card_metadata, one_line, origin
 from qectomy.report.card_verdict import card_verdict
 from qectomy.report.moved_words import moved_meaning, moved_table
 from qectomy.report.page.verdict import verdict
-from qectomy.report.query_share import query_share
+from qectomy.report.query_share import kind_words, query_share
 from qectomy.report.text_words import read_as_words, text_doubt
 
-FITTED = """The query projections of this {family} checkpoint were taken out by Qectomy {version}:
+FITTED = """The query projections of this {family} checkpoint{kept} were taken out by Qectomy {version}:
 {recipe}.
 {ending}"""
 HOW = "Query maps and W_K were fitted on calibration text layer by layer; "
@@ -47,9 +47,13 @@ def model_card(report: dict[str, Any], source: Checkpoint) -> str:
     exact = report.get("method") == "exact"
     recipe = ", ".join(f"{name} ({count} layers)" for name, count in _counts(report["layers"]).items())
     how = (EXACT if exact else FITTED).format(
-        family=source.family.model_type, version=report["qectomy"], recipe=recipe, ending=_ending(report)
+        family=source.family.model_type,
+        version=report["qectomy"],
+        recipe=recipe,
+        ending=_ending(report),
+        kept=", but for those of `dense` layers," if "dense" in _counts(report["layers"]) else "",
     )
-    known, kind = _origin(report, source), "folded exactly" if exact else "without W_Q"
+    known, kind = _origin(report, source), kind_words(report)
     return f"""---
 {card_metadata(report, f"{one_line(source.name)} {kind}", known)}
 ---
@@ -171,7 +175,8 @@ def _query_row(report: dict[str, Any]) -> list[str]:
     if (found := query_share(report)) is None:
         return []
     before, after = f"{found.before:,.0f}", f"{found.after:,.0f}"
-    return [f"| of which W_Q, and what stands in its place | {before} | {after} ({found.removed:.1%} fewer) |"]
+    more = "" if found.reduced == found.layers else f" {found.words}"
+    return [f"| of which W_Q, and what stands in its place | {before} | {after} ({found.removed:.1%} fewer{more}) |"]
 
 
 def _interval(perplexity: dict[str, Any]) -> str:

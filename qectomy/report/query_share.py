@@ -26,6 +26,15 @@ class QueryShare:
         return f"of all {self.layers} layers; {100 * self.of_reduced:.1f} % of the {self.reduced} reduced"
 
 
+def kind_words(report: dict[str, Any]) -> str:
+    """Say in a few words what a checkpoint is, with the layers that it concerns where some kept their W_Q."""
+    if report.get("method") == "exact":
+        return "folded exactly"
+    maps = [layer["map"] for layer in report["layers"]]
+    reduced = sum(name != "dense" for name in maps)
+    return "without W_Q" + ("" if reduced == len(maps) else f" in {reduced} of {len(maps)} layers")
+
+
 def query_share(report: dict[str, Any]) -> QueryShare | None:
     """Return the shares of a report, or of a plan, whose `query_parameters` count the layers that are not dense.
 

@@ -194,8 +194,17 @@ def show_certificate(result: dict[str, Any]) -> None:
             markup=False,
             soft_wrap=True,
         )
-    proved = f"{result['tensors_proved']} of {result['tensors']} tensors are what exact folding gives"
-    console.print(f"verdict: {result['verdict']} ({proved})")
+    console.print(f"verdict: {result['verdict']} ({_compared(result)})")
+
+
+def _compared(result: dict[str, Any]) -> str:
+    """Say what the tensors were held against: what exact folding gives, or what a fit wrote."""
+    tensors, as_written = result["tensors"], result["tensors_as_written"]
+    if result["bound"] is not None:
+        return f"{result['tensors_proved']} of {tensors} tensors are what exact folding gives"
+    if as_written is None:
+        return "fitted, and qectomy.json has no sha256 of what was written"
+    return f"fitted; {as_written} of {tensors} tensors are as they were written, by their sha256"
 
 
 def shown(number: float | None, digits: int) -> str:

@@ -18,7 +18,7 @@ from qectomy.report.page.compare import compare_section
 from qectomy.report.page.numbers import DASH, between, bytes_, percent, ratio, rough
 from qectomy.report.page.reading import Folder, Point
 from qectomy.report.page.verdict import Check, Verdict, checks, judged, removed_share
-from qectomy.report.query_share import query_share
+from qectomy.report.query_share import kind_words, query_share
 
 TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS: tuple[Callable[[Folder, str], Section | None], ...] = (
@@ -87,7 +87,7 @@ def part(folder: Folder, key: str) -> Part:
     healed = ", healed" if "healing" in report else ""
     return Part(
         key=key,
-        title=f"{name}, folded exactly" if exact else f"{name} without W_Q{healed}",
+        title=f"{name}{',' * exact} {kind_words(report)}{healed}",
         name=folder.name,
         subtitle=recipe_words(report),
         figures=_figures(folder),
