@@ -330,7 +330,7 @@ class GaugedValue(nn.Module):
     """x̂ (B, T, D) -> values (B, T, G*K), whose heads have an identity block each.
 
     `pivots` (G, K): the channels at which a head's block of K x K is the identity. `weight` (G*K, D - K): its columns
-    at the other channels, ascending. W_O holds its bias.
+    at the other channels, ascending. W_O holds its bias: where the config calls for one, that is zeros.
     """
 
     def __init__(self, config):
@@ -338,6 +338,7 @@ class GaugedValue(nn.Module):
         self.d_model, d_head, heads = config.hidden_size, config.head_dim, config.num_key_value_heads
         self.pivots = nn.Buffer(torch.arange(d_head, dtype=torch.int32).repeat(heads, 1))
         self.weight = nn.Parameter(torch.empty(heads * d_head, self.d_model - d_head))
+        self.attention_bias = config.attention_bias
 
     def reset_parameters(self, std: float) -> None:
         nn.init.normal_(self.weight, std=std)
@@ -360,9 +361,11 @@ class GaugedValue(nn.Module):
     def written_out(self) -> nn.Module:
         """The dense module of the same outputs, on the same device."""
         with torch.device(self.weight.device):
-            dense = nn.Linear(self.d_model, len(self.weight), bias=False)
+            dense = nn.Linear(self.d_model, len(self.weight), bias=self.attention_bias)
         dense = dense.to(self.weight.dtype).train(self.training)
         dense.weight.copy_(self.dense_weight())
+        if dense.bias is not None:
+            nn.init.zeros_(dense.bias)
         return dense
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

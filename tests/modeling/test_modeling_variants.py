@@ -67,6 +67,7 @@ def combinations():
     ):
         yield "llama", "norm-free", str(shape), {**STRUCTURES["norm-free"], **maps("identity", "gauge"), **shape}
     yield "llama", "norms", "dense", dict(tie_word_embeddings=True)
+    yield "llama", "norms", "value-biases", {**MAPS["value"], "attention_bias": True}
 
 
 ALL = {"-".join(case[:3]): (case[0], case[3]) for case in combinations()}
@@ -80,6 +81,7 @@ SOME = {
         "llama-shared-identity-gauge",
         "llama-skipless-merged",
         "llama-norms-value",
+        "llama-norms-value-biases",
         "mistral-norms-shared-dense",
         "mistral-shared-value",
     )

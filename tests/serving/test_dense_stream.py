@@ -17,6 +17,7 @@ GAUGES = {  # family, query maps, value maps, what else differs
     "mistral": ("mistral", ["identity", "dense"], ["dense", "gauge"], {}),
     "gpt2": ("gpt2", ["gauge", "key-shared", "dense"], ["gauge", "gauge", "dense"], {}),
     "llama-shared": ("llama", ["key-shared"] * 3, ["gauge"] * 3, {"shared_layers": True}),
+    "llama-biases": ("llama", ["dense"] * 3, ["gauge", "dense", "gauge"], {"attention_bias": True}),
     "gpt2-shared": ("gpt2", ["gauge"] * 3, ["gauge"] * 3, {"shared_layers": True}),
 }
 
