@@ -247,7 +247,13 @@ def _self_generated(source: Any, settings: Any, heal: int | None) -> Any:
     tokens = apart + max(settings.tokens, (heal or 0) and tokens_to_write(heal))
     with progress_bar("writing") as progress:
         path = self_generated_text(
-            source, model, tokens=tokens, length=settings.context, seed=settings.seed, progress=progress
+            source,
+            source.hashes(),
+            model,
+            tokens=tokens,
+            length=settings.context,
+            seed=settings.seed,
+            progress=progress,
         )
     return replace(settings, texts=(str(path),))
 

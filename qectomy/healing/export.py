@@ -25,7 +25,7 @@ from qectomy.eval.samples import token_sample
 from qectomy.eval.token_scores import TokenScores
 from qectomy.healing.budget import Budget
 from qectomy.healing.curve import curve_of, write_curve
-from qectomy.healing.models import Distillation
+from qectomy.healing.models import Distillation, Unchanged
 from qectomy.healing.plan import Plan
 from qectomy.healing.settings import HealSettings
 from qectomy.progress import Progress
@@ -69,8 +69,12 @@ def export(
     device: str,
     progress: Progress | None,
     begun: float,
+    unchanged: Unchanged,
 ) -> dict[str, Any]:
-    """Write the healed checkpoint, its curve, report and card to `out`; return the report."""
+    """Write the healed checkpoint, its curve, report and card to `out`; return the report.
+
+    Raises Stopped, and leaves no output, if a file of either checkpoint is another by then.
+    """
     with new_folder(out, RunFolder(out).result) as work:
         digests = _write_weights(student, outcome, work)
         write_reduced_config(work, with_code(student.family, student.config, reduced=True))
@@ -84,10 +88,11 @@ def export(
         healing = _record(
             settings, outcome, packed, curve, scores, held, outcome.generated, device, time.perf_counter() - begun
         )
-        report = _report(student, original, settings, healing, held, scores, reload)
+        report = _report(student, original, settings, healing, held, scores, reload, unchanged)
         report |= {"tensors_sha256": digests, "fitted_spans": packed.spans.get("fitted_spans")}
         name = report["source"].get("name")  # the hub's, where the fit knew it
         write_report(work, report, replace(original, name=name) if isinstance(name, str) else original)
+        unchanged.check()
         RunFolder(out).will_publish(work)
     return report
 
@@ -199,26 +204,28 @@ def _report(
     held: ScoringWindows,
     scores: dict[str, TokenScores],
     reload: Reload,
+    inputs: Unchanged,
 ) -> dict[str, Any]:
     """Return the fitted checkpoint's report with the healing; costs and the reload check are the healed model's."""
+    made_by = provenance(original, settings.command, inputs.original.weights)
     report = {
-        **provenance(original, settings.command, original.hashes()),
+        **made_by,
         "layers": [{"index": index, "map": str(spec)} for index, spec in enumerate(student.recipe)],
         **totals(original, student.recipe, student.dtype),
         **fitted_report(student),
     }
     healing |= {"earlier": report["healing"]} if "healing" in report else {}
-    teacher = provenance(original, settings.command, original.hashes())["source"]
+    teacher = made_by["source"]
     healing |= {"teacher_is_source": report["source"].get("sha256") == teacher["sha256"]}
     if healing["teacher_is_source"]:
-        teacher |= {"name": report["source"].get("name", teacher["name"])}  # the hub's, where the fit knew it
+        teacher = teacher | {"name": report["source"].get("name", teacher["name"])}  # the hub's, where the fit knew it
     report["source"] = teacher
     return {
         **report,
         **cost(scores["original"], scores["healed"], held),
         "token_sample": token_sample(original.folder, held, scores["original"], scores["healed"]),
         **reload.record(),
-        "healing": {**made(settings.command), "fitted_sha256": student.hashes(), **healing},
+        "healing": {**made(settings.command), "fitted_sha256": inputs.student.weights, **healing},
     }
 
 

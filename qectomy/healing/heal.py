@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from qectomy.healing.data import prepare
 from qectomy.healing.export import Outcome, export, teacher_perplexity
 from qectomy.healing.models import (
     Distillation,
+    Unchanged,
     enable_checkpointing_,
     is_trained,
     load_student,
@@ -62,6 +62,7 @@ class Job:
     processes: Processes
     folder: RunFolder
     progress: Progress | None
+    unchanged: Unchanged
 
     def say(self, what: str) -> None:
         """Tell what is being done before there are steps to count."""
@@ -82,7 +83,8 @@ def heal(
 
     Run by torchrun or `accelerate launch`, every process calls this; all but the first return None. Raises a
     QectomyError before any step is taken for checkpoints that do not belong together, text that is too short, and a run
-    folder of another run; during training for numbers that are not finite, leaving the last good checkpoint.
+    folder of another run; during training for numbers that are not finite, leaving the last good checkpoint; at the end
+    if either checkpoint has changed meanwhile, leaving the run.
     """
     begun = time.perf_counter()
     if not resume:
@@ -93,8 +95,12 @@ def heal(
     settings = settings.resolved()
     _check_context(student, settings.context)
     reporters(settings)
-    job = Job(student, original, settings, processes, RunFolder(out), progress)
-    told = partial(fingerprint, student, original, settings)
+    unchanged = Unchanged.since_now(student, original, processes)
+    job = Job(student, original, settings, processes, RunFolder(out), progress, unchanged)
+
+    def told() -> dict[str, Any]:
+        return fingerprint(settings, unchanged)
+
     if resume and (done := processes.first_alone(lambda: job.folder.finished(told))) is not None:
         return done if processes.is_first else None
     check_absent(out)
@@ -108,7 +114,7 @@ def heal(
             _free_memory(device)
             if not processes.is_first:
                 return None
-            report = export(student, original, out, settings, outcome, packed, held, device, progress, begun)
+            report = export(student, original, out, settings, outcome, packed, held, device, progress, begun, unchanged)
         job.folder.remove()
         return report
     finally:
@@ -143,10 +149,12 @@ def _run(job: Job, device: str, resumed: bool) -> tuple[Outcome, Packed, Scoring
     settings, processes = job.settings, job.processes
     job.say("loading both models")
     teacher = load_teacher(job.original, settings.compute_dtype, device)
+    processes.first_alone(job.unchanged.check)  # what it writes is kept for other runs
     names = list(settings.texts)
     if settings.self_generated:
         names = [processes.first_alone(lambda: _written_by(job, teacher))]
     model = load_student(job.student)
+    processes.first_alone(job.unchanged.check)  # before a step from weights that another run would not have
     if settings.activation_checkpointing:
         enable_checkpointing_(model)  # before a batch is timed, too
     chosen = is_trained(job.student, settings.train)
@@ -175,7 +183,7 @@ def _run(job: Job, device: str, resumed: bool) -> tuple[Outcome, Packed, Scoring
     return outcome, packed, held
 
 
-def fingerprint(student: Checkpoint, original: Checkpoint, settings: HealSettings) -> dict[str, Any]:
+def fingerprint(settings: HealSettings, inputs: Unchanged) -> dict[str, Any]:
     """Return all that decides what a run computes, but for the machine and the number of processes."""
     told = asdict(settings)
     # Neither do these change what is computed, and they are the knobs to turn when memory runs out.
@@ -188,8 +196,8 @@ def fingerprint(student: Checkpoint, original: Checkpoint, settings: HealSetting
         **told,
         "texts": list(settings.texts),
         "text hashes": {name: own for name in texts if (own := own_hash(name))},
-        "reduced checkpoint": student.hashes(),
-        "original checkpoint": original.hashes(),
+        "reduced checkpoint": inputs.student.hashes,
+        "original checkpoint": inputs.original.hashes,
     }
 
 
@@ -199,7 +207,13 @@ def _written_by(job: Job, model: Any) -> str:
     tokens = tokens_to_write(settings.tokens, settings.generated_tokens, settings.validation_tokens)
     tokens += 0 if settings.eval_text else settings.eval_tokens
     path = self_generated_text(
-        job.original, model, tokens=tokens, length=settings.context, seed=settings.seed, progress=job.progress
+        job.original,
+        job.unchanged.original.weights,
+        model,
+        tokens=tokens,
+        length=settings.context,
+        seed=settings.seed,
+        progress=job.progress,
     )
     return str(path)
 

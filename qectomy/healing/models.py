@@ -1,6 +1,7 @@
 """Student and teacher: whether they belong together, how they are loaded, and which weights are trained."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -9,8 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qectomy.checkpoint.checkpoint import Checkpoint, differing_sizes, open_checkpoint
+from qectomy.distributed.processes import Processes
 from qectomy.errors import CheckpointError
 from qectomy.healing.loss import head_loss, hidden_loss
+from qectomy.runs.input_hashes import SourceWatch
 from qectomy.text.text import load_tokenizer
 
 SAME_STREAM = 1e-2  # of the embedding's norm: what a change of basis may leave over; bfloat16 leaves 2e-3
@@ -45,6 +48,23 @@ def open_pair(reduced: str, teacher: str) -> tuple[Checkpoint, Checkpoint]:
             "cannot be compared token by token"
         )
     return student, original
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """The files of both checkpoints as they were when the run began, each hashed once."""
+
+    student: SourceWatch
+    original: SourceWatch
+
+    @staticmethod
+    def since_now(student: Checkpoint, original: Checkpoint, processes: Processes) -> "Unchanged":
+        return Unchanged(*(SourceWatch(checkpoint, processes.first_alone) for checkpoint in (student, original)))
+
+    def check(self) -> None:
+        """Raise Stopped, naming it, for a file whose content is another now."""
+        self.student.check()
+        self.original.check()
 
 
 def load_student(checkpoint: Checkpoint) -> Any:

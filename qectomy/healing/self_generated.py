@@ -52,13 +52,23 @@ def sampling_dtype(device: str) -> str:
 
 
 def self_generated_text(
-    original: Checkpoint, model: Any, *, tokens: int, length: int, seed: int, progress: Progress | None = None
+    original: Checkpoint,
+    hashes: dict[str, str],
+    model: Any,
+    *,
+    tokens: int,
+    length: int,
+    seed: int,
+    progress: Progress | None = None,
 ) -> Path:
-    """Return a .jsonl file of at least `tokens` tokens that `model`, the original, wrote in sequences of `length`."""
+    """Return a .jsonl file of at least `tokens` tokens that `model`, the original, wrote in sequences of `length`.
+
+    `hashes` are those of the original's files, by which the text is found again.
+    """
     device = model.device.type
     batch = _batch(original.dims, device, length, model.dtype.itemsize)
     sampling = {
-        "model": original.hashes(),
+        "model": hashes,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device,
         "length": length,

@@ -17,11 +17,16 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 
 @contextmanager
 def explained(settings: HealSettings, folder: RunFolder) -> Iterator[None]:
-    """Turn running out of memory, a disk that is full or fails, and Ctrl-C, into errors that say what to do."""
+    """Turn lack of memory, a full or failing disk, what stops a run, and Ctrl-C, into errors that say what to do."""
     try:
         yield
     except KeyboardInterrupt as error:
         raise resumable(Stopped(f"interrupted; {folder.path} holds the run, --resume goes on with it")) from error
+    except Stopped as error:
+        if not folder.path.exists():
+            raise
+        said = f"{str(error).rstrip('.')}. {folder.path} holds the run: go on with --resume"
+        raise resumable(Stopped(said)) from error
     except OutputError as error:  # of the result
         said = f"{error}. {folder.path} holds what was trained; --resume goes on from there"
         raise resumable(OutputError(said)) from error

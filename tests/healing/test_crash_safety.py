@@ -8,20 +8,25 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import astuple, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conversions import hashes
+from damage import edit_weights
 from healings import STEP, heal_tiny, kill, killed, options
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from qectomy.checkpoint import checkpoint as checkpoint_module
+from qectomy.checkpoint.checkpoint import sha256
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped
 from qectomy.healing import budget, trainer
 from qectomy.healing import export as export_module
 from qectomy.healing import heal as heal_module
+from qectomy.runs import input_hashes
 from qectomy.runs.run_folder import RunFolder, is_complete
 from qectomy.text import packing
 
@@ -330,6 +335,63 @@ def test_windows_longer_than_the_model_was_made_for(run, tmp_path):
     with pytest.raises(QectomyError, match=r"--context 129 is longer than the 128 positions that the model was made"):
         run(context=129)
     assert list(tmp_path.iterdir()) == []
+
+
+# Checkpoints that change meanwhile
+
+
+def copied(pair, tmp_path):
+    """Return a pair that is the test's own, to change."""
+    found = pair()
+    folders = [shutil.copytree(folder, tmp_path / f"own/{folder.name}-{i}") for i, folder in enumerate(astuple(found))]
+    return replace(found, original=folders[0], reduced=folders[1])
+
+
+@pytest.mark.parametrize("whose", ["original", "reduced"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_checkpoint_that_changes_is_named(whose, name, pair, raven, whole, tmp_path, monkeypatch):
+    found, out = copied(pair, tmp_path), tmp_path / "out"
+    path = getattr(found, whose) / name
+    kept = path.read_bytes()
+    changed = kept + b"\n" if path.suffix == ".json" else kept[:-9] + bytes([kept[-9] ^ 1]) + kept[-8:]
+    right = export_module.write_report
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "write_report", lambda *told: (right(*told), path.write_bytes(changed)))
+        with pytest.raises(
+            Stopped, match=rf"{name} has changed since this run began.*out\.healing.*--resume$"
+        ) as caught:
+            heal_tiny(found, out, raven, **STEPS)
+    assert caught.value.resumable
+    assert not out.exists()
+    with pytest.raises(QectomyError, match=r"holds another run: (reduced|original) checkpoint was"):
+        heal_tiny(found, out, raven, resume=True, **STEPS)
+    path.write_bytes(kept)
+    heal_tiny(found, out, raven, resume=True, **STEPS)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("load", ["load_teacher", "load_student"])
+def test_no_step_is_taken_from_weights_that_change_while_they_are_loaded(load, pair, raven, tmp_path, monkeypatch):
+    found, right = copied(pair, tmp_path), getattr(heal_module, load)
+    folder = found.original if load == "load_teacher" else found.reduced
+
+    def change(*told):
+        edit_weights(folder, lambda tensors: [tensor.mul_(2) for tensor in tensors.values()])
+        return right(*told)
+
+    monkeypatch.setattr(heal_module, load, change)
+    monkeypatch.setattr(heal_module, "budget_of", lambda *_: pytest.fail("went on"))
+    with pytest.raises(Stopped, match=r"model\.safetensors has changed since this run began"):
+        heal_tiny(found, tmp_path / "out", raven, **STEPS)
+
+
+def test_each_file_of_the_checkpoints_is_hashed_once(pair, raven, tmp_path, monkeypatch):
+    hashed, found = [], copied(pair, tmp_path)
+    for module in (checkpoint_module, input_hashes):
+        monkeypatch.setattr(module, "sha256", lambda path: hashed.append(Path(path)) or sha256(path))
+    heal_tiny(found, tmp_path / "out", raven, **STEPS)
+    weights = [path for path in hashed if path.parent in astuple(found) and path.name == "model.safetensors"]
+    assert sorted(weights) == sorted(folder / "model.safetensors" for folder in astuple(found))
 
 
 # Numbers that are none

@@ -24,7 +24,7 @@ def write(tiny_checkpoint, tmp_path, monkeypatch):
     def make(batches, cache="cache", **options):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
         told = {"tokens": batches * BATCH * LENGTH, "length": LENGTH, "seed": 0, **options}
-        return self_generated_text(original, model, **told)
+        return self_generated_text(original, original.hashes(), model, **told)
 
     return make
 
@@ -58,7 +58,7 @@ def test_the_models_own_way_of_sampling_is_left_out(tiny_checkpoint, monkeypatch
         for name, value in own.items():
             setattr(model.generation_config, name, value)
         kept = model.generation_config
-        texts.append(self_generated_text(original, model, tokens=1, length=LENGTH, seed=0).read_bytes())
+        texts.append(self_generated_text(original, {}, model, tokens=1, length=LENGTH, seed=0).read_bytes())
         assert model.generation_config is kept
     assert texts[0] == texts[1]
 
