@@ -238,10 +238,11 @@ def _convert(source: Any, recipe: Any, settings: Any, asked: _Asked, together: A
 def _self_generated(source: Any, settings: Any, heal: int | None) -> Any:
     """Return the settings with a text that the model writes, long enough to calibrate, measure and heal on."""
     from qectomy.convert.fitted import check_device
+    from qectomy.convert.settings import check_context
     from qectomy.healing.models import load_teacher
     from qectomy.healing.self_generated import sampling_dtype, self_generated_text, tokens_to_write
 
-    settings.check_context(source)
+    check_context(source, settings.context)
     model = load_teacher(source, sampling_dtype(settings.device), check_device(settings.device))
     apart = 0 if settings.eval_text else settings.eval_tokens
     tokens = apart + max(settings.tokens, (heal or 0) and tokens_to_write(heal))
@@ -286,8 +287,9 @@ def _show_plan(source: Any, recipe: Any, settings: Any, probe: bool, as_json: bo
     """Print what a conversion would write and need."""
     from qectomy.checkpoint.sizes import totals
     from qectomy.convert.forecast.forecast import forecast
+    from qectomy.convert.settings import check_context
 
-    settings.check_context(source)
+    check_context(source, settings.context)
     settings.check_refit(source, recipe)
     needs = forecast(
         source,

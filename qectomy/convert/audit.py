@@ -18,7 +18,7 @@ from qectomy.calibrate.layer_runner import LayerRunner
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.finite import all_finite
 from qectomy.convert.layerwise import BYTES_A_READ, TOKENS_A_BATCH
-from qectomy.convert.settings import ConvertSettings
+from qectomy.convert.settings import check_context
 from qectomy.errors import NonFiniteError, TextError, UnsupportedArchitecture
 from qectomy.models.linear_views import read_view
 from qectomy.progress import Progress
@@ -91,7 +91,7 @@ def _windows(source: Checkpoint, texts: Sequence[str], tokens: int, context: int
     """Cut the texts into windows. Raises TextError where they, or `tokens`, do not fill one."""
     if source.reduced:
         raise UnsupportedArchitecture(f"{source.folder} is no stock model: audit it without a text")
-    ConvertSettings(context=context).check_context(source)
+    check_context(source, context)
     if tokens < context:
         raise TextError(f"--tokens {tokens} is fewer than one window of {context}; give more, or a smaller --context")
     tokenizer, vocab_size = load_tokenizer(source.folder), source.dims.vocab_size

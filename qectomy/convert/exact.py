@@ -14,7 +14,7 @@ from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.checkpoint.config_files import copy_companions, copy_model_code, reduced_config, write_reduced_config
 from qectomy.checkpoint.headers import TORCH_NAMES, read_json
 from qectomy.checkpoint.type_range import check_range
-from qectomy.convert.settings import ConvertSettings
+from qectomy.convert.settings import ConvertSettings, check_context
 from qectomy.convert.stopwatch import Stopwatch
 from qectomy.errors import QectomyError, QueryMapError
 from qectomy.eval.layerwise_model import StreamedModel, random_tokens, relative_logit_error, score_streamed
@@ -194,7 +194,7 @@ def _windows(source: Checkpoint, settings: ConvertSettings) -> ScoringWindows | 
     name = settings.eval_text or (settings.texts[0] if settings.texts else None)
     if name is None:
         return None
-    settings.check_context(source)
+    check_context(source, settings.context)
     protocol = Protocol(context=settings.context, tokens=settings.eval_tokens)
     tokenizer = load_tokenizer(source.folder)
     held = read_source(name, Reading(field=settings.field, tokenizer=lambda: tokenizer))

@@ -23,7 +23,7 @@ from qectomy.checkpoint.sizes import scratch_bytes, totals
 from qectomy.checkpoint.type_range import check_range
 from qectomy.convert.final_scores import FinalScores
 from qectomy.convert.layerwise import LayerPass
-from qectomy.convert.settings import ConvertSettings
+from qectomy.convert.settings import ConvertSettings, check_context
 from qectomy.convert.shared_run import check_alike, shared_folder
 from qectomy.convert.stopwatch import Stopwatch
 from qectomy.distributed.together import Together
@@ -100,7 +100,7 @@ def _convert(
 ) -> dict[str, Any] | None:
     watch = Stopwatch()
     _check_stock(source)
-    settings.check_context(source)
+    check_context(source, settings.context)
     settings.check_refit(source, recipe)
     device = check_device(together.device)
     needed = totals(source, recipe, settings.stored_dtype)["bytes"]["after"]

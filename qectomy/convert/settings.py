@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.headers import TORCH_NAMES
-from qectomy.errors import QectomyError, QueryMapError, TextError
+from qectomy.errors import QectomyError, QueryMapError, TextError, note
 from qectomy.models.query_maps import QueryMapSpec
 from qectomy.text.documents import CONTEXT, MIN_CONTEXT
 
@@ -45,17 +45,27 @@ class ConvertSettings:
                 "follows; leave --no-refit out, or use key-shared, select or low-rank:R"
             )
 
-    def check_context(self, source: Checkpoint) -> None:
-        """Raise TextError if windows of `context` tokens are too short to fit on, or too long for the model."""
-        if source.family.positions is not None and source.dims.n_positions < MIN_CONTEXT:
-            raise TextError(f"the model has {source.dims.n_positions} positions; a fit needs {MIN_CONTEXT} or more")
-        if self.context < MIN_CONTEXT:
-            raise TextError(f"--context {self.context} leaves too little to attend to; use {MIN_CONTEXT} or more")
-        if source.family.positions is not None and self.context > source.dims.n_positions:
-            raise TextError(
-                f"--context {self.context} is longer than the model's {source.dims.n_positions} positions; use "
-                f"{source.dims.n_positions} or less"
-            )
+
+def check_context(source: Checkpoint, context: int) -> None:
+    """Raise TextError if windows of `context` tokens are too short to fit or heal on, or too long for the model.
+
+    A table of positions ends; RoPE goes on, beyond what the model was made for with a note.
+    """
+    positions, ends = source.dims.n_positions, source.family.positions is not None
+    if ends and positions < MIN_CONTEXT:
+        raise TextError(f"the model has {positions} positions; a fit needs {MIN_CONTEXT} or more")
+    if context < MIN_CONTEXT:
+        raise TextError(f"--context {context} leaves too little to attend to; use {MIN_CONTEXT} or more")
+    if context <= positions:
+        return
+    if ends:
+        raise TextError(
+            f"--context {context} is longer than the model's {positions} positions; use {positions} or less"
+        )
+    note(
+        f"--context {context} is longer than the {positions} positions that the model was made for: RoPE goes on, but "
+        "models tend to predict badly there, and what comes out is made for that. Use as many or fewer, unless it is meant"
+    )
 
 
 def default_context(source: Checkpoint) -> int:

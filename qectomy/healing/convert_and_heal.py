@@ -11,7 +11,7 @@ from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.convert.fitted import convert
 from qectomy.convert.settings import ConvertSettings
 from qectomy.distributed.processes import Processes
-from qectomy.errors import OutputError, QectomyError, Stopped, TextError, resumable
+from qectomy.errors import OutputError, QectomyError, Stopped, resumable
 from qectomy.healing.heal import heal
 from qectomy.healing.settings import HealSettings
 from qectomy.models.query_maps import QueryMapSpec
@@ -37,8 +37,6 @@ def convert_and_heal(
     `resume` and `clean` are those of `convert`, for the fit. What goes wrong in healing leaves OUT.fitted, and
     OUT.healing to resume from; the error says with which command.
     """
-    if settings.context > source.dims.n_positions:
-        raise TextError(f"--context {settings.context} is longer than the model's {source.dims.n_positions} positions")
     processes = Processes(settings.device)
     if processes.count > 1:
         raise QectomyError("--heal in convert is for one process: convert first, then start `qectomy heal` on several")

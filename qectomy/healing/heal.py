@@ -19,6 +19,7 @@ import torch
 
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.convert.fitted import check_device
+from qectomy.convert.settings import check_context
 from qectomy.distributed.processes import Processes
 from qectomy.errors import CheckpointError, TextError
 from qectomy.eval.protocol import ScoringWindows
@@ -93,7 +94,7 @@ def heal(
     device = check_device(processes.device)
     student, original = open_pair(reduced, teacher)
     settings = settings.resolved()
-    _check_context(student, settings.context)
+    check_context(student, settings.context)
     reporters(settings)
     unchanged = Unchanged.since_now(student, original, processes)
     job = Job(student, original, settings, processes, RunFolder(out), progress, unchanged)
@@ -224,13 +225,6 @@ def _bytes_needed(student: Checkpoint, settings: HealSettings) -> int:
     trained = sum(info.numel for name, info in student.tensors.items() if chosen(name))
     checkpoint = BYTES_A_WEIGHT * student.parameters + BYTES_A_TRAINED_ONE * trained
     return KEPT_CHECKPOINTS * checkpoint + student.nbytes
-
-
-def _check_context(student: Checkpoint, context: int) -> None:
-    if context > student.dims.n_positions:
-        raise TextError(
-            f"--context {context} is longer than the {student.dims.n_positions} positions that the model was made for"
-        )
 
 
 def _train(

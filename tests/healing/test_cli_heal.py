@@ -91,7 +91,6 @@ def test_usage_errors_exit_with_2(cli, arguments, tmp_path):
         ("--text nosuch.txt", "no file 'nosuch.txt', and no dataset of that name"),
         ("--text raven.txt --lr 0", "--lr 0.0 must be above 0"),
         ("--text raven.txt --loss mse", "unknown --loss 'mse'; known: kl, ce, mixed"),
-        ("--text raven.txt --context 129", "longer than the 128 positions"),
         ("--text raven.txt --device abacus", "--device abacus: not usable here"),
     ],
 )

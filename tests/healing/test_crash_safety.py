@@ -331,12 +331,6 @@ def test_too_little_room_is_said_at_once(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_windows_longer_than_the_model_was_made_for(run, tmp_path):
-    with pytest.raises(QectomyError, match=r"--context 129 is longer than the 128 positions that the model was made"):
-        run(context=129)
-    assert list(tmp_path.iterdir()) == []
-
-
 # Checkpoints that change meanwhile
 
 
