@@ -13,7 +13,7 @@ VERSIONS = 5.4.0 5.19.0 newest
 
 # What is bounded by rounding, and so by the order in which a processor's kernels add up.
 NUMERICS := tests/calibrate tests/healing/test_loss.py tests/models/test_architectures.py \
-  $(addprefix tests/convert/test_,distributed_convert.py forecast_work.py) \
+  $(addprefix tests/conversion/test_,distributed_convert.py forecast_work.py) \
   $(addprefix tests/eval/test_,perplexity.py token_scores.py score_windows.py) \
   $(addprefix tests/surgery/test_,folding.py gauge.py materialize.py nanogpt.py norm_fusion.py stream_basis.py)
 

@@ -120,9 +120,9 @@ def write_headers(folder: Path, shape: Any) -> None:
 def foretell(folder: Path, options: argparse.Namespace) -> list[list[str]]:
     """Return what is foretold for a checkpoint, stage by stage, and for the other commands."""
     from qectomy.checkpoint.checkpoint import open_checkpoint
-    from qectomy.convert.forecast import commands
-    from qectomy.convert.forecast.forecast import forecast
-    from qectomy.convert.forecast.work import plan_work
+    from qectomy.conversion.forecast import commands
+    from qectomy.conversion.forecast.forecast import forecast
+    from qectomy.conversion.forecast.work import plan_work
     from qectomy.models.query_maps import parse_recipe
 
     source = open_checkpoint(folder)

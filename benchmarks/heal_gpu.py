@@ -26,8 +26,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from qectomy.convert.fitted import convert
-from qectomy.convert.settings import ConvertSettings
+from qectomy.conversion.fitted import convert
+from qectomy.conversion.settings import ConvertSettings
 from qectomy.errors import QectomyError
 from qectomy.eval.loading import load_model
 from qectomy.healing.heal import heal

@@ -24,8 +24,8 @@ CHILD = "import sys; sys.path.insert(0, sys.argv.pop(1)); import memory; memory.
 
 def measured(command: str, *arguments: str) -> None:
     """Run a command of qectomy in this process; print the peak over the start and the seconds as JSON."""
-    import qectomy.convert.exact
-    import qectomy.convert.fitted
+    import qectomy.conversion.exact
+    import qectomy.conversion.fitted
     import qectomy.eval.certificate
     from qectomy.checkpoint.memory import release_freed
     from qectomy.cli import app

@@ -32,9 +32,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.checkpoint.prefetch import Layers, LayersAhead, Tensors, read_layers
-from qectomy.convert import layerwise
-from qectomy.convert.fitted import convert
-from qectomy.convert.settings import ConvertSettings
+from qectomy.conversion import layerwise
+from qectomy.conversion.fitted import convert
+from qectomy.conversion.settings import ConvertSettings
 from qectomy.eval import layerwise_model
 from qectomy.eval.layerwise_model import StreamedModel, score_streamed
 from qectomy.eval.protocol import Protocol, scoring_windows

@@ -61,8 +61,8 @@ def inspect(
     """Say what each query map would remove, from the config and the file headers alone unless audited."""
     from qectomy.checkpoint.checkpoint import open_checkpoint
     from qectomy.checkpoint.hub_headers import open_headers
-    from qectomy.convert.forecast.forecast import forecast
-    from qectomy.convert.settings import default_context
+    from qectomy.conversion.forecast.forecast import forecast
+    from qectomy.conversion.settings import default_context
     from qectomy.surgery.inspect import inspect as inspect_checkpoint
 
     if text and not audit:
@@ -71,7 +71,7 @@ def inspect(
     context = context or default_context(source)
     result = inspect_checkpoint(source)
     if audit:
-        from qectomy.convert.audit import audit_layers
+        from qectomy.conversion.audit import audit_layers
         from qectomy.surgery.choice import choose_folds
 
         with progress_bar("auditing") as progress:
@@ -114,7 +114,7 @@ def verify(
     check_texts([text], field, context or 2)
     from qectomy.checkpoint.checkpoint import open_checkpoint
     from qectomy.checkpoint.config_files import load_config
-    from qectomy.convert.settings import default_context
+    from qectomy.conversion.settings import default_context
     from qectomy.eval.certificate import verify as run
     from qectomy.eval.protocol import Protocol, check_positions, scoring_windows
     from qectomy.report.tables import show_certificate

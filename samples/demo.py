@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from qectomy.convert.exact import convert_exact
-from qectomy.convert.fitted import convert
-from qectomy.convert.layerwise import Progress
-from qectomy.convert.settings import ConvertSettings, default_context
+from qectomy.conversion.exact import convert_exact
+from qectomy.conversion.fitted import convert
+from qectomy.conversion.layerwise import Progress
+from qectomy.conversion.settings import ConvertSettings, default_context
 from qectomy.errors import QectomyError
 from qectomy.models.query_maps import parse_exact, parse_recipe
 from qectomy.report.query_share import query_share

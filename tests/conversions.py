@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from qectomy.calibrate import key_shared, preconditioning, refine
 from qectomy.checkpoint.checkpoint import open_checkpoint, sha256
-from qectomy.convert.fitted import convert
-from qectomy.convert.settings import ConvertSettings
+from qectomy.conversion.fitted import convert
+from qectomy.conversion.settings import ConvertSettings
 from qectomy.errors import QectomyError
 from qectomy.eval import reload
 from qectomy.models.query_maps import parse_recipe

@@ -14,10 +14,10 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from qectomy import calibrate, convert
+from qectomy import calibrate, conversion
 from qectomy.distributed.together import Together
 
-FITS = [Path(room.__file__).parent for room in (calibrate, convert)]
+FITS = [Path(room.__file__).parent for room in (calibrate, conversion)]
 ROUNDING = 2**8 * torch.finfo(torch.float32).eps  # 3e-5; see `apart`
 DURATIONS = {"layerwise._run_teacher", "final_scores.final_scores"}
 FREE = {"refit.__init__"}  # about which point a regression's sums are taken: any near their mean does

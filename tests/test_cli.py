@@ -424,8 +424,8 @@ def stop(*_, **__):
 @pytest.mark.parametrize(
     "place, arguments",
     [
-        ("qectomy.convert.fitted.check_reload", ["convert", "model", "--query", "select", "--text", "text", *QUICK]),
-        ("qectomy.convert.exact.check_reload", ["convert", "gpt2", "--query", "exact"]),
+        ("qectomy.conversion.fitted.check_reload", ["convert", "model", "--query", "select", "--text", "text", *QUICK]),
+        ("qectomy.conversion.exact.check_reload", ["convert", "gpt2", "--query", "exact"]),
         ("qectomy.surgery.materialize.write_config", ["materialize", "reduced"]),
         ("qectomy.surgery.norm_fusion.write_config", ["fold-norms", "gpt2"]),
         ("qectomy.surgery.nanogpt.write_config", ["import-nanogpt", "nanogpt"]),
@@ -479,14 +479,14 @@ def test_an_interruption_before_anything_is_kept(cli, tiny_checkpoint, raven, tm
     """130, as shells have it; 75 where an earlier run lies there still, which `--resume` had not entered yet."""
     command = ["convert", tiny_checkpoint(), "--out", tmp_path / "out", "--query", "select", "--text", raven, *QUICK]
     with monkeypatch.context() as patch:
-        patch.setattr("qectomy.convert.fitted.SourceWatch", stop)
+        patch.setattr("qectomy.conversion.fitted.SourceWatch", stop)
         done = cli(*command)
     assert (done.code, done.err) == (130, "error: interrupted; what was not finished is not kept\n")
     assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patch:
-        patch.setattr("qectomy.convert.fitted.check_reload", stop)
+        patch.setattr("qectomy.conversion.fitted.check_reload", stop)
         assert cli(*command).code == 75
-        patch.setattr("qectomy.convert.fitted.SourceWatch", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr("qectomy.conversion.fitted.SourceWatch", lambda *_: signal.raise_signal(signal.SIGTERM))
         done = cli(*command, "--resume")
     assert done.code == 75
     assert done.err.startswith("error: interrupted; what there was to go on from is as it was\nto go on: qectomy ")
@@ -505,7 +505,7 @@ def test_a_disk_that_fails_asks_to_try_again_and_a_result_that_is_refused_does_n
         NonFiniteError("NaN"): 1,
     }.items():
         with monkeypatch.context() as patch:
-            patch.setattr("qectomy.convert.fitted.check_reload", raising(error))
+            patch.setattr("qectomy.conversion.fitted.check_reload", raising(error))
             done = cli(*command, "--resume")
         assert done.code == code, done.err
         assert ("\nto go on: qectomy convert " in done.err) == (code == 75), done.err
@@ -531,7 +531,7 @@ def test_a_run_of_other_settings_is_not_gone_on_with(cli, tiny_checkpoint, raven
     other.write_text(raven.read_text() + "More.")
     command = ["convert", tiny_checkpoint(), "--out", tmp_path / "out", "--query", "select", "--text", raven, *QUICK]
     with monkeypatch.context() as patch:
-        patch.setattr("qectomy.convert.fitted.check_reload", stop)
+        patch.setattr("qectomy.conversion.fitted.check_reload", stop)
         assert cli(*command).code == 75
     for changed, message in {
         ("--seed", 1): "seed was 0, is 1.",

@@ -15,7 +15,7 @@ FLOORS = [  # bottom first; a room imports from floors below its own, never from
     {"surgery", "calibrate", "text"},
     {"eval"},
     {"report"},
-    {"convert"},
+    {"conversion"},
     {"healing"},
     {"commands"},
     {"cli"},

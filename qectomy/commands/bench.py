@@ -42,7 +42,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time loading, prefill and decoding of two checkpoints in turn, next to what the bytes they read allow."""
-    from qectomy.convert.fitted import check_device
+    from qectomy.conversion.fitted import check_device
     from qectomy.eval.inference_cost import BenchSettings, compare
     from qectomy.report.bench_table import show_bench
     from qectomy.report.record import made

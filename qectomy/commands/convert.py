@@ -98,7 +98,7 @@ def convert(
     if not dry_run:  # which notes what is missing
         check_texts([*(text or ()), eval_text], field, context or 16)
     from qectomy.checkpoint.checkpoint import open_checkpoint
-    from qectomy.convert.settings import ConvertSettings, default_context
+    from qectomy.conversion.settings import ConvertSettings, default_context
     from qectomy.models.query_maps import parse_exact, parse_recipe
 
     with _together(device) as together:
@@ -218,7 +218,7 @@ def _together(device: str) -> Iterator[Any]:
 
 def _convert(source: Any, recipe: Any, settings: Any, asked: _Asked, together: Any) -> None:
     """Run `convert` with a fit alone; the first process shows what came of it."""
-    from qectomy.convert.fitted import convert as run
+    from qectomy.conversion.fitted import convert as run
 
     with progress_bar("converting") if together.is_first else nullcontext() as progress:
         report = run(
@@ -237,8 +237,8 @@ def _convert(source: Any, recipe: Any, settings: Any, asked: _Asked, together: A
 
 def _self_generated(source: Any, settings: Any, heal: int | None) -> Any:
     """Return the settings with a text that the model writes, long enough to calibrate, measure and heal on."""
-    from qectomy.convert.fitted import check_device
-    from qectomy.convert.settings import check_context
+    from qectomy.conversion.fitted import check_device
+    from qectomy.conversion.settings import check_context
     from qectomy.healing.models import load_teacher
     from qectomy.healing.self_generated import sampling_dtype, self_generated_text, tokens_to_write
 
@@ -286,8 +286,8 @@ def _convert_and_heal(source: Any, recipe: Any, settings: Any, tokens: int, aske
 def _show_plan(source: Any, recipe: Any, settings: Any, probe: bool, as_json: bool) -> None:
     """Print what a conversion would write and need."""
     from qectomy.checkpoint.sizes import totals
-    from qectomy.convert.forecast.forecast import forecast
-    from qectomy.convert.settings import check_context
+    from qectomy.conversion.forecast.forecast import forecast
+    from qectomy.conversion.settings import check_context
 
     check_context(source, settings.context)
     settings.check_refit(source, recipe)
@@ -313,12 +313,12 @@ def _show_plan(source: Any, recipe: Any, settings: Any, probe: bool, as_json: bo
 
 def _convert_exact(source: Any, settings: Any, kept: Any, asked: _Asked) -> None:
     """Run `convert --query exact`, or only its plan, which reads the weights."""
-    from qectomy.convert.exact import convert_exact, dry_run_exact
+    from qectomy.conversion.exact import convert_exact, dry_run_exact
     from qectomy.report.tables import show_exact
 
     with progress_bar("planning" if asked.dry_run else "folding") as progress:
         if asked.dry_run:
-            from qectomy.convert.forecast.forecast import forecast_exact
+            from qectomy.conversion.forecast.forecast import forecast_exact
 
             report = dry_run_exact(source, settings, kept, progress)
             report["needs"] = forecast_exact(source, report["bytes"]["after"], settings.stored_dtype)

@@ -61,7 +61,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity, bits per byte and the cost of a reduction, all by one recorded protocol."""
     check_texts([text], field, 1 if protocol else context or 2)
-    from qectomy.convert.fitted import check_device
+    from qectomy.conversion.fitted import check_device
     from qectomy.eval.evaluate import Measure, evaluate_all, settle
     from qectomy.report.record import made
     from qectomy.report.saved import check_savable, save_result

@@ -137,7 +137,7 @@ def heal(
     """
     check_texts([*(text or ()), eval_text], field, context or 16)
     from qectomy.checkpoint.checkpoint import open_checkpoint
-    from qectomy.convert.settings import default_context
+    from qectomy.conversion.settings import default_context
     from qectomy.healing.heal import heal as run
     from qectomy.healing.settings import HealSettings
     from qectomy.runs.run_folder import RunFolder, check_unhealed

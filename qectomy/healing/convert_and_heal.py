@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qectomy.checkpoint.checkpoint import Checkpoint
-from qectomy.convert.fitted import convert
-from qectomy.convert.settings import ConvertSettings
+from qectomy.conversion.fitted import convert
+from qectomy.conversion.settings import ConvertSettings
 from qectomy.distributed.processes import Processes
 from qectomy.errors import OutputError, QectomyError, Stopped, resumable
 from qectomy.healing.heal import heal

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from qectomy.checkpoint.checkpoint import Checkpoint
-from qectomy.convert.fitted import check_device
-from qectomy.convert.settings import check_context
+from qectomy.conversion.fitted import check_device
+from qectomy.conversion.settings import check_context
 from qectomy.distributed.processes import Processes
 from qectomy.errors import CheckpointError, TextError
 from qectomy.eval.protocol import ScoringWindows

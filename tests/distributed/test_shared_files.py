@@ -9,7 +9,7 @@ from launches import launched
 from qectomy.calibrate.hidden_states import Streams
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.shards import TensorSpec
-from qectomy.convert import shared_run
+from qectomy.conversion import shared_run
 from qectomy.distributed.together import Together
 from qectomy.errors import Stopped
 from qectomy.runs import input_hashes

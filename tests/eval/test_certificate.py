@@ -10,8 +10,8 @@ from tiny_models import save_reduced, save_variant, variant_model
 from transformers import AutoModelForCausalLM
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
-from qectomy.convert.exact import convert_exact
-from qectomy.convert.settings import ConvertSettings
+from qectomy.conversion.exact import convert_exact
+from qectomy.conversion.settings import ConvertSettings
 from qectomy.errors import CheckpointError
 from qectomy.eval.certificate import verify
 from qectomy.eval.protocol import Protocol, scoring_windows

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.headers import INDEX, SINGLE
-from qectomy.convert.exact import convert_exact
-from qectomy.convert.settings import ConvertSettings
+from qectomy.conversion.exact import convert_exact
+from qectomy.conversion.settings import ConvertSettings
 from qectomy.errors import QectomyError
 from qectomy.eval.certificate import verify
 from qectomy.eval.layerwise_model import StreamedModel, open_any

@@ -11,8 +11,8 @@ from healings import Pair, heal_tiny
 from tiny_models import EVERY_MAP, load_reduced, tokens
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
-from qectomy.convert.exact import convert_exact
-from qectomy.convert.settings import ConvertSettings
+from qectomy.conversion.exact import convert_exact
+from qectomy.conversion.settings import ConvertSettings
 from qectomy.errors import CheckpointError, Stopped
 from qectomy.eval import reload
 from qectomy.eval.layerwise_model import StreamedModel

@@ -22,7 +22,7 @@ from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.config_files import copy_companions, load_config
 from qectomy.checkpoint.headers import INDEX, MAX_DEPTH, SINGLE, parse_json
 from qectomy.cli import complain
-from qectomy.convert.pass_steps import is_whole
+from qectomy.conversion.pass_steps import is_whole
 from qectomy.errors import (
     CheckpointError,
     OutputError,

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
-from qectomy.convert.exact import convert_exact
-from qectomy.convert.settings import ConvertSettings
+from qectomy.conversion.exact import convert_exact
+from qectomy.conversion.settings import ConvertSettings
 from qectomy.errors import CheckpointError, QectomyError
 from qectomy.healing.models import (
     Distillation,

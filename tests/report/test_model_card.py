@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from qectomy.convert.exact import convert_exact
-from qectomy.convert.settings import ConvertSettings
+from qectomy.conversion.exact import convert_exact
+from qectomy.conversion.settings import ConvertSettings
 from qectomy.report.model_card import model_card
 
 

@@ -13,8 +13,8 @@ from strangers import make_stranger, strange_environment
 from tiny_models import load_reduced
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
-from qectomy.convert.exact import convert_exact
-from qectomy.convert.settings import ConvertSettings
+from qectomy.conversion.exact import convert_exact
+from qectomy.conversion.settings import ConvertSettings
 
 BEFORE, AFTER = (
     """

@@ -192,8 +192,8 @@ def test_a_real_conversion_shows_what_each_layer_stores(tiny_checkpoint, raven, 
 
 def test_a_real_exact_fold_is_shown(tiny_checkpoint, tmp_path, report, monkeypatch):
     from qectomy.checkpoint.checkpoint import open_checkpoint
-    from qectomy.convert.exact import convert_exact
-    from qectomy.convert.settings import ConvertSettings
+    from qectomy.conversion.exact import convert_exact
+    from qectomy.conversion.settings import ConvertSettings
 
     reload_here(monkeypatch)
     source, out = tiny_checkpoint("gpt2"), tmp_path / "out"

@@ -14,8 +14,8 @@ from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.checkpoint.config_files import copy_companions, copy_model_code, reduced_config, write_reduced_config
 from qectomy.checkpoint.headers import TORCH_NAMES, read_json
 from qectomy.checkpoint.type_range import check_range
-from qectomy.convert.settings import ConvertSettings, check_context
-from qectomy.convert.stopwatch import Stopwatch
+from qectomy.conversion.settings import ConvertSettings, check_context
+from qectomy.conversion.stopwatch import Stopwatch
 from qectomy.errors import QectomyError, QueryMapError
 from qectomy.eval.layerwise_model import StreamedModel, random_tokens, relative_logit_error, score_streamed
 from qectomy.eval.metrics import cost

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.sizes import totals
-from qectomy.convert.forecast import costs
-from qectomy.convert.forecast.work import (
+from qectomy.conversion.forecast import costs
+from qectomy.conversion.forecast.work import (
     EIGEN_CHANNELS,
     GENERATED,
     JOINT_STEPS,
@@ -24,7 +24,7 @@ from qectomy.convert.forecast.work import (
 from qectomy.models.query_maps import QueryMapSpec
 
 if TYPE_CHECKING:
-    from qectomy.convert.forecast.timer import Speeds
+    from qectomy.conversion.forecast.timer import Speeds
 
 IMPORTS = 5.0  # seconds in which a new process has torch and transformers loaded, where they were loaded before
 TOKENIZER, MODEL = 0.8, 0.3  # of those seconds: what loading a tokenizer and a model's class imports besides

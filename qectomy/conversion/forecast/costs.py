@@ -7,7 +7,7 @@ Dimensions: D d_model, M d_mlp, Q n_heads * d_head, S n_kv_heads * d_head, H n_h
 
 import math
 
-from qectomy.convert.forecast.work import ATTENDED_STRIDE, ROWS_STRIDE
+from qectomy.conversion.forecast.work import ATTENDED_STRIDE, ROWS_STRIDE
 from qectomy.models.family import Dimensions
 from qectomy.models.query_maps import QueryMapSpec
 

@@ -10,7 +10,7 @@ import torch
 
 from qectomy.calibrate.hidden_states import Streams
 from qectomy.checkpoint.shards import TensorSpec
-from qectomy.convert.pass_steps import is_whole
+from qectomy.conversion.pass_steps import is_whole
 from qectomy.distributed.together import Together
 from qectomy.errors import QectomyError
 from qectomy.runs.locked_folder import GoOn, differences

@@ -23,11 +23,11 @@ from qectomy.calibrate.precision import fast_math
 from qectomy.calibrate.refine import RefineSettings, refine
 from qectomy.calibrate.refit import Regression
 from qectomy.checkpoint.checkpoint import Checkpoint
-from qectomy.convert.final_scores import SCORED_TOKENS
-from qectomy.convert.forecast import costs
-from qectomy.convert.forecast.random_layer import RandomLayer, at_most
-from qectomy.convert.forecast.timer import Speeds, Timer
-from qectomy.convert.forecast.work import Work
+from qectomy.conversion.final_scores import SCORED_TOKENS
+from qectomy.conversion.forecast import costs
+from qectomy.conversion.forecast.random_layer import RandomLayer, at_most
+from qectomy.conversion.forecast.timer import Speeds, Timer
+from qectomy.conversion.forecast.work import Work
 from qectomy.distributed.window_shard import whole
 from qectomy.eval.token_scores import SLICE, score_tokens
 from qectomy.models.query_maps import QueryMapSpec

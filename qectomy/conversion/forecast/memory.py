@@ -7,7 +7,7 @@ Dimensions: D d_model, M d_mlp, Q n_heads * d_head, S n_kv_heads * d_head, G n_k
 
 import math
 
-from qectomy.convert.forecast.work import (
+from qectomy.conversion.forecast.work import (
     BLOCK_LOGITS,
     COLUMNS,
     EIGEN_CHANNELS,

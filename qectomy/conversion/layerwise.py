@@ -22,11 +22,11 @@ from qectomy.checkpoint.finite import all_finite
 from qectomy.checkpoint.prefetch import Layers, read_layers
 from qectomy.checkpoint.shards import DTYPES, TensorSpec
 from qectomy.checkpoint.sizes import planned_tensors
-from qectomy.convert.final_scores import FinalScores, Head, final_scores
-from qectomy.convert.moved import moved_by
-from qectomy.convert.settings import ConvertSettings
-from qectomy.convert.shared_run import SharedWriter, own_scratch
-from qectomy.convert.stopwatch import Stopwatch
+from qectomy.conversion.final_scores import FinalScores, Head, final_scores
+from qectomy.conversion.moved import moved_by
+from qectomy.conversion.settings import ConvertSettings
+from qectomy.conversion.shared_run import SharedWriter, own_scratch
+from qectomy.conversion.stopwatch import Stopwatch
 from qectomy.distributed.together import Together
 from qectomy.distributed.window_shard import shared
 from qectomy.errors import NonFiniteError

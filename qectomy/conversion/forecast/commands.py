@@ -5,8 +5,8 @@ counted there either: `largest` adds them.
 Dimensions: D d_model, M d_mlp, Q n_heads * d_head, S n_kv_heads * d_head, T context, V vocabulary.
 """
 
-from qectomy.convert.forecast.memory import KERNELS, LIBRARIES, MLP_A_TOKEN, SLICE_COPIES, SVD
-from qectomy.convert.forecast.work import RELOAD_TOKENS, SLICE, Work
+from qectomy.conversion.forecast.memory import KERNELS, LIBRARIES, MLP_A_TOKEN, SLICE_COPIES, SVD
+from qectomy.conversion.forecast.work import RELOAD_TOKENS, SLICE, Work
 
 STREAMED_TOKENS = 2048  # eval/layerwise_model.py: a batch
 STATES_BYTES = 1 << 28  # of hidden states of one model held at a time

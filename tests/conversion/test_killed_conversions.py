@@ -17,9 +17,9 @@ from nanogpt_checkpoints import made
 from tiny_models import tiny_tokenizer
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
-from qectomy.convert.exact import convert_exact
-from qectomy.convert.layerwise import LayerPass
-from qectomy.convert.settings import ConvertSettings
+from qectomy.conversion.exact import convert_exact
+from qectomy.conversion.layerwise import LayerPass
+from qectomy.conversion.settings import ConvertSettings
 from qectomy.runs.step_writer import StepWriter
 from qectomy.runs.work_folder import WorkFolder, without_report
 from qectomy.surgery.materialize import materialize

@@ -11,7 +11,7 @@ from tiny_models import tokens
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.prefetch import LayersAhead
-from qectomy.convert import layerwise
+from qectomy.conversion import layerwise
 from qectomy.errors import NonFiniteError, Stopped
 from qectomy.eval import layerwise_model
 from qectomy.eval.layerwise_model import StreamedModel

@@ -13,7 +13,7 @@ from interruptions import same_output
 from launches import KILLED, launched, several
 
 from qectomy.calibrate import layer_fit, refit
-from qectomy.convert.layerwise import LayerPass
+from qectomy.conversion.layerwise import LayerPass
 from qectomy.distributed.launched import Launched
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped
 from qectomy.runs.step_writer import StepWriter

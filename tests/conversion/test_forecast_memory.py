@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from qectomy.convert.forecast import commands
-from qectomy.convert.forecast.memory import (
+from qectomy.conversion.forecast import commands
+from qectomy.conversion.forecast.memory import (
     KERNELS,
     LIBRARIES,
     batch_bytes,
@@ -17,7 +17,7 @@ from qectomy.convert.forecast.memory import (
     layer_stages,
     peak,
 )
-from qectomy.convert.forecast.work import Work
+from qectomy.conversion.forecast.work import Work
 from qectomy.models.family import Dimensions
 from qectomy.models.query_maps import QueryMapSpec
 

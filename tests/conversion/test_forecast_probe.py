@@ -8,16 +8,16 @@ import torch
 from conversions import QUICK
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
-from qectomy.convert.forecast import costs, random_layer, timer
-from qectomy.convert.forecast import probe as probe_module
-from qectomy.convert.forecast import seconds as seconds_module
-from qectomy.convert.forecast.checkpoint_speed import CheckpointSpeed
-from qectomy.convert.forecast.forecast import forecast
-from qectomy.convert.forecast.probe import WIDE_SHARE, probe
-from qectomy.convert.forecast.random_layer import at_most
-from qectomy.convert.forecast.seconds import layer_seconds, stage_seconds
-from qectomy.convert.forecast.timer import SLOWER, Speeds
-from qectomy.convert.forecast.work import JOINT_STEPS, plan_work
+from qectomy.conversion.forecast import costs, random_layer, timer
+from qectomy.conversion.forecast import probe as probe_module
+from qectomy.conversion.forecast import seconds as seconds_module
+from qectomy.conversion.forecast.checkpoint_speed import CheckpointSpeed
+from qectomy.conversion.forecast.forecast import forecast
+from qectomy.conversion.forecast.probe import WIDE_SHARE, probe
+from qectomy.conversion.forecast.random_layer import at_most
+from qectomy.conversion.forecast.seconds import layer_seconds, stage_seconds
+from qectomy.conversion.forecast.timer import SLOWER, Speeds
+from qectomy.conversion.forecast.work import JOINT_STEPS, plan_work
 from qectomy.models.query_maps import QueryMapSpec, parse_recipe
 
 ALWAYS = {

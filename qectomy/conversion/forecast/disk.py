@@ -3,7 +3,7 @@
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.config_files import companions
 from qectomy.checkpoint.sizes import totals
-from qectomy.convert.forecast.work import Work
+from qectomy.conversion.forecast.work import Work
 
 REPORT = 1_000_000  # the model code, qectomy.json, the card and the page, about
 

@@ -11,7 +11,7 @@ from launches import launched
 from qectomy.cli import main
 from qectomy.commands import convert
 from qectomy.commands.terminal import progress_bar
-from qectomy.convert.layerwise import LayerPass
+from qectomy.conversion.layerwise import LayerPass
 
 
 def commanded(monkeypatch, *arguments, before=lambda: None):

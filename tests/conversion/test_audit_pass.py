@@ -10,7 +10,7 @@ from tiny_models import save_tiny, tiny_tokenizer, tokens
 from transformers import AutoModelForCausalLM
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
-from qectomy.convert.audit import audit_layers, text_moments, white_moments
+from qectomy.conversion.audit import audit_layers, text_moments, white_moments
 from qectomy.errors import NonFiniteError, TextError
 from qectomy.surgery.stream_basis import random_orthogonal
 from qectomy.text.text import make_windows, read_source

@@ -14,8 +14,8 @@ from qectomy import __version__
 from qectomy.calibrate import layer_fit
 from qectomy.checkpoint.checkpoint import open_checkpoint, sha256
 from qectomy.checkpoint.sizes import scratch_bytes
-from qectomy.convert.fitted import convert
-from qectomy.convert.settings import ConvertSettings
+from qectomy.conversion.fitted import convert
+from qectomy.conversion.settings import ConvertSettings
 from qectomy.errors import CheckpointError
 from qectomy.eval.evaluate import evaluate
 from qectomy.eval.protocol import Protocol

@@ -4,8 +4,8 @@ import pytest
 from conversions import convert_tiny, reload_here
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
-from qectomy.convert.exact import convert_exact
-from qectomy.convert.settings import ConvertSettings
+from qectomy.conversion.exact import convert_exact
+from qectomy.conversion.settings import ConvertSettings
 from qectomy.errors import QectomyError
 from qectomy.runs.work_folder import WorkFolder
 

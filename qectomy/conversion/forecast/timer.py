@@ -7,8 +7,8 @@ from statistics import median
 import torch
 
 from qectomy.checkpoint.checkpoint import Checkpoint
-from qectomy.convert.forecast.checkpoint_speed import CheckpointSpeed, checkpoint_speed
-from qectomy.convert.forecast.work import Work
+from qectomy.conversion.forecast.checkpoint_speed import CheckpointSpeed, checkpoint_speed
+from qectomy.conversion.forecast.work import Work
 
 PIECE_SECONDS = 0.25  # a piece is timed again while it has taken less in all
 REPEATS = 4

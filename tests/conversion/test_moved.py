@@ -8,8 +8,8 @@ from launches import several
 from numpy.linalg import norm
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
-from qectomy.convert.layerwise import LayerPass
-from qectomy.convert.moved import moved_by
+from qectomy.conversion.layerwise import LayerPass
+from qectomy.conversion.moved import moved_by
 from qectomy.errors import QectomyError, QueryMapError, Stopped
 from qectomy.models.query_maps import parse_query_map
 from qectomy.runs.work_folder import WorkFolder

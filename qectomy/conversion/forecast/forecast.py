@@ -5,10 +5,10 @@ import time
 from typing import Any
 
 from qectomy.checkpoint.checkpoint import Checkpoint
-from qectomy.convert.forecast import commands, memory
-from qectomy.convert.forecast.disk import companion_bytes, disk_bytes
-from qectomy.convert.forecast.seconds import stage_seconds
-from qectomy.convert.forecast.work import Work, plan_work
+from qectomy.conversion.forecast import commands, memory
+from qectomy.conversion.forecast.disk import companion_bytes, disk_bytes
+from qectomy.conversion.forecast.seconds import stage_seconds
+from qectomy.conversion.forecast.work import Work, plan_work
 from qectomy.models.query_maps import QueryMapSpec
 
 FITTED = QueryMapSpec("key-shared")  # the map that stands for a fitted conversion where none is named
@@ -81,8 +81,8 @@ def forecast_exact(source: Checkpoint, written: int, dtype: str | None = None) -
 def _timed(source: Checkpoint, work: Work, dtype: str | None, device: str) -> dict[str, Any]:
     """Return the seconds of each stage, all of them, and those that it took to find out."""
     begun, new = time.perf_counter(), "torch" not in sys.modules
-    from qectomy.convert.fitted import check_device
-    from qectomy.convert.forecast.probe import probe
+    from qectomy.conversion.fitted import check_device
+    from qectomy.conversion.forecast.probe import probe
 
     imports = time.perf_counter() - begun if new else None
     speeds = probe(source, work, check_device(device))

@@ -21,11 +21,11 @@ from qectomy.checkpoint.config_files import copy_companions, copy_model_code
 from qectomy.checkpoint.headers import read_json
 from qectomy.checkpoint.sizes import scratch_bytes, totals
 from qectomy.checkpoint.type_range import check_range
-from qectomy.convert.final_scores import FinalScores
-from qectomy.convert.layerwise import LayerPass
-from qectomy.convert.settings import ConvertSettings, check_context
-from qectomy.convert.shared_run import check_alike, shared_folder
-from qectomy.convert.stopwatch import Stopwatch
+from qectomy.conversion.final_scores import FinalScores
+from qectomy.conversion.layerwise import LayerPass
+from qectomy.conversion.settings import ConvertSettings, check_context
+from qectomy.conversion.shared_run import check_alike, shared_folder
+from qectomy.conversion.stopwatch import Stopwatch
 from qectomy.distributed.together import Together
 from qectomy.errors import QectomyError, TextError, UnsupportedArchitecture
 from qectomy.eval.metrics import cost

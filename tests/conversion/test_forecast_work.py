@@ -14,10 +14,10 @@ from conversions import QUICK, convert_tiny
 from qectomy.calibrate import attention_kl, key_shared, layer_fit, moments, preconditioning, refine, refit
 from qectomy.calibrate.precision import fast_dtype
 from qectomy.checkpoint.checkpoint import open_checkpoint
-from qectomy.convert import final_scores, layerwise
-from qectomy.convert.forecast import commands, work
-from qectomy.convert.forecast.disk import disk_bytes, scratch_files
-from qectomy.convert.forecast.work import fast_itemsize, plan_work
+from qectomy.conversion import final_scores, layerwise
+from qectomy.conversion.forecast import commands, work
+from qectomy.conversion.forecast.disk import disk_bytes, scratch_files
+from qectomy.conversion.forecast.work import fast_itemsize, plan_work
 from qectomy.eval import certificate, layerwise_model, reload, samples, token_scores
 from qectomy.models.query_maps import parse_recipe
 from qectomy.surgery import checkpoint
@@ -57,7 +57,7 @@ def test_the_constants_are_those_of_the_modules_that_do_the_work():
 
 ALONE = """
 import pathlib, sys
-from qectomy.convert.forecast import work
+from qectomy.conversion.forecast import work
 found = []
 for listed in (work.Path, lambda path: pathlib.Path(sys.argv[1]), lambda path: pathlib.Path(sys.argv[2])):
     work.Path = listed  # of this process alone

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.shards import ShardWriter, TensorSpec
-from qectomy.convert import fitted as convert_module
-from qectomy.convert.fitted import check_device
-from qectomy.convert.layerwise import LayerPass
+from qectomy.conversion import fitted as convert_module
+from qectomy.conversion.fitted import check_device
+from qectomy.conversion.layerwise import LayerPass
 from qectomy.errors import (
     CheckpointError,
     NonFiniteError,
@@ -98,7 +98,7 @@ def test_a_fit_that_gives_no_number(tiny_checkpoint, fails, monkeypatch):
     def spoil(runner, student, streams, settings):
         student.self_attn.o_proj.weight[0, 0] = torch.nan
 
-    monkeypatch.setattr("qectomy.convert.layerwise.refit_layer", spoil)
+    monkeypatch.setattr("qectomy.conversion.layerwise.refit_layer", spoil)
     fails(tiny_checkpoint(), NonFiniteError, r"model.layers.0.self_attn.o_proj.weight came out as NaN or Inf")
 
 

@@ -10,8 +10,8 @@ from tiny_models import save_variant
 from transformers import AutoModelForCausalLM
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
-from qectomy.convert.exact import convert_exact, dry_run_exact
-from qectomy.convert.settings import ConvertSettings
+from qectomy.conversion.exact import convert_exact, dry_run_exact
+from qectomy.conversion.settings import ConvertSettings
 from qectomy.errors import QectomyError, QueryMapError, TextError
 from qectomy.models.query_maps import parse_exact
 
