@@ -3,14 +3,38 @@
 After `import qectomy`, `AutoModelForCausalLM.from_pretrained(reduced_folder)` needs no trust flag. The reduced
 classes are registered when transformers first asks for one of their model types, so importing this package
 loads neither torch nor transformers.
+
+The functions of the command line are here too, each loaded when it is first asked for: docs/python.md.
 """
 
+from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wrapt import when_imported
 
+if TYPE_CHECKING:
+    from qectomy.api.convert import convert
+    from qectomy.api.evaluate import evaluate
+    from qectomy.api.heal import heal
+    from qectomy.api.inspect import inspect
+    from qectomy.api.materialize import materialize
+    from qectomy.api.verify import verify
+    from qectomy.errors import QectomyError
+
 __version__ = "0.1.0"
+__all__ = ["QectomyError", "convert", "evaluate", "heal", "inspect", "materialize", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    where = "qectomy.errors" if name == "QectomyError" else f"qectomy.api.{name}"
+    return getattr(import_module(where), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 class _RegisterOnDemand(dict[str, Any]):

@@ -15,7 +15,7 @@ from qectomy.commands.heal import heal
 from qectomy.commands.renew import renew
 from qectomy.commands.report import report
 from qectomy.commands.rewrites import fold_norms, import_nanogpt, materialize
-from qectomy.commands.terminal import Field, Json, check_texts, command_to_go_on, print_json, progress_bar, resumed
+from qectomy.commands.terminal import Field, Json, command_to_go_on, print_json, resumed, usage_errors
 from qectomy.distributed.launch import launch
 from qectomy.errors import STOPPED_SAFELY, QectomyError, clean
 from qectomy.versions import check_transformers
@@ -59,31 +59,20 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say what each query map would remove, from the config and the file headers alone unless audited."""
-    from qectomy.checkpoint.checkpoint import open_checkpoint
-    from qectomy.checkpoint.hub_headers import open_headers
-    from qectomy.conversion.forecast.forecast import forecast
-    from qectomy.conversion.settings import default_context
-    from qectomy.surgery.inspect import inspect as inspect_checkpoint
+    from qectomy.api.inspect import inspect as run
 
-    if text and not audit:
-        raise typer.BadParameter("only an audit reads a text; add --audit", param_hint="--text")
-    source, here = (open_checkpoint(checkpoint), True) if audit else open_headers(checkpoint)
-    context = context or default_context(source)
-    result = inspect_checkpoint(source)
-    if audit:
-        from qectomy.conversion.audit import audit_layers
-        from qectomy.surgery.choice import choose_folds
-
-        with progress_bar("auditing") as progress:
-            records = audit_layers(source, text or (), tokens=tokens, context=context, field=field, progress=progress)
-            verdicts = choose_folds(source).verdicts
-        for layer, record in zip(result["layers"], records, strict=True):
-            verdict = verdicts[source.dims.stored_layer(layer["index"])]
-            layer |= {"how": verdict.how, "reason": verdict.reason, "audit": record}
-    fitted = any(row["possible"] for row in result["query_maps"] if row["map"] != "exact")
-    result["needs"] = {"tokens": tokens, "eval_tokens": eval_tokens, "context": context} | forecast(
-        source, tokens=tokens, eval_tokens=eval_tokens, context=context, probe=fitted and here and not no_probe
-    )
+    with usage_errors():
+        result = run(
+            checkpoint,
+            tokens=tokens,
+            eval_tokens=eval_tokens,
+            context=context,
+            audit=audit,
+            text=text,
+            field=field,
+            no_probe=no_probe,
+            progress=True,
+        )
     if as_json:
         print_json(result)
     else:
@@ -111,29 +100,14 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Certify that a reduced checkpoint computes what its original does; exit code 1 if it is not exact."""
-    check_texts([text], field, context or 2)
-    from qectomy.checkpoint.checkpoint import open_checkpoint
-    from qectomy.checkpoint.config_files import load_config
-    from qectomy.conversion.settings import default_context
-    from qectomy.eval.certificate import verify as run
-    from qectomy.eval.protocol import Protocol, check_positions, scoring_windows
-    from qectomy.report.tables import show_certificate
-    from qectomy.text.documents import Reading
-    from qectomy.text.text import load_tokenizer, read_source
+    from qectomy.api.verify import verify as run
 
-    ours, theirs = open_checkpoint(reduced, reduced=True), open_checkpoint(against)
-    held = None
-    if text:
-        protocol = Protocol(context=context or min(tokens, default_context(theirs)), tokens=tokens)
-        check_positions(against, load_config(theirs.family, theirs.config, theirs.reduced), protocol.context)
-        tokenizer = load_tokenizer(theirs.folder)
-        found = read_source(text, Reading(field=field, tokenizer=lambda: tokenizer))
-        held = scoring_windows(tokenizer, found, protocol, theirs.dims.vocab_size)
-    with progress_bar("verifying") as progress:
-        result = run(ours, theirs, held, progress)
+    result = run(reduced, against, text=text, field=field, tokens=tokens, context=context, progress=True)
     if as_json:
         print_json(result)
     else:
+        from qectomy.report.tables import show_certificate
+
         show_certificate(result)
     if result["verdict"] != "exact":
         raise typer.Exit(1)

@@ -100,6 +100,17 @@ def resumable(error: AnyError, go_on: str = "") -> AnyError:
     return error
 
 
+class UsageError(QectomyError):
+    """Options that contradict each other or that no run can use; exit code 2 on the command line."""
+
+    def __init__(self, message: str, option: str = ""):
+        super().__init__(message, option)
+        self.message, self.option = message, option
+
+    def __str__(self) -> str:
+        return f"{self.option}: {self.message}" if self.option else self.message
+
+
 class CheckpointError(QectomyError):
     """A checkpoint folder is missing something, damaged, or holds values no model can use."""
 

@@ -17,6 +17,7 @@ FLOORS = [  # bottom first; a room imports from floors below its own, never from
     {"report"},
     {"conversion"},
     {"healing"},
+    {"api"},
     {"commands"},
     {"cli"},
     {"__main__", "serving"},

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from qectomy.commands.convert import Device
-from qectomy.commands.terminal import Json, command_line, print_json, progress_bar
+from qectomy.commands.terminal import Json, command_line, print_json
+from qectomy.progress import progress_bar
 
 
 def bench(

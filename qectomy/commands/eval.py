@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from qectomy.commands.convert import Device
-from qectomy.commands.terminal import Field, Json, check_texts, command_line, note_old_code, print_json, progress_bar
+from qectomy.commands.terminal import Field, Json, command_line, note_old_code, print_json, usage_errors
 
 
 def evaluate(
@@ -60,54 +60,30 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, bits per byte and the cost of a reduction, all by one recorded protocol."""
-    check_texts([text], field, 1 if protocol else context or 2)
-    from qectomy.conversion.fitted import check_device
-    from qectomy.eval.evaluate import Measure, evaluate_all, settle
-    from qectomy.report.record import made
-    from qectomy.report.saved import check_savable, save_result
+    from qectomy.api.evaluate import evaluate as run
 
-    check_device(device)
-    tasks = [task.strip() for task in lm_eval.split(",") if task.strip()] if lm_eval else []
-    if not tasks and (lm_eval_path or lm_eval_limit):
-        raise typer.BadParameter("names no task; add --lm-eval TASK,…", param_hint="--lm-eval-path")
-    if text is None and protocol is None and not tasks:
-        raise typer.BadParameter("nothing to measure: give --text FILE, a --protocol that has one, or --lm-eval TASK")
-    if save:
-        check_savable(save, "evaluation")
-    alone = {"--context": context, "--stride": stride, "--tokens": tokens, "--reference": reference}
-    if text is None and protocol is None and (useless := [name for name, given in alone.items() if given is not None]):
-        raise typer.BadParameter("concerns a text, and none is given; add --text", param_hint=useless[0])
-    if streamed and tasks:
-        raise typer.BadParameter("the harness loads models whole; run --lm-eval without it", param_hint="--streamed")
     note_old_code(checkpoints)
-    loaded = None
-    if tasks:
-        from qectomy.eval.harness_tasks import check_tasks
-
-        loaded = check_tasks(tasks, lm_eval_path)
-    result = {**made(command_line()), "kind": "evaluation"}
-    if text is not None or protocol is not None:
-        models = [*checkpoints, *([reference] if reference else [])]
-        measure = Measure(
-            protocol=settle(protocol, context, stride, tokens, models),
+    tasks = [task.strip() for task in lm_eval.split(",") if task.strip()] if lm_eval else []
+    with usage_errors():
+        result = run(
+            checkpoints,
+            text=text,
+            field=field,
+            protocol=protocol,
+            context=context,
+            stride=stride,
+            tokens=tokens,
+            reference=reference,
+            lm_eval=tasks,
+            lm_eval_path=lm_eval_path,
+            lm_eval_limit=lm_eval_limit,
+            streamed=streamed,
             dtype=dtype,
             device=device,
-            reference=reference,
-            streamed=streamed,
+            save=save,
+            progress=True,
+            command=command_line(),
         )
-        with progress_bar("evaluating") as progress:
-            report = lambda name: lambda done, total, _: progress(done, total, name)  # noqa: E731
-            result["results"] = evaluate_all(checkpoints, text, measure, report, field)
-    if loaded is not None:
-        if save and "results" in result:
-            save_result(result, save)  # the harness may take hours more, and fail
-        from qectomy.eval.harness import HarnessSettings, run_harness
-
-        settings = HarnessSettings(limit=lm_eval_limit, dtype=dtype, device=device)
-        with progress_bar("lm-eval") as progress:
-            result["lm_eval"] = run_harness(checkpoints, loaded, settings, progress)
-    if save:
-        save_result(result, save)
     if as_json:
         print_json(result)
     else:

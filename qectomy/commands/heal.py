@@ -6,16 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qectomy.commands.terminal import (
-    Field,
-    Json,
-    ResumeOnly,
-    check_texts,
-    command_line,
-    go_on,
-    print_json,
-    progress_bar,
-)
+from qectomy.commands.terminal import Field, Json, ResumeOnly, command_line, print_json, usage_errors
 
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
@@ -135,59 +126,55 @@ def heal(
     On several devices: `torchrun --nproc-per-node 8 -m qectomy heal ...` or `accelerate launch -m qectomy heal ...`
     (DDP, FSDP, DeepSpeed as configured there).
     """
-    check_texts([*(text or ()), eval_text], field, context or 16)
-    from qectomy.checkpoint.checkpoint import open_checkpoint
-    from qectomy.conversion.settings import default_context
-    from qectomy.healing.heal import heal as run
-    from qectomy.healing.settings import HealSettings
-    from qectomy.runs.run_folder import RunFolder, check_unhealed
+    from qectomy.api.heal import heal as run
 
-    if not (resume or resume_only):  # one that is resumed may be in its place already
-        check_unhealed(out)
-    elif resume_only and not out.exists():
-        RunFolder(out).check_there()
-    settings = HealSettings(
-        texts=(*(text or ()), *(dataset or ())),
-        field=field,
-        self_generated=self_generated,
-        generated_tokens=generated_tokens,
-        tokens=tokens,
-        minutes=minutes,
-        train=train,
-        loss=loss,
-        ce_weight=ce_weight,
-        hidden_weight=hidden_weight,
-        lr=lr,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        clip=clip,
-        batch_tokens=batch_tokens,
-        micro_batch=micro_batch,
-        context=context or default_context(open_checkpoint(reduced, reduced=True)),
-        eval_text=eval_text,
-        eval_tokens=eval_tokens,
-        validation_tokens=validation_tokens,
-        evaluations=evaluations,
-        patience=patience,
-        dtype=dtype,
-        activation_checkpointing=activation_checkpointing,
-        compile=compile_models,
-        report_to=report_to,
-        device=device,
-        seed=seed,
-        command=command_line(),
-    )
-    with progress_bar("healing") as progress:
-        report = run(reduced, teacher, out, settings, resume=go_on(resume, resume_only), progress=progress)
-    if report is not None:
-        show(report, out, as_json)
-
-
-def show(report: dict[str, Any], out: Path, as_json: bool) -> None:
-    """Print the outcome of a healing run."""
-    if as_json:
+    with usage_errors():
+        report = run(
+            reduced,
+            teacher,
+            out,
+            text=text,
+            dataset=dataset,
+            field=field,
+            self_generated=self_generated,
+            generated_tokens=generated_tokens,
+            tokens=tokens,
+            minutes=minutes,
+            train=train,
+            loss=loss,
+            ce_weight=ce_weight,
+            hidden_weight=hidden_weight,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            clip=clip,
+            batch_tokens=batch_tokens,
+            micro_batch=micro_batch,
+            context=context,
+            eval_text=eval_text,
+            eval_tokens=eval_tokens,
+            validation_tokens=validation_tokens,
+            evaluations=evaluations,
+            patience=patience,
+            dtype=dtype,
+            activation_checkpointing=activation_checkpointing,
+            compile=compile_models,
+            report_to=report_to,
+            resume=resume,
+            resume_only=resume_only,
+            device=device,
+            seed=seed,
+            progress=True,
+            command=command_line(),
+        )
+    if as_json and report:
         print_json(report)
-        return
+    elif report:
+        show_healed(report, out)
+
+
+def show_healed(report: dict[str, Any], out: Path) -> None:
+    """Print the outcome of a healing run."""
     from qectomy.healing.budget import too_few
     from qectomy.report.tables import show_healing
 

@@ -5,17 +5,17 @@ from typing import Annotated, Any
 
 import typer
 
+from qectomy.api.arguments import check_out, go_on
 from qectomy.commands.terminal import (
     Clean,
     Json,
     Resume,
     ResumeOnly,
-    check_out,
-    go_on,
     one_process,
     print_json,
-    progress_bar,
+    usage_errors,
 )
+from qectomy.progress import progress_bar
 
 
 def materialize(
@@ -27,14 +27,11 @@ def materialize(
     as_json: Json = False,
 ) -> None:
     """Write W_Q back: the stock model with the reduced one's logits, for engines that know nothing of Qectomy."""
-    from qectomy.checkpoint.checkpoint import open_checkpoint
-    from qectomy.surgery.materialize import materialize as run
+    from qectomy.api.materialize import materialize as run
 
     one_process()
-    check_out(out, go_on(resume, resume_only), clean)
-    source = open_checkpoint(reduced, reduced=True)
-    with progress_bar("materializing") as progress:
-        result = run(source, out, progress, resume=go_on(resume, resume_only), clean=clean)
+    with usage_errors():
+        result = run(reduced, out, resume=resume, resume_only=resume_only, clean=clean, progress=True)
     if not _told(result, as_json):
         typer.echo(f"wrote {result['out']}: {result['parameters']['after']:,} parameters; {result['note']}")
         for dropped in result["warnings"]:
@@ -63,7 +60,8 @@ def import_nanogpt(
     from qectomy.text.text import load_tokenizer
 
     one_process()
-    check_out(out, go_on(resume, resume_only), clean)
+    with usage_errors():
+        check_out(out, go_on(resume, resume_only), clean)
     folder = locate(tokenizer, TOKENIZER_FILES) if tokenizer else None
     if folder is not None:
         load_tokenizer(folder)  # one that does not load is refused before anything is written
@@ -94,7 +92,8 @@ def fold_norms(
     from qectomy.surgery.norm_fusion import fold_norms as run
 
     one_process()
-    check_out(out, go_on(resume, resume_only), clean)
+    with usage_errors():
+        check_out(out, go_on(resume, resume_only), clean)
     source = open_checkpoint(checkpoint)
     with progress_bar("folding norms") as progress:
         result = run(source, out, only, progress, resume=go_on(resume, resume_only), clean=clean)

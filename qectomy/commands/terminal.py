@@ -1,10 +1,9 @@
-"""Progress on stderr, results on stdout."""
+"""What the commands share: options, notes on stderr, results on stdout."""
 
 import json
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from qectomy.distributed.launch import launch
+from qectomy.errors import UsageError
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped, in OUT.converting.")]
 ResumeOnly = Annotated[
@@ -25,32 +25,17 @@ Field = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-SECONDS_A_LINE = 30  # of progress, where stderr is no terminal
 
 
-def go_on(resume: bool, only: bool) -> Any:
-    """Return what the functions take as `resume`."""
-    return "only" if only else resume
-
-
-def check_out(out: Path, resume: Any, clean: bool) -> None:
-    """Refuse an output that exists before anything is loaded; one that is resumed may be in its place already."""
-    from qectomy.runs.work_folder import WorkFolder, check_free
-
-    if resume and clean:
-        raise typer.BadParameter("--resume goes on with what --clean removes; give one or the other")
-    if not resume:
-        check_free(out)
-    elif resume == "only" and not out.exists():
-        WorkFolder(out).check_there()
-
-
-def check_texts(names: Sequence[str | None], field: str | None, tokens: int) -> None:
-    """Refuse a text that is mistyped, empty or too short for a window before anything is loaded."""
-    from qectomy.text.documents import check_texts as check
-
-    if launch().count == 1:  # of several processes the first one says it, once they have met
-        check(names, field, tokens)
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn options that contradict each other into typer's error; of several processes the first one alone speaks."""
+    try:
+        yield
+    except UsageError as error:
+        if launch().rank:
+            raise typer.Exit(2) from error
+        raise typer.BadParameter(error.message, param_hint=error.option or None) from error
 
 
 def one_process() -> None:
@@ -73,55 +58,6 @@ def note_old_code(names: Sequence[str | Path]) -> None:
             command = clean(shlex.join(["qectomy", "renew", str(name)]))
             said = "its model code is missing or not this version's, which is what runs here"
             typer.echo(f"note: {clean(str(name))}: {said}; to put that there: {command}", err=True)
-
-
-@contextmanager
-def progress_bar(what: str) -> Iterator[Any]:
-    """Yield report(done, total, note) that draws a bar with an ETA on stderr; a line now and then where that is a file.
-
-    A terminal is what the system says is one: rich also takes a file for one if FORCE_COLOR is set, and fills it.
-    """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True, emoji=False)
-    if not sys.stderr.isatty():
-        yield _Lines(what, lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False))
-        return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(what, total=None, note="")
-        yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
-
-
-class _Lines:
-    """Tells progress in whole lines: the start and the end of each stage, between them one in SECONDS_A_LINE."""
-
-    def __init__(self, what: str, tell: Callable[[str], None]):
-        self._what, self._tell = what, tell
-        self._done, self._total, self._told = 0, -1, 0.0
-
-    def __call__(self, done: int, total: int, note: str = "") -> None:
-        starts, ends = total != self._total or done <= self._done, done == total
-        self._done, self._total, now = done, total, time.monotonic()
-        if starts or ends or now - self._told >= SECONDS_A_LINE:
-            self._told = now
-            self._tell(f"{self._what} {done}/{total} {note}".rstrip())
 
 
 def command_line() -> str:

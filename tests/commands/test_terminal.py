@@ -7,17 +7,17 @@ import sys
 
 import pytest
 
-from qectomy.commands import terminal
-from qectomy.commands.terminal import SECONDS_A_LINE, progress_bar
+from qectomy import progress
+from qectomy.progress import SECONDS_A_LINE, progress_bar
 
 
 @pytest.fixture(params=[{}, {"FORCE_COLOR": "1"}, {"TTY_COMPATIBLE": "1"}], ids=str)
 def clock(request, monkeypatch):
-    """The time as `terminal` reads it, to be set; with variables that make rich take a file for a terminal."""
+    """The time as `progress` reads it, to be set; with variables that make rich take a file for a terminal."""
     for name, value in request.param.items():
         monkeypatch.setenv(name, value)
     now = [1000.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -47,8 +47,7 @@ def test_a_stage_of_as_many_steps_begins_anew(clock, capsys):
 
 def test_a_terminal_gets_a_bar():
     script = (
-        "from qectomy.commands.terminal import progress_bar\n"
-        "with progress_bar('converting') as report: report(1, 2, 'a note')"
+        "from qectomy.progress import progress_bar\nwith progress_bar('converting') as report: report(1, 2, 'a note')"
     )
     ours, theirs = pty.openpty()
     with subprocess.Popen([sys.executable, "-c", script], stderr=theirs, env={**os.environ, "TERM": "xterm"}) as child:

@@ -8,9 +8,8 @@ import sys
 from conversions import reload_here
 from launches import launched
 
+from qectomy import progress
 from qectomy.cli import main
-from qectomy.commands import convert
-from qectomy.commands.terminal import progress_bar
 from qectomy.conversion.layerwise import LayerPass
 
 
@@ -86,14 +85,14 @@ def test_one_process_speaks_for_all(tiny_checkpoint, raven, tmp_path, monkeypatc
 def test_the_first_process_writes_the_text_for_all(tiny_checkpoint, tmp_path, monkeypatch, capfd):
     reload_here(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    bars = tmp_path / "bars"
+    bars, drawn = tmp_path / "bars", progress.progress_bar
 
     def bar(what):
         with bars.open("a") as file:
             file.write(f"{what} {os.environ['RANK']}\n")
-        return progress_bar(what)
+        return drawn(what)
 
-    monkeypatch.setattr(convert, "progress_bar", bar)
+    monkeypatch.setattr(progress, "progress_bar", bar)
     command = ["convert", tiny_checkpoint(), "--out", tmp_path / "out", "--self-generated", "--query", "select"]
     command += ["--context", "32", "--eval-tokens", "64", "--tokens", "128", "--json"]
     assert commanded(monkeypatch, *command) == [0, 0]

@@ -477,7 +477,7 @@ def test_a_checkpoint_without_a_report(tiny_checkpoint, tiny_reduced, raven, tmp
 @pytest.mark.parametrize("same", [True, False])
 def test_a_teacher_that_is_another_model_is_told_apart(same, made, raven, tmp_path, capsys):
     """It has the original's sizes, so it can teach; but the report must not call it the original."""
-    from qectomy.commands.heal import show
+    from qectomy.commands.heal import show_healed
 
     wanted = made("llama", "select").pair
     teacher = tmp_path / "teacher"
@@ -487,15 +487,15 @@ def test_a_teacher_that_is_another_model_is_told_apart(same, made, raven, tmp_pa
     report = heal_tiny(Pair(teacher, wanted.reduced), tmp_path / "out", raven, tokens=STEP, evaluations=1)
     assert report["healing"]["teacher_is_source"] is same
     assert report["source"]["sha256"]["model.safetensors"] == sha256(teacher / "model.safetensors")
-    show(report, tmp_path / "out", as_json=False)
+    show_healed(report, tmp_path / "out")
     said = " ".join(capsys.readouterr().out.split())
     assert ("the teacher is not the checkpoint that the reduced one was made from" in said) is not same
     assert "measured on 155 tokens of raven.txt in windows of 32, not trained on" in said
 
 
 def test_an_early_end_is_said(capsys, made, tmp_path):
-    from qectomy.commands.heal import show
+    from qectomy.commands.heal import show_healed
 
     report = made("llama", "select").report
-    show({**report, "healing": {**report["healing"], "steps": 3}}, tmp_path, as_json=False)
+    show_healed({**report, "healing": {**report["healing"], "steps": 3}}, tmp_path)
     assert f"in 3 steps, of {STEPS} planned (--patience, --minutes)" in " ".join(capsys.readouterr().out.split())

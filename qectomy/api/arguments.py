@@ -1,0 +1,75 @@
+"""What the functions share: how they read their arguments, and what they refuse before anything is loaded."""
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qectomy.distributed.launch import launch
+from qectomy.errors import UsageError, shown
+from qectomy.runs.locked_folder import GoOn
+
+Name = str | os.PathLike[str]  # of a file or folder; where said, also of a model or dataset on the hub
+Names = Name | Iterable[Name]
+
+
+def names(given: Names | None) -> tuple[str, ...]:
+    """Return one name, several or none as a tuple of strings."""
+    if given is None:
+        return ()
+    return (os.fspath(given),) if isinstance(given, str | os.PathLike) else tuple(os.fspath(each) for each in given)
+
+
+def name_or_none(given: Name | None) -> str | None:
+    return None if given is None else os.fspath(given)
+
+
+def check_numbers(least: int, **numbers: int | None) -> None:
+    """Raise UsageError where an option is no whole number, or less than may be; None is the default and passes."""
+    for name, number in numbers.items():
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
+            raise UsageError(f"{shown(number)} is no whole number from {least} on", f"--{name.replace('_', '-')}")
+
+
+def call_of(function: Callable[..., Any], given: Mapping[str, Any]) -> str:
+    """Return the call of a function as it can be typed again, defaults left out: the `command` of its record."""
+    told = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in ("command", "progress") or given[name] == parameter.default:
+            continue
+        value = _plain(given[name])
+        told.append(repr(value) if parameter.kind is parameter.POSITIONAL_OR_KEYWORD else f"{name}={value!r}")
+    return f"qectomy.{function.__name__}({', '.join(told)})"
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as its repr is Python that needs no import: paths as strings."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def go_on(resume: bool, only: bool) -> GoOn:
+    """Return what the functions below take as `resume`."""
+    return "only" if only else resume
+
+
+def check_out(out: Path, resume: GoOn, clean: bool) -> None:
+    """Refuse an output that exists before anything is loaded; one that is resumed may be in its place already."""
+    from qectomy.runs.work_folder import WorkFolder, check_free
+
+    if resume and clean:
+        raise UsageError("--resume goes on with what --clean removes; give one or the other")
+    if not resume:
+        check_free(out)
+    elif resume == "only" and not out.exists():
+        WorkFolder(out).check_there()
+
+
+def check_texts(given: Sequence[str | None], field: str | None, tokens: int) -> None:
+    """Refuse a text that is mistyped, empty or too short for a window before anything is loaded."""
+    from qectomy.text.documents import check_texts as check
+
+    if launch().count == 1:  # of several processes the first one says it, once they have met
+        check(given, field, tokens)

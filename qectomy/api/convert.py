@@ -1,0 +1,268 @@
+"""`qectomy.convert`: a fit, that and healing, an exact folding, or the plan of one of these."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qectomy.api.arguments import (
+    Name,
+    Names,
+    call_of,
+    check_numbers,
+    check_out,
+    check_texts,
+    go_on,
+    name_or_none,
+    names,
+)
+from qectomy.errors import QectomyError, note
+from qectomy.progress import Progress, stage
+from qectomy.runs.locked_folder import GoOn
+from qectomy.versions import check_transformers
+
+if TYPE_CHECKING:
+    from qectomy.checkpoint.checkpoint import Checkpoint
+    from qectomy.conversion.settings import ConvertSettings
+    from qectomy.distributed.together import Together
+    from qectomy.models.query_maps import QueryMapSpec
+
+
+def convert(
+    checkpoint: Name,
+    out: Name,
+    *,
+    query: str = "key-shared",
+    text: Names | None = None,
+    field: str | None = None,
+    self_generated: bool = False,
+    tokens: int = 32_768,
+    context: int | None = None,
+    eval_text: Name | None = None,
+    eval_tokens: int = 32_768,
+    dtype: str | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    no_refit: bool = False,
+    heal: int | None = None,
+    dry_run: bool = False,
+    no_probe: bool = False,
+    resume: bool = False,
+    resume_only: bool = False,
+    clean: bool = False,
+    progress: bool | Progress = False,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Take W_Q out of a checkpoint, write the reduced one to `out` and return its record, which is `out`/qectomy.json.
+
+    The options are those of `qectomy convert`, with `dry_run` the plan is returned. `progress`: True for bars on
+    stderr, or a function (done, total, note). `command`: what the record says made it; by default this call. Under
+    torchrun every process calls this, and all but the first are returned an empty record. Raises QectomyError.
+    """
+    command = command or call_of(convert, locals())
+    check_transformers()
+    check_numbers(1, tokens=tokens, eval_tokens=eval_tokens, heal=heal)
+    check_numbers(0, seed=seed)
+    check_numbers(16, context=context)
+    texts, held = names(text), name_or_none(eval_text)
+    if not dry_run:  # which notes what is missing
+        check_texts([*texts, held], field, context or 16)
+    from qectomy.checkpoint.checkpoint import open_checkpoint
+    from qectomy.conversion.settings import ConvertSettings, default_context
+    from qectomy.models.query_maps import parse_exact, parse_recipe
+
+    asked = _Asked(
+        out=Path(out),
+        self_generated=self_generated,
+        heal=heal,
+        dry_run=dry_run,
+        probe=not no_probe,
+        resume=go_on(resume, resume_only),
+        clean=clean,
+        progress=progress,
+    )
+    with _together(device) as together:
+        together.first_alone(lambda: check_out(asked.out, asked.resume, clean))
+        source = open_checkpoint(os.fspath(checkpoint))
+        settings = ConvertSettings(
+            texts=texts,
+            field=field,
+            tokens=tokens,
+            context=context or default_context(source),
+            eval_text=held,
+            eval_tokens=eval_tokens,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            refit=not no_refit,
+            command=command,
+        )
+        if texts and self_generated:
+            raise QectomyError("--self-generated takes the place of a text; give one or the other")
+        if heal is not None and no_refit:
+            raise QectomyError(
+                "--heal trains every weight, which --no-refit is to leave alone; convert without --heal, then heal "
+                "with `qectomy heal --train query-key`"
+            )
+        if (kept := parse_exact(query, source.dims)) is None:
+            return _fit(source, tuple(parse_recipe(query, source.dims)), settings, asked, together) or {}
+        if heal is not None:
+            raise QectomyError("--query exact loses nothing: there is nothing to heal; leave --heal out")
+        if no_refit:
+            raise QectomyError("--query exact fits nothing: there is nothing to refit; leave --no-refit out")
+        # it fits nothing: there is nothing to share
+        return _exact(source, settings, kept, asked) if together.is_first else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What is asked for besides the settings of a fit."""
+
+    out: Path
+    self_generated: bool
+    heal: int | None  # tokens
+    dry_run: bool
+    probe: bool
+    resume: GoOn
+    clean: bool
+    progress: bool | Progress
+
+
+@contextmanager
+def _together(device: str) -> Iterator["Together"]:
+    """Yield this process among those that torchrun started, or alone; an error ends all, the first one last."""
+    from qectomy.distributed.together import join
+
+    together = join(device)
+    try:
+        with together.one_end():
+            yield together
+    except (QectomyError, OSError, KeyboardInterrupt):
+        if not together.is_first:
+            together.wait_for_first()  # at once, where no end of all has been found
+        raise
+    together.leave()
+
+
+def _fit(
+    source: "Checkpoint",
+    recipe: "tuple[QueryMapSpec, ...]",
+    settings: "ConvertSettings",
+    asked: _Asked,
+    together: "Together",
+) -> dict[str, Any] | None:
+    """Run a conversion with a recipe: its plan, its fit, or that and healing."""
+    if asked.dry_run:
+        if not together.is_first:
+            return None
+        plan = _plan(source, recipe, settings, asked.probe)
+        _note_what_stops_it(settings, asked)
+        return plan
+    if asked.self_generated:
+        wanted = settings
+        settings = together.first_alone(lambda: _self_generated(source, wanted, asked))
+    if asked.heal is not None:
+        return _fit_and_heal(source, recipe, settings, asked.heal, asked)
+    from qectomy.conversion.fitted import convert as run
+
+    with stage(asked.progress, "converting") if together.is_first else nullcontext() as progress:
+        return run(
+            source, asked.out, recipe, settings, progress, resume=asked.resume, clean=asked.clean, together=together
+        )
+
+
+def _note_what_stops_it(settings: "ConvertSettings", asked: _Asked) -> None:
+    """Say on stderr what the conversion would refuse at once, beside what its plan has refused already."""
+    from qectomy.runs.work_folder import WorkFolder
+
+    if not settings.texts and not asked.self_generated:
+        note("there is no --text yet to calibrate on")
+    for name in filter(None, (*settings.texts, settings.eval_text)):
+        if not os.path.exists(name):
+            note(f"{name} is no file here; it will be looked for as a dataset")
+    if (left := WorkFolder(asked.out).path).exists() and not (asked.resume or asked.clean):
+        note(f"{left} is there: the conversion will want --resume, --clean or another --out")
+
+
+def _self_generated(source: "Checkpoint", settings: "ConvertSettings", asked: _Asked) -> "ConvertSettings":
+    """Return the settings with a text that the model writes, long enough to calibrate, measure and heal on."""
+    from qectomy.conversion.fitted import check_device
+    from qectomy.healing.models import load_teacher
+    from qectomy.healing.self_generated import sampling_dtype, self_generated_text, tokens_to_write
+
+    settings.check_context(source)
+    model = load_teacher(source, sampling_dtype(settings.device), check_device(settings.device))
+    apart = 0 if settings.eval_text else settings.eval_tokens
+    tokens = apart + max(settings.tokens, (asked.heal or 0) and tokens_to_write(asked.heal or 0))
+    with stage(asked.progress, "writing") as progress:
+        path = self_generated_text(
+            source, model, tokens=tokens, length=settings.context, seed=settings.seed, progress=progress
+        )
+    return replace(settings, texts=(str(path),))
+
+
+def _fit_and_heal(
+    source: "Checkpoint",
+    recipe: "tuple[QueryMapSpec, ...]",
+    settings: "ConvertSettings",
+    tokens: int,
+    asked: _Asked,
+) -> dict[str, Any]:
+    """Run a fit and healing: the fitted checkpoint lies in OUT.fitted until the healed one is there."""
+    from qectomy.healing.convert_and_heal import convert_and_heal
+    from qectomy.healing.settings import HealSettings
+
+    heal_settings = HealSettings(
+        texts=() if asked.self_generated else settings.texts,
+        field=settings.field,
+        self_generated=asked.self_generated,
+        tokens=tokens,
+        context=settings.context,
+        eval_text=settings.eval_text,
+        eval_tokens=settings.eval_tokens,
+        device=settings.device,
+        seed=settings.seed,
+        command=settings.command,
+    )
+    with stage(asked.progress, "converting and healing") as progress:
+        return convert_and_heal(
+            source, asked.out, recipe, settings, heal_settings, progress, resume=asked.resume, clean=asked.clean
+        )
+
+
+def _plan(
+    source: "Checkpoint", recipe: "tuple[QueryMapSpec, ...]", settings: "ConvertSettings", probe: bool
+) -> dict[str, Any]:
+    """Return what a conversion would write and need."""
+    from qectomy.checkpoint.sizes import totals
+    from qectomy.conversion.forecast.forecast import forecast
+
+    settings.check_context(source)
+    settings.check_refit(source, recipe)
+    needs = forecast(
+        source,
+        recipe,
+        tokens=settings.tokens,
+        eval_tokens=settings.eval_tokens,
+        context=settings.context,
+        dtype=settings.stored_dtype,
+        device=settings.device,
+        refit=settings.refit,
+        probe=probe,
+    )
+    return {"plan": [str(spec) for spec in recipe], **totals(source, recipe, settings.stored_dtype), "needs": needs}
+
+
+def _exact(source: "Checkpoint", settings: "ConvertSettings", kept: frozenset[int], asked: _Asked) -> dict[str, Any]:
+    """Fold what goes exactly, or return only the plan of it, which reads the weights."""
+    from qectomy.conversion.exact import convert_exact, dry_run_exact
+
+    with stage(asked.progress, "planning" if asked.dry_run else "folding") as progress:
+        if not asked.dry_run:
+            return convert_exact(source, asked.out, settings, kept, progress, resume=asked.resume, clean=asked.clean)
+        from qectomy.conversion.forecast.forecast import forecast_exact
+
+        plan = dry_run_exact(source, settings, kept, progress)
+        return plan | {"needs": forecast_exact(source, plan["bytes"]["after"], settings.stored_dtype)}
