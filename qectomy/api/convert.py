@@ -189,16 +189,23 @@ def _note_what_stops_it(settings: "ConvertSettings", asked: _Asked) -> None:
 def _self_generated(source: "Checkpoint", settings: "ConvertSettings", asked: _Asked) -> "ConvertSettings":
     """Return the settings with a text that the model writes, long enough to calibrate, measure and heal on."""
     from qectomy.conversion.fitted import check_device
+    from qectomy.conversion.settings import check_context
     from qectomy.healing.models import load_teacher
     from qectomy.healing.self_generated import sampling_dtype, self_generated_text, tokens_to_write
 
-    settings.check_context(source)
+    check_context(source, settings.context)
     model = load_teacher(source, sampling_dtype(settings.device), check_device(settings.device))
     apart = 0 if settings.eval_text else settings.eval_tokens
     tokens = apart + max(settings.tokens, (asked.heal or 0) and tokens_to_write(asked.heal or 0))
     with stage(asked.progress, "writing") as progress:
         path = self_generated_text(
-            source, model, tokens=tokens, length=settings.context, seed=settings.seed, progress=progress
+            source,
+            source.hashes(),
+            model,
+            tokens=tokens,
+            length=settings.context,
+            seed=settings.seed,
+            progress=progress,
         )
     return replace(settings, texts=(str(path),))
 
@@ -238,8 +245,9 @@ def _plan(
     """Return what a conversion would write and need."""
     from qectomy.checkpoint.sizes import totals
     from qectomy.conversion.forecast.forecast import forecast
+    from qectomy.conversion.settings import check_context
 
-    settings.check_context(source)
+    check_context(source, settings.context)
     settings.check_refit(source, recipe)
     needs = forecast(
         source,
