@@ -25,7 +25,9 @@ def prepare(
     """
     vocab_size = student.dims.vocab_size
     tokenizer = load_tokenizer(student.folder)
-    reading = Reading(field=settings.field, tokenizer=lambda: tokenizer)
+    given = Reading(field=settings.field, tokenizer=lambda: tokenizer)
+    # --field is of texts that are given: what the original wrote has a field of its own.
+    reading = replace(given, field=None) if settings.self_generated else given
     hashes = [own_hash(name) or name for name in names]
     fitted = {name: fitted_span(student, name, own) for name, own in zip(names, hashes, strict=True)}
     reserved = {name: Reserved(fitted=stop) for name, (_, stop) in fitted.items()}
@@ -33,7 +35,7 @@ def prepare(
         raise TextError(f"the same text is given twice ({', '.join(twice)}); give each once")
     measured, start = settings.eval_tokens, 0
     if settings.eval_text:
-        source = read_source(settings.eval_text, reading)
+        source = read_source(settings.eval_text, given)
         for name, own in zip(names, hashes, strict=True):
             if own in (source.sha256, settings.eval_text):
                 reserved[name] = replace(reserved[name], stop=measured)

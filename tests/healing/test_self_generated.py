@@ -142,3 +142,13 @@ def test_healing_on_what_the_original_wrote(pair, raven, tmp_path, monkeypatch):
     assert report["healing"]["texts"][0]["sha256"] == sha256(path)
     assert report["healing"]["settings"]["self_generated"] is True
     assert report["healing"]["tokens"] == 2 * STEP
+
+
+def test_field_is_that_of_the_text_measured_on_alone(pair, raven, tmp_path, monkeypatch):
+    monkeypatch.setitem(self_generated.BATCH, "cpu", BATCH)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"body": raven.read_text(), "other": "x"}))
+    told = dict(texts=(), self_generated=True, tokens=2 * STEP, generated_tokens=1, evaluations=1)
+    report = heal_tiny(pair(), tmp_path / "out", raven, **told, eval_text=str(tmp_path / "eval.jsonl"), field="body")
+    assert report["perplexity"]["protocol"]["text_read_as"]["field"] == "body"
+    assert report["healing"]["texts"][0]["read_as"]["field"] == "text"
