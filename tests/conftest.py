@@ -18,9 +18,17 @@ from healings import Pair
 from hypothesis import settings
 from tiny_models import RAVEN, save_reduced, save_tiny
 
+from qectomy import errors
+
 torch.set_num_threads(1)
 settings.register_profile("qectomy", deadline=None, max_examples=50)
 settings.load_profile("qectomy")
+
+
+@pytest.fixture(autouse=True)
+def nothing_noted_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A note is told once a process, and a test is to hear its own."""
+    monkeypatch.setattr(errors, "_NOTED", set())
 
 
 @pytest.fixture(scope="session")

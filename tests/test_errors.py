@@ -3,7 +3,6 @@
 import pytest
 from transformers import LlamaConfig
 
-from qectomy import errors
 from qectomy.errors import note, reason_of
 
 
@@ -36,7 +35,6 @@ def test_too_deep_is_said_in_words():
 
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
 def test_a_note_is_told_once_and_by_the_first_process(rank, lines, monkeypatch, capsys):
-    monkeypatch.setattr(errors, "_NOTED", set())
     monkeypatch.setenv("RANK", rank)
     for _ in range(2):
         note("one\x1bthing")

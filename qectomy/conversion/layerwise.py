@@ -105,6 +105,7 @@ class LayerPass:
                 note = f"attention KL {kl['fitted']:.4f}, held out {kl['heldout']:.4f}"
                 tell(layer + 1, dims.n_layers, note)
             writer.finish()
+            self._write_config()
             return self._score(streams), writer.digests
 
     def _begin(self, streams: Streams, writer: SharedWriter) -> None:
@@ -151,15 +152,18 @@ class LayerPass:
             ) from error
         return record | {"seconds": round(time.perf_counter() - begun, 3)}
 
-    def _score(self, streams: Streams) -> FinalScores:
-        """Write the config and score both models on the evaluation windows."""
-        since, work = time.perf_counter(), self.work.result
+    def _write_config(self) -> None:
+        """Write the reduced model's config.json, by the first process, for all to open."""
         dtype = self.settings.stored_dtype or self.source.dtype
         if self.share.together.is_first:
-            write_reduced_config(work, reduced_config(self.source, self.recipe, dtype))
+            write_reduced_config(self.work.result, reduced_config(self.source, self.recipe, dtype))
         self.share.together.meet()
+
+    def _score(self, streams: Streams) -> FinalScores:
+        """Return the scores of both models on the evaluation windows."""
+        since = time.perf_counter()
         original = Head(self.source, self.runner.config, self.runner.device)
-        reduced = Head(open_checkpoint(work, reduced=True), self.runner.config, self.runner.device)
+        reduced = Head(open_checkpoint(self.work.result, reduced=True), self.runner.config, self.runner.device)
         scores = final_scores(original, reduced, streams, self.held, self.basis)
         self.watch.add("scores", since)
         return scores

@@ -64,7 +64,7 @@ def check_context(source: Checkpoint, context: int) -> None:
         )
     note(
         f"--context {context} is longer than the {positions} positions that the model was made for: RoPE goes on, but "
-        "models tend to predict badly there, and what comes out is made for that. Use fewer, unless it is meant"
+        "models tend to predict badly there, and what comes out is made for that. Use as many or fewer, unless meant"
     )
 
 

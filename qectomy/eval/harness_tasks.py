@@ -74,7 +74,7 @@ def quiet_harness() -> Iterator[Truncations]:
     level, handlers, propagate = logger.level, logger.handlers, logger.propagate
     truncations = Truncations()
     logger.level, logger.handlers, logger.propagate = logging.WARNING, [truncations], False
-    tqdm.tqdm.__init__ = silent
+    tqdm.tqdm.__init__ = silent  # lm-eval's bootstrap imports it on its own, and has no switch
     try:
         with redirect_stdout(sys.stderr):  # stdout is for results
             yield truncations

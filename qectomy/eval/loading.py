@@ -24,28 +24,26 @@ def load_model(name: str, dtype: str | None, device: str) -> tuple[Any, Path, st
     CheckpointError when a tensor is missing or left over.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     check_dtype(dtype)
     folder, config = locate(name), _json_config(name)
     opened = _opened(name, config)
     family = None if opened is None else opened.family
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
         if opened is None:
             loader, options = AutoModelForCausalLM, {"trust_remote_code": False}
         else:
             loader = opened.family.causal_class(opened.reduced)
             options = {"config": load_config(opened.family, opened.config, opened.reduced)}
-        model, info = loader.from_pretrained(
-            folder,
-            dtype=dtype or _stored_dtype(folder, opened),
-            output_loading_info=True,
-            use_safetensors=True,
-            device_map="meta" if device == "meta" else None,
-            **options,
-        )
+        with _quietly():
+            model, info = loader.from_pretrained(
+                folder,
+                dtype=dtype or _stored_dtype(folder, opened),
+                output_loading_info=True,
+                use_safetensors=True,
+                device_map="meta" if device == "meta" else None,
+                **options,
+            )
     except QectomyError:
         raise
     except Exception as error:  # transformers raises many kinds; the message is what the user needs
@@ -57,6 +55,22 @@ def load_model(name: str, dtype: str | None, device: str) -> tuple[Any, Path, st
         if names:
             raise CheckpointError(f"{folder}: {kind.replace('_', ' ')}: {sorted(names)[:3]}")
     return model.to(device).eval(), folder, str(model.dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Let transformers load without bars and warnings, for which errors come here; then as the caller had it."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def read_config(name: str) -> Any:

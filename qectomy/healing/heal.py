@@ -7,7 +7,6 @@ Everything until the last two steps lies in OUT.healing, from which `resume` goe
 """
 
 import gc
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,7 +20,7 @@ from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.conversion.fitted import check_device
 from qectomy.conversion.settings import check_context
 from qectomy.distributed.processes import Processes
-from qectomy.errors import CheckpointError, TextError
+from qectomy.errors import CheckpointError, TextError, note
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.healing.budget import Budget, budget_of, spending
 from qectomy.healing.data import prepare
@@ -177,7 +176,7 @@ def _run(job: Job, device: str, resumed: bool) -> tuple[Outcome, Packed, Scoring
     plan = processes.first_alone(lambda: make_plan(job.folder, settings, budget.tokens, packed, processes))
     if budget.tokens_a_second is not None and processes.is_first:
         for line in spending(settings, budget, plan.steps, plan.tokens_a_step, held.report["scored_tokens"]):
-            print(f"note: {line}", file=sys.stderr)
+            note(line)
     outcome = _train(replace(job, settings=settings), model, criterion, plan, packed, resumed, budget)
     if settings.self_generated:
         outcome = replace(outcome, generated=read_record(Path(names[0]).with_name("provenance.json")))

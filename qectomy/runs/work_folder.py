@@ -12,14 +12,13 @@ the weights that it was given, would be again: it leaves nothing behind, unless 
 
 import importlib.metadata
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from qectomy import __version__
-from qectomy.errors import OutputError, QectomyError, Stopped, Untrusted, resumable
+from qectomy.errors import OutputError, QectomyError, Stopped, Untrusted, note, resumable
 from qectomy.runs.journal import Journal
 from qectomy.runs.locked_folder import LOCK, RECORD, GoOn, LockedFolder
 from qectomy.runs.output import cause, check_absent, interruptible, make_parents, move, remove_empty
@@ -163,7 +162,7 @@ def work_folder(
             if clean:
                 folder.clean()
             if not folder.start(fingerprint, resume) and resume:
-                print(f"note: {folder.path} holds nothing to resume; starting anew", file=sys.stderr)
+                note(f"{folder.path} holds nothing to resume; starting anew")
             with _kept_or_removed(folder):
                 yield folder
     finally:

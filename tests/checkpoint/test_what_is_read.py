@@ -18,11 +18,6 @@ from qectomy.eval.loading import load_model, read_config
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-@pytest.fixture(autouse=True)
-def nothing_told_yet(monkeypatch):
-    monkeypatch.setattr(errors, "_NOTED", set())
-
-
 def said(folder: Path, **fields: object) -> Path:
     edit_json(folder / "config.json", lambda config: config.update(fields))
     return folder

@@ -9,6 +9,7 @@ from damage import edit_json, edit_weights
 from safetensors.torch import load_file, save_file
 from tiny_models import RAVEN, VOCAB_SIZE, bos_tokenizer, scramble, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, PhiConfig
+from transformers.utils import logging
 
 from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, TextError
 from qectomy.eval.evaluate import evaluate
@@ -273,3 +274,16 @@ class TestDamage:
 
     def test_no_such_folder(self):
         self.refused("no/such/folder", "no folder no/such/folder")
+
+
+def test_loading_leaves_the_callers_bars_and_warnings_as_they_were(tiny_checkpoint):
+    before = (logging.get_verbosity(), logging.is_progress_bar_enabled())
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    try:
+        load_model(str(tiny_checkpoint()), None, "cpu")
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.INFO, True)
+    finally:
+        logging.set_verbosity(before[0])
+        if not before[1]:
+            logging.disable_progress_bar()

@@ -4,19 +4,17 @@ import pytest
 from conversions import convert_tiny
 from healings import heal_tiny
 
-from qectomy import errors
 from qectomy.errors import TextError
 
 RUNS = ["convert", "heal"]
 
 
 @pytest.fixture
-def windows_of(pair, raven, tmp_path, monkeypatch):
+def windows_of(pair, raven, tmp_path):
     """Return a function (command, family, context, config overrides) that runs it into tmp_path / out."""
 
     def run(command, name, context, **overrides):
         found = pair(name, **overrides)
-        monkeypatch.setattr(errors, "_NOTED", set())
         if command == "convert":
             return convert_tiny(found.original, tmp_path / "out", "key-shared", raven, context=context)
         return heal_tiny(found, tmp_path / "out", raven, context=context, tokens=256)

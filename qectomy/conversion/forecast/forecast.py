@@ -9,6 +9,7 @@ from qectomy.conversion.forecast import commands, memory
 from qectomy.conversion.forecast.disk import companion_bytes, disk_bytes
 from qectomy.conversion.forecast.seconds import stage_seconds
 from qectomy.conversion.forecast.work import Work, plan_work
+from qectomy.errors import note
 from qectomy.models.query_maps import QueryMapSpec
 
 FITTED = QueryMapSpec("key-shared")  # the map that stands for a fitted conversion where none is named
@@ -58,7 +59,7 @@ def forecast(
         needs["device_memory_bytes"] = max(memory.held_by_stage(work).values())
         needs["peak_memory_bytes"], needs["peak_memory_stage"] = memory.host_peak(work), "writing"
     if probe and source.dims.stock and not source.reduced:
-        print(NOTE, file=sys.stderr)
+        note(NOTE)
         needs |= _timed(source, work, dtype, device)
     return needs
 

@@ -1,9 +1,9 @@
 """Pages on disk: written whole or not at all, and never over a file that is not one of ours."""
 
 import os
-import sys
 from pathlib import Path
 
+from qectomy.errors import note
 from qectomy.report.page.checked import ReportError
 from qectomy.report.page.page import page
 from qectomy.report.page.reading import read_folder
@@ -16,13 +16,13 @@ NAME, COMPARISON = "report.html", "qectomy-comparison.html"
 def write_page(folder: Path) -> Path | None:
     """Write the page of a reduced checkpoint to report.html in its folder; return its path.
 
-    For the end of a conversion, which a page that cannot be made must not undo: then None, and one line on stderr.
+    For the end of a conversion, which a page that cannot be made must not undo: then None, and a note.
     """
     try:
         return write_html(page([read_folder(folder)]), folder / NAME)
     except Exception as error:
         reason = str(error) if isinstance(error, ReportError) else f"{type(error).__name__}: {error}"
-        print(f"note: no {NAME} was written ({' '.join(reason.split())})", file=sys.stderr)
+        note(f"no {NAME} was written ({' '.join(reason.split())})")
         return None
 
 
