@@ -272,7 +272,7 @@ def _rms_norm(module: Any, x: Any) -> Any:
 
 
 def _reach(positions: Any) -> int:
-    """Return how far RoPE was trained, as far as config.json says: nothing here depends on it."""
+    """Return how far RoPE was trained, 2048 where config.json does not say: no shape, only the default window."""
     told = isinstance(positions, int) and not isinstance(positions, bool) and positions > 0
     return positions if told else 2048
 

@@ -1,9 +1,9 @@
 """Turn the residual stream: another orthonormal basis for the hidden states, the same function.
 
 RMSNorm does not see an orthogonal Θ once its gain γ is folded into its readers, so a model is unchanged when every
-reader W of the stream becomes Θᵀ diag(γ) W, every writer W becomes W Θ and the gains become 1 (DESIGN: streams and
-their basis groups). `identity` needs it: in the basis of training a head's slice of x̂ may hold no constant, and
-without one its queries cannot all point at the key that takes the unwanted attention. In a random basis every
+reader W of the stream becomes Θᵀ diag(γ) W, every writer W becomes W Θ and the gains become 1 (`streams.py` says
+which bases a stream lets pass). `identity` needs it: in the basis of training a head's slice of x̂ may hold no constant,
+and without one its queries cannot all point at the key that takes the unwanted attention. In a random basis every
 channel carries some of everything.
 
 The final norm's gain γ_f does not commute with Θ. An untied head takes it in: H diag(γ_f) Θ. A tied head does too,
@@ -11,7 +11,8 @@ E' = E diag(γ_f / c) Θ with one c for all channels as the new final gain, and 
 embedding enters the stream scaled by s = γ_f / c, channel by channel. The first attention's readers divide by s; in
 later layers the embedding is a small part of the stream, and the fit takes up what is left. Channels whose s is far
 from 1 in size are not turned and keep their own gain.
-Dimensions: D d_model, V vocabulary; weights (out, D) as nn.Linear stores them.
+Dimensions: D d_model, V vocabulary; a reader W is (D, out) and a writer (in, D), as `read_view` gives them in either
+orientation; embedding E and head H are (V, D).
 """
 
 from dataclasses import dataclass
