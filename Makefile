@@ -1,5 +1,6 @@
 # make demo    take W_Q out of the sample GPT-2 and print what it cost
-# make test    run the tests
+# make check   run the quick tests alone, for a first answer
+# make test    run all the tests
 # make numerics    run the tests that depend most on rounding, with torch's plainest kernels (KERNELS=avx2: with those)
 # make versions    run the tests of the model code with the oldest, vLLM's and the newest transformers (VERSIONS="5.4.0")
 # make lint types format
@@ -37,7 +38,7 @@ STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test numerics versions lint types format demo clean
+.PHONY: help venv check test numerics versions lint types format demo clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -54,8 +55,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 # One thread per worker: the models are tiny, and torch's threads would compete with the workers.
-test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+check test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(if $(filter check,$@),-m 'not slow') $(ARGS)
 
 numerics: $(STAMP)
 	ATEN_CPU_CAPABILITY=$(KERNELS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS) $(NUMERICS)

@@ -25,6 +25,31 @@ settings.register_profile("qectomy", deadline=None, max_examples=50)
 settings.load_profile("qectomy")
 
 
+# Folders and files here whose tests fit, train, start processes or draw: `make check` leaves them out.
+SLOW = (
+    *("convert", "eval", "fuzz", "modeling", "serving", "test_cli.py", "test_samples.py", "commands/test_cli_texts.py"),
+    *(f"calibrate/test_{name}.py" for name in ("init", "init_without_rope", "layer_fit", "refine")),
+    *(f"checkpoint/test_{name}.py" for name in ("damaged_json", "hub_headers", "nanogpt_relatives")),
+    *("healing/test_heal.py", "healing/test_long_windows.py"),
+    *(f"healing/test_{name}.py" for name in ("budget", "cli_heal", "crash_safety", "curve", "models")),
+    *(f"healing/test_{name}.py" for name in ("self_generated", "two_processes")),
+    *(f"report/test_{name}.py" for name in ("mixed_recipes", "model_card", "model_card_snippet", "page")),
+    *(f"report/test_{name}.py" for name in ("page_browser", "page_writing", "report", "side_by_side")),
+    *(f"surgery/test_{name}.py" for name in ("exact_norms", "exact_property", "exact_theorems")),
+    *(f"surgery/test_{name}.py" for name in ("fold_norms", "materialize")),
+)
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what SLOW names."""
+    slow = [HERE / name for name in SLOW]
+    assert all(path.exists() for path in slow), "SLOW names what is not there"
+    for item in items:
+        if any(path in (item.path, *item.path.parents) for path in slow):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def nothing_noted_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """A note is told once a process, and a test is to hear its own."""
