@@ -27,7 +27,8 @@ settings.load_profile("qectomy")
 
 # Folders and files here whose tests fit, train, start processes or draw: `make check` leaves them out.
 SLOW = (
-    *("convert", "eval", "fuzz", "modeling", "serving", "test_cli.py", "test_samples.py", "commands/test_cli_texts.py"),
+    *("conversion", "eval", "fuzz", "modeling", "serving", "test_api.py", "test_cli.py", "test_samples.py"),
+    "commands/test_cli_texts.py",
     *(f"calibrate/test_{name}.py" for name in ("init", "init_without_rope", "layer_fit", "refine")),
     *(f"checkpoint/test_{name}.py" for name in ("damaged_json", "hub_headers", "nanogpt_relatives")),
     *("healing/test_heal.py", "healing/test_long_windows.py"),
