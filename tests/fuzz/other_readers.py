@@ -25,7 +25,7 @@ from tiny_models import RAVEN, tiny_tokenizer
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.headers import SINGLE
-from qectomy.eval.certificate import _edited
+from qectomy.eval.certificate import _as_written
 from qectomy.healing.data import fitted_span
 from qectomy.healing.export import fitted_report
 from qectomy.report.page.page import page
@@ -246,7 +246,7 @@ def report_reader(grounds: Grounds) -> Reader:
         first, stop = fitted_span(checkpoint, "a", "a")
         assert first <= stop
         assert overlap("a text", sketch_in(report))["spans"] == 0
-        refused_or_none(_edited, checkpoint)
+        refused_or_none(_as_written, checkpoint)
         found = refused_or_none(read_points, folder / "points.json") or []
         folders = read_folders([folder])
         if zlib.crc32((folder / "qectomy.json").read_bytes()) % 16 == 0:  # drawing takes half a second
