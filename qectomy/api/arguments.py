@@ -4,11 +4,13 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qectomy.distributed.launch import launch
 from qectomy.errors import UsageError, shown
-from qectomy.runs.locked_folder import GoOn
+
+if TYPE_CHECKING:
+    from qectomy.runs.locked_folder import GoOn
 
 Name = str | os.PathLike[str]  # of a file or folder; where said, also of a model or dataset on the hub
 Names = Name | Iterable[Name]
@@ -50,12 +52,12 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def go_on(resume: bool, only: bool) -> GoOn:
+def go_on(resume: bool, only: bool) -> "GoOn":
     """Return what the functions below take as `resume`."""
     return "only" if only else resume
 
 
-def check_out(out: Path, resume: GoOn, clean: bool) -> None:
+def check_out(out: Path, resume: "GoOn", clean: bool) -> None:
     """Refuse an output that exists before anything is loaded; one that is resumed may be in its place already."""
     from qectomy.runs.work_folder import WorkFolder, check_free
 
