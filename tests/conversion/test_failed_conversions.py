@@ -463,10 +463,10 @@ def test_ctrl_c_in_any_stage(tiny_checkpoint, raven, calm, tmp_path):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    early = ["calibrate.hidden_states.WindowFile.__setitem__", "convert.fitted.SourceWatch"]
+    early = ["calibrate.hidden_states.WindowFile.__setitem__", "conversion.fitted.SourceWatch"]
     late = ["calibrate.layer_fit.make_start", "calibrate.layer_fit.refine"]
-    late += ["convert.layerwise.refit_layer", "convert.layerwise.final_scores"]
-    late += ["convert.fitted.check_reload", "convert.fitted.write_report"]
+    late += ["conversion.layerwise.refit_layer", "conversion.layerwise.final_scores"]
+    late += ["conversion.fitted.check_reload", "conversion.fitted.write_report"]
     for stage in early + late:
         place = tmp_path / stage
         place.mkdir()
