@@ -145,6 +145,7 @@ def main() -> None:
 
     A second line then says the command that goes on.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that spins holds the core another one needs
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what concerns a user is said by an error or a note
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries, which would fill a file

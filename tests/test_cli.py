@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import shlex
 import shutil
@@ -55,6 +56,24 @@ def cli(monkeypatch, capsys):
 def example(name):
     found = re.fullmatch(r"Example: `(qectomy .*)`", COMMANDS[name].epilog)
     return shlex.split(found[1])[1:]
+
+
+# The environment
+
+
+@pytest.mark.parametrize(("said", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_asleep_unless_the_user_says_otherwise(cli, monkeypatch, said, used):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if said:
+        monkeypatch.setenv("OMP_WAIT_POLICY", said)
+    assert cli("--version").code == 0
+    assert os.environ["OMP_WAIT_POLICY"] == used
+
+
+def test_the_policy_is_there_before_torch_is():
+    """libgomp reads it when torch loads it, and never again."""
+    script = "import sys, qectomy.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 # Help
