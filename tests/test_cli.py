@@ -280,7 +280,7 @@ def test_a_dry_run_writes_nothing_and_foretells_the_sizes(cli, tiny_checkpoint, 
     command += ["--out", tmp_path / "out", "--dtype", "float32"]
     done = cli(*command, "--dry-run", "--json")
     plan = done.json()
-    assert "timing this machine, up to ten seconds; --no-probe leaves it out" in done.err
+    assert "fitting a little of the first layer, to tell the time; --no-probe leaves it out" in done.err
     assert "dry run: nothing was written" in cli(*command, "--dry-run", "--no-probe").out
     assert list(tmp_path.iterdir()) == []
     assert plan["plan"] == ["dense", "select"]
@@ -295,7 +295,7 @@ def test_a_dry_run_writes_nothing_and_foretells_the_sizes(cli, tiny_checkpoint, 
 def test_without_a_probe_there_is_no_time(cli, tiny_checkpoint, tmp_path):
     model = tiny_checkpoint()
     done = cli("inspect", model, "--no-probe", "--json")
-    assert "timing" not in done.err
+    assert "fitting" not in done.err
     needs = done.json()["needs"]
     assert needs.keys() == NEEDS | {"tokens", "eval_tokens", "context"}
     assert needs["seconds"] is needs["stages"] is needs["probe_seconds"] is None

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from qectomy.calibrate.at_once import BLOCK_LOGITS
+
 KEYS_ROUNDED = 64
 BLOCKS = 4  # of rows, at least, on a processor: three eighths of a causal mask's products are then left out
-BLOCK_LOGITS = 1_000_000  # entries of the logits of a block, at most, on a processor
 
 
 def attention_logits(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

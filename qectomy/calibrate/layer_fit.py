@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from qectomy.calibrate.at_once import EIGEN_CHANNELS
 from qectomy.calibrate.attention_kl import attention_logits
 from qectomy.calibrate.hidden_states import Streams, WindowFile, batches, scratch_file
 from qectomy.calibrate.init import make_start
@@ -19,8 +20,6 @@ from qectomy.distributed.window_shard import Share
 from qectomy.models.family import Family
 from qectomy.models.linear_views import add_through, read_view, store_views, without_views
 from qectomy.models.query_maps import QueryMapSpec
-
-EIGEN_CHANNELS = 4096  # over all KV heads: up to so many, small eigenvalues are raised; beyond, the diagonal
 
 
 def fit_layer(

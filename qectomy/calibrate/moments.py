@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from qectomy.calibrate.at_once import COLUMNS
 from qectomy.distributed.together import Together
-
-COLUMNS = 256  # of a wide matrix handled at a time
 
 
 @dataclass(frozen=True)

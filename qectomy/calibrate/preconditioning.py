@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qectomy.calibrate.few_steps import steps_of
 from qectomy.calibrate.rope import Rope
 from qectomy.distributed.together import Together
 
@@ -48,7 +49,7 @@ def adam(
     With `together` every process yields parts of its own, of one loss; what counts are the first process's parameters.
     """
     slots = [(torch.zeros_like(p.u), torch.zeros_like(p.u)) for p in parameters]
-    for step in range(steps):
+    for step in steps_of(steps):
         gradients = _gradients(parameters, loss, together)
         decay = 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / warmup)
         with torch.no_grad():

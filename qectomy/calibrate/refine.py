@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from qectomy.calibrate.at_once import ROWS_A_STEP, ROWS_STRIDE, TOKENS_A_PART
 from qectomy.calibrate.attention_kl import MeanAttentionKL
 from qectomy.calibrate.hidden_states import WindowFile, batches
 from qectomy.calibrate.preconditioning import Parameter, adam, key_parameter, mix_parameter, output_rms
@@ -22,7 +23,6 @@ from qectomy.calibrate.rope import Rope
 from qectomy.distributed.window_shard import Share, whole
 
 Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (heads (B, *, R, K), positions (R,)) -> turned
-TOKENS_A_PART = 2048  # of a step's windows handled at a time on a processor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class RefineSettings:
     """Budget and step sizes; measured choices, see docs/LOG.md."""
 
     steps: int | None = None  # None: 400 at 32,768 tokens, growing with the square root of their number
-    rows_a_step: int = 1024  # query rows over all windows of a step
-    row_share: float = 0.25  # of a window's rows used at a time
+    rows_a_step: int = ROWS_A_STEP  # query rows over all windows of a step
+    row_share: float = 1 / ROWS_STRIDE  # of a window's rows used at a time
     temperatures: tuple[float, ...] = (1.0, 0.5)  # of a step's windows in turn; multiplies the logits
     weights: tuple[float, ...] = (1.0, 2.0)  # of their losses
     warmup: int = 20

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from qectomy.calibrate.at_once import COLUMNS
 from qectomy.calibrate.hidden_states import Streams, batches
 from qectomy.calibrate.layer_runner import LayerRunner
-from qectomy.calibrate.moments import COLUMNS, MomentSums, ridge, ridge_
+from qectomy.calibrate.moments import MomentSums, ridge, ridge_
 from qectomy.calibrate.precision import fast_dtype, fast_math
 from qectomy.checkpoint.memory import release_freed
 from qectomy.distributed.window_shard import Share

@@ -23,7 +23,7 @@ from qectomy.errors import QectomyError
 
 CONTEXT_HELP = "Tokens a window. Default: 512, or what the model was made for if that is less."
 NoProbe = Annotated[
-    bool, typer.Option("--no-probe", help="Foretell memory and disk alone, and do not time this machine.")
+    bool, typer.Option("--no-probe", help="Foretell memory and disk alone: fit nothing to tell the time.")
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 

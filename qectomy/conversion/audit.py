@@ -17,7 +17,8 @@ from qectomy.calibrate.hidden_states import WindowFile, batches, scratch_file
 from qectomy.calibrate.layer_runner import LayerRunner
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.finite import all_finite
-from qectomy.conversion.layerwise import BYTES_A_READ, TOKENS_A_BATCH
+from qectomy.conversion.at_once import TOKENS_A_BATCH
+from qectomy.conversion.layerwise import BYTES_A_READ
 from qectomy.conversion.settings import check_context
 from qectomy.errors import NonFiniteError, TextError, UnsupportedArchitecture
 from qectomy.models.linear_views import read_view

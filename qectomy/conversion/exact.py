@@ -17,11 +17,12 @@ from qectomy.checkpoint.type_range import check_range
 from qectomy.conversion.settings import ConvertSettings, check_context
 from qectomy.conversion.stopwatch import Stopwatch
 from qectomy.errors import QectomyError, QueryMapError
+from qectomy.eval.at_once import RELOAD_TOKENS
 from qectomy.eval.layerwise_model import StreamedModel, random_tokens, relative_logit_error, score_streamed
 from qectomy.eval.metrics import cost
 from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
-from qectomy.eval.reload import RELOAD_TOKENS, check_reload
+from qectomy.eval.reload import check_reload
 from qectomy.eval.samples import token_sample
 from qectomy.models.query_maps import QueryMapSpec, ranges
 from qectomy.progress import Progress

@@ -9,12 +9,11 @@ from torch import nn
 
 from qectomy.calibrate.hidden_states import Streams, batches
 from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.conversion.at_once import SCORED_TOKENS
 from qectomy.errors import NonFiniteError
+from qectomy.eval.at_once import RELOAD_TOKENS, SLICE
 from qectomy.eval.protocol import ScoringWindows
-from qectomy.eval.reload import RELOAD_TOKENS
-from qectomy.eval.token_scores import SLICE, Logits, TokenScores, empty_scores, join_scores, score_tokens
-
-SCORED_TOKENS = 1024  # at a time: the head is read anew for each batch
+from qectomy.eval.token_scores import Logits, TokenScores, empty_scores, join_scores, score_tokens
 
 
 class Head:

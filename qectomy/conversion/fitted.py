@@ -120,7 +120,7 @@ def _convert(
         together.meet()  # all have closed their files
         if scores.expected is None:
             return None
-        report = _finish(run, scores, digests, fitted)
+        report = _finish(run, scores, digests, fitted, unchanged)
         unchanged.check()
         work.publish(report)
     return report
@@ -135,7 +135,9 @@ def _check_stock(source: Checkpoint) -> None:
         )
 
 
-def _finish(run: LayerPass, scores: FinalScores, digests: dict[str, str], fitted: Windows) -> dict[str, Any]:
+def _finish(
+    run: LayerPass, scores: FinalScores, digests: dict[str, str], fitted: Windows, unchanged: SourceWatch
+) -> dict[str, Any]:
     """Write what lies beside the weights, check that the result reloads, and return its report."""
     since, source, result = time.perf_counter(), run.source, run.work.result
     assert scores.expected is not None, "the first process"
@@ -153,7 +155,7 @@ def _finish(run: LayerPass, scores: FinalScores, digests: dict[str, str], fitted
         seed=run.settings.seed,
         refit=run.settings.refit,
         device=run.settings.device,
-        hashes=run.unchanged.weights,
+        hashes=unchanged.weights,
         calibration=fitted.sources,
         layers=run.layers,
         measured={

@@ -22,6 +22,7 @@ from qectomy.checkpoint.finite import all_finite
 from qectomy.checkpoint.prefetch import Layers, read_layers
 from qectomy.checkpoint.shards import DTYPES, TensorSpec
 from qectomy.checkpoint.sizes import planned_tensors
+from qectomy.conversion.at_once import TOKENS_A_BATCH, TOKENS_ON_DEVICE
 from qectomy.conversion.final_scores import FinalScores, Head, final_scores
 from qectomy.conversion.moved import moved_by
 from qectomy.conversion.settings import ConvertSettings
@@ -33,15 +34,13 @@ from qectomy.errors import NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.models.query_maps import QueryMapSpec
 from qectomy.progress import Progress
-from qectomy.runs.input_hashes import SourceWatch
+from qectomy.runs.input_hashes import FileWatch
 from qectomy.runs.work_folder import WorkFolder
 from qectomy.surgery.audit import spectrum
 from qectomy.surgery.basis import read_query
 from qectomy.surgery.stream_basis import StreamBasis, random_basis
 from qectomy.text.text import Windows
 
-TOKENS_A_BATCH = 512  # how many tokens a layer runs on at a time
-TOKENS_ON_DEVICE = 8192  # likewise, on an accelerator
 BYTES_A_READ = 4_000_000  # of the embedding, about
 KL_WINDOWS = 8  # on which the attention KL of a layer is measured, fitted and held-out alike
 
@@ -60,13 +59,15 @@ class LayerPass:
         runner: LayerRunner,
         fitted: Windows,
         held: ScoringWindows,
-        unchanged: SourceWatch,
+        unchanged: FileWatch,
         work: WorkFolder,
         watch: Stopwatch,
         together: Together | None = None,
+        refine: RefineSettings | None = None,
     ):
         self.source, self.recipe, self.settings, self.runner = source, recipe, settings, runner
         self.held, self.unchanged, self.work, self.watch = held, unchanged, work, watch
+        self.refine = refine or RefineSettings()
         self.share = shared(together or Together(settings.device), fitted.tokens.shape[0], held.tokens.shape[0])
         own = self.share.fitted, self.share.held
         self.tokens = torch.cat([fitted.tokens[own[0]], held.tokens[own[1]]])  # of this process
@@ -248,7 +249,7 @@ class LayerPass:
         if spec.name != "dense":
             with torch.enable_grad():
                 reduced = fit_layer(
-                    runner, layer, spec, tensors, reduced, teacher, streams, RefineSettings(), self.generator
+                    runner, layer, spec, tensors, reduced, teacher, streams, self.refine, self.generator
                 )
             since = self.watch.add("fitting", since)
         student = runner.build(layer, self._stored_layer(layer, reduced), reduced=True)
@@ -266,12 +267,12 @@ class LayerPass:
         for name, tensor in stored.items():
             writer.write(runner.family.prefix(layer) + name, tensor)
         moved = moved_by(self.source, layer, spec, stored, self.basis) if writer.writes else None
+        sigma = spectrum(read_query(self.source, layer).to(self.runner.device))
         student = runner.build(layer, stored, reduced=True)
         since = self.watch.add("writing", since)
         self._run_student(layer, student, streams)
         streams.enter(layer + 1)
         self.watch.add("forward", since)
-        sigma = spectrum(read_query(self.source, layer).to(self.runner.device))
         return {"index": layer, "map": str(spec), "attention_kl": kl, "moved": moved, "singular_values": sigma}
 
     def _read(self, layer: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -18,6 +18,7 @@ from qectomy.checkpoint.checkpoint import Checkpoint, differing_sizes
 from qectomy.checkpoint.config_files import DROPPED, VARIANT, has_model_code, load_config
 from qectomy.checkpoint.headers import TORCH_NAMES, read_json
 from qectomy.errors import CheckpointError, clean, shown
+from qectomy.eval.at_once import SAMPLED, SAMPLED_WINDOWS
 from qectomy.eval.layerwise_model import StreamedModel, random_tokens, relative_logit_error, score_streamed
 from qectomy.eval.metrics import cost
 from qectomy.eval.protocol import ScoringWindows
@@ -32,7 +33,6 @@ from qectomy.surgery.streams import HEAD, Place, derive_streams, mergeable
 
 SLACK = 1e-9  # of a tensor's largest entry: float64 rounding, amplified by the condition of a fold
 MARGIN = 10.0  # by how much the measured error of the logits may exceed the sum of the layers' bounds
-SAMPLED = 64  # positions at which the layers are compared
 EXACT_MAPS = ("identity", "gauge", "dense")  # query maps that exact folding leaves
 
 
@@ -121,7 +121,7 @@ def measure(
 
 def _sampled(model: StreamedModel, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the last states (n, D) and what each layer's W_down reads, (n, M), at positions spread over the tokens."""
-    tokens = tokens[:4]
+    tokens = tokens[:SAMPLED_WINDOWS]
     chosen = torch.linspace(0, tokens.numel() - 1, min(SAMPLED, tokens.numel())).long()
     acts: list[torch.Tensor] = []
     states = model.states(tokens, lambda read: acts.append(read.flatten(0, 1)[chosen]))

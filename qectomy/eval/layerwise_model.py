@@ -25,18 +25,15 @@ from qectomy.checkpoint.headers import read_json
 from qectomy.checkpoint.memory import release_freed
 from qectomy.checkpoint.prefetch import read_layers
 from qectomy.errors import NonFiniteError
+from qectomy.eval.at_once import ROWS_A_HEAD, SLICE, STATES_BYTES, STREAMED_ON_DEVICE, STREAMED_TOKENS
 from qectomy.eval.cast_on_use import cast_on_use, projections
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.score_windows import batches
-from qectomy.eval.token_scores import SLICE, TokenScores, empty_scores, score_tokens
+from qectomy.eval.token_scores import TokenScores, empty_scores, score_tokens
 from qectomy.models.family import Dimensions
 from qectomy.progress import Progress
 
-TOKENS_A_BATCH = 2048  # on which a layer runs at a time
-TOKENS_ON_DEVICE = 16_384  # likewise, on an accelerator
-STATES_BYTES = 1 << 28  # of hidden states of one model held at a time; longer texts are run in groups
-ROWS_A_HEAD = 8192  # tokens that are scored each time the head is read
 SLICE_ON_DEVICE = 8192  # rows of the head read at a time, on an accelerator
 Tap = Callable[[torch.Tensor], None]  # is given what each layer's W_down reads, in the order of the layers
 Step = Callable[[], None]  # is called after each layer
@@ -289,7 +286,7 @@ def score_streamed(
 
 def _groups(model: StreamedModel, windows: ScoringWindows) -> Iterator[list[tuple[torch.Tensor, int]]]:
     """Yield the batches of windows in groups whose hidden states are held together."""
-    at_once = TOKENS_A_BATCH if model.device.type == "cpu" else TOKENS_ON_DEVICE
+    at_once = STREAMED_TOKENS if model.device.type == "cpu" else STREAMED_ON_DEVICE
     most = STATES_BYTES // (model.checkpoint.dims.d_model * model.dtype.itemsize)
     group: list[tuple[torch.Tensor, int]] = []
     held = 0

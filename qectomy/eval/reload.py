@@ -19,13 +19,12 @@ from safetensors.torch import load_file, save_file
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.checkpoint.finite import all_finite
 from qectomy.errors import CheckpointError, NonFiniteError, OutputError, QectomyError, Stopped
+from qectomy.eval.at_once import SLICE
 from qectomy.eval.layerwise_model import StreamedModel, relative_logit_error
 from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.same_tokenizer import check_same_tokenizer
 from qectomy.eval.samples import generation_of
-from qectomy.eval.token_scores import SLICE
 
-RELOAD_TOKENS = 64  # whose logits are compared
 CACHED_STEPS = 4  # tokens that come one at a time, from the cache ...
 PROMPT = 12  # ... after so many at once; short, since some kinds of RoPE depend on the length of a long text
 REFUSED = 3  # exit code of the process that finds the checkpoint unusable; others are its own troubles

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from qectomy.checkpoint.finite import all_finite
-
-SLICE = 512
+from qectomy.eval.at_once import SLICE
 
 Logits = Callable[[int, int], torch.Tensor]  # (start, stop) of the vocabulary -> (N, stop - start) logits
 

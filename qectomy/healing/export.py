@@ -17,10 +17,11 @@ from qectomy.checkpoint.headers import TORCH_NAMES, read_json
 from qectomy.checkpoint.shards import ShardWriter, TensorSpec
 from qectomy.checkpoint.sizes import totals
 from qectomy.errors import NonFiniteError, QectomyError
+from qectomy.eval.at_once import RELOAD_TOKENS
 from qectomy.eval.layerwise_model import StreamedModel, score_streamed
 from qectomy.eval.metrics import cost
 from qectomy.eval.protocol import ScoringWindows
-from qectomy.eval.reload import RELOAD_TOKENS, Reload, check_reload
+from qectomy.eval.reload import Reload, check_reload
 from qectomy.eval.samples import token_sample
 from qectomy.eval.token_scores import TokenScores
 from qectomy.healing.budget import Budget

@@ -78,9 +78,8 @@ class LlamaFamily(Family):
     def check_fields(self, config: dict[str, Any]) -> None:
         check_rope(config)
 
-    def resized(self, config: dict[str, Any], dims: Dimensions) -> dict[str, Any]:
-        heads = {"num_attention_heads": dims.n_heads, "num_key_value_heads": dims.n_kv_heads, "head_dim": dims.d_head}
-        return config | {"hidden_size": dims.d_model, "intermediate_size": dims.d_mlp} | heads
+    def shortened(self, config: dict[str, Any], n_layers: int) -> dict[str, Any]:
+        return config | {"num_hidden_layers": n_layers}
 
     def layer_shapes(self, dims: Dimensions, spec: "QueryMapSpec") -> Shapes:
         n_query, n_key = dims.n_heads * dims.d_head, dims.n_kv_heads * dims.d_head
@@ -205,8 +204,8 @@ class GPT2Family(Family):
             **without,
         )
 
-    def resized(self, config: dict[str, Any], dims: Dimensions) -> dict[str, Any]:
-        return config | {"n_embd": dims.d_model, "n_inner": dims.d_mlp, "n_head": dims.n_heads}
+    def shortened(self, config: dict[str, Any], n_layers: int) -> dict[str, Any]:
+        return {name: value for name, value in config.items() if name != "num_hidden_layers"} | {"n_layer": n_layers}
 
     def layer_shapes(self, dims: Dimensions, spec: "QueryMapSpec") -> Shapes:
         d_model, gauged = dims.d_model, len(spec.gauged)

@@ -149,8 +149,8 @@ class Family:
         """Read the sizes from a parsed config.json. Raises CheckpointError naming the field at fault."""
         raise NotImplementedError
 
-    def resized(self, config: dict[str, Any], dims: Dimensions) -> dict[str, Any]:
-        """Return a parsed config.json with these widths and heads in the place of its own."""
+    def shortened(self, config: dict[str, Any], n_layers: int) -> dict[str, Any]:
+        """Return the parsed config.json of a model that has only the first so many layers."""
         raise NotImplementedError
 
     def layer_shapes(self, dims: Dimensions, spec: "QueryMapSpec") -> Shapes:

@@ -25,13 +25,12 @@ from qectomy.progress import Progress
 from qectomy.runs.input_hashes import SourceWatch
 from qectomy.runs.step_writer import write_steps
 from qectomy.runs.work_folder import WorkFolder
+from qectomy.surgery.at_once import ROWS_AT_ONCE
 from qectomy.surgery.basis import LOST, Choice, Folds, rounding
 from qectomy.surgery.choice import choose_folds
 from qectomy.surgery.gauge import MAX_PIVOT_CONDITION, choose_pivots, fold_pivots, pivot_rows
 from qectomy.surgery.layer import LayerPlan, fold_layer, fold_norm, query_shift, readers_in_basis
 from qectomy.surgery.streams import HEAD
-
-ROWS_AT_ONCE = 2048  # of the embedding
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from qectomy.runs.locked_folder import GoOn
 from qectomy.runs.output import check_room
 from qectomy.runs.step_writer import write_steps
 from qectomy.runs.work_folder import WorkFolder, finished, without_report, work_folder
+from qectomy.surgery.at_once import ROWS_AT_ONCE
 
 PARTS = ("gain", "shift", "mean")
-ROWS_AT_ONCE = 2048  # of the embedding
 Tensors = dict[str, torch.Tensor]
 
 

@@ -118,7 +118,7 @@ class TestStreamed:
     @pytest.mark.parametrize("shape", ["gpt2", "llama", "biases", "mistral", "bf16", "tied", "mqa"])
     def test_gives_the_same_numbers(self, shape, tiny_checkpoint, monkeypatch):
         monkeypatch.setattr(layerwise_model, "STATES_BYTES", 40_000)  # several groups
-        monkeypatch.setattr(layerwise_model, "TOKENS_A_BATCH", 70)
+        monkeypatch.setattr(layerwise_model, "STREAMED_TOKENS", 70)
         name, other = str(tiny_checkpoint(shape)), str(tiny_checkpoint(shape, initializer_range=0.03))
         results = [
             evaluate(name, SOURCE, Protocol(context=32), dtype="float32", reference=other, streamed=kind)
@@ -150,7 +150,7 @@ class TestStreamed:
         assert results[1]["bits_per_byte"] == pytest.approx(results[0]["bits_per_byte"], rel=1e-6)
 
     def test_reads_each_layer_once_whatever_the_text(self, tiny_checkpoint, monkeypatch):
-        monkeypatch.setattr(layerwise_model, "TOKENS_A_BATCH", 70)
+        monkeypatch.setattr(layerwise_model, "STREAMED_TOKENS", 70)
         checkpoint = open_any(str(tiny_checkpoint()))
         read = []
         monkeypatch.setattr(type(checkpoint), "read_layer", count_calls(type(checkpoint).read_layer, read))

@@ -6,13 +6,18 @@ Dimensions: D d_model, M d_mlp, Q n_heads * d_head, S n_kv_heads * d_head, T con
 """
 
 from qectomy.conversion.forecast.memory import KERNELS, LIBRARIES, MLP_A_TOKEN, SLICE_COPIES, SVD
-from qectomy.conversion.forecast.work import RELOAD_TOKENS, SLICE, Work
+from qectomy.conversion.forecast.work import Work
+from qectomy.eval.at_once import (
+    RELOAD_TOKENS,
+    ROWS_A_HEAD,
+    SAMPLED,
+    SAMPLED_WINDOWS,
+    SLICE,
+    STATES_BYTES,
+    STREAMED_TOKENS,
+)
+from qectomy.surgery.at_once import ROWS_AT_ONCE
 
-STREAMED_TOKENS = 2048  # eval/layerwise_model.py: a batch
-STATES_BYTES = 1 << 28  # of hidden states of one model held at a time
-ROWS_A_HEAD = 8192  # tokens that the head scores at a time
-SAMPLED, SAMPLED_WINDOWS = 64, 4  # eval/certificate.py
-FOLD_ROWS = 2048  # surgery/checkpoint.py: of the embedding at a time
 RESIDUALS = 3  # arrays of D a token in an MLP: what enters the layer and it, and that normed
 SQUARES = 6  # arrays of W_Q's size while it is seen whether it can go: W, its columns, their Gram, what it is off by
 
@@ -35,7 +40,7 @@ def exact(work: Work) -> dict[str, int]:
         "choosing": 8 * SQUARES * query + solving,
         "pivots": stored + basis + attention + 8 * 4 * key,
         "folding": stored + basis + attention + mlp + 8 * 2 * (query + key),
-        "embedding": basis + 8 * 3 * FOLD_ROWS * dims.d_model,
+        "embedding": basis + 8 * 3 * ROWS_AT_ONCE * dims.d_model,
         "measuring": _streamed(work, 8, work.context, work.context),
     }
 

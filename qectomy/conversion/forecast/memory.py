@@ -7,15 +7,10 @@ Dimensions: D d_model, M d_mlp, Q n_heads * d_head, S n_kv_heads * d_head, G n_k
 
 import math
 
-from qectomy.conversion.forecast.work import (
-    BLOCK_LOGITS,
-    COLUMNS,
-    EIGEN_CHANNELS,
-    RELOAD_TOKENS,
-    SCORED_TOKENS,
-    SLICE,
-    Work,
-)
+from qectomy.calibrate.at_once import BLOCK_LOGITS, COLUMNS, EIGEN_CHANNELS
+from qectomy.conversion.at_once import SCORED_TOKENS
+from qectomy.conversion.forecast.work import Work
+from qectomy.eval.at_once import RELOAD_TOKENS, SLICE
 from qectomy.models.family import Dimensions
 from qectomy.models.query_maps import QueryMapSpec
 

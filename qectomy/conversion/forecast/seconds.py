@@ -1,155 +1,171 @@
-"""How long each stage of a conversion takes: what the probe timed, times how often the conversion does it.
+"""How long each stage of a conversion takes: its first layer fitted for real, on few windows and steps, and scaled.
 
-Stages have the names under which the conversion's own report gives their seconds. Torch is not loaded.
-Dimensions: D d_model, M d_mlp, Q n_heads * d_head, S n_kv_heads * d_head, V vocabulary.
+The pass itself converts a model cut to one layer for each query map, on two numbers of random windows: what grows with
+the windows lies on the line through both. Of each Adam it takes a few steps, and the middle one stands for the rest.
+Stages have the names under which the conversion's own report gives their seconds.
 """
 
-from __future__ import annotations
+import hashlib
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import math
-from typing import TYPE_CHECKING
+import torch
 
+from qectomy.calibrate.few_steps import few_steps
+from qectomy.calibrate.layer_runner import LayerRunner
+from qectomy.calibrate.refine import RefineSettings
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.sizes import totals
-from qectomy.conversion.forecast import costs
-from qectomy.conversion.forecast.work import (
-    EIGEN_CHANNELS,
-    GENERATED,
-    JOINT_STEPS,
-    MOST_GENERATING,
-    RELOAD_TOKENS,
-    SLICE,
-    Work,
-)
+from qectomy.conversion.at_once import SCORED_TOKENS
+from qectomy.conversion.forecast.work import Work
+from qectomy.conversion.layerwise import KL_WINDOWS, LayerPass
+from qectomy.conversion.settings import ConvertSettings
+from qectomy.conversion.stopwatch import Stopwatch
+from qectomy.eval.protocol import ScoringWindows
+from qectomy.eval.samples import MOST_BYTES, NEW_TOKENS, PROMPTS
 from qectomy.models.query_maps import QueryMapSpec
+from qectomy.runs.input_hashes import FileWatch
+from qectomy.runs.work_folder import WorkFolder
+from qectomy.text.text import Windows
 
-if TYPE_CHECKING:
-    from qectomy.conversion.forecast.timer import Speeds
-
+STEPS = 8  # of each Adam
+BATCHES = 4  # of fitted windows, at least, in the larger of both runs
 IMPORTS = 5.0  # seconds in which a new process has torch and transformers loaded, where they were loaded before
 TOKENIZER, MODEL = 0.8, 0.3  # of those seconds: what loading a tokenizer and a model's class imports besides
 PAGE = 3.0  # the report, its page and the sample of tokens
 TOKENS_A_SECOND = 300_000  # of text that a tokenizer makes
-ROW = 2e-5  # seconds of opening a file for one row of the embedding
-CAST = 2e-10  # seconds of a byte that is cast and looked through
+HASHED = 16_000_000  # bytes
+MEASURES = ("teacher", "steps taken", "all steps")  # seconds inside the stages "forward" and "fitting"
+
+Seconds = dict[str, float]
 
 
-def stage_seconds(
-    source: Checkpoint, work: Work, speeds: Speeds, dtype: str | None = None, imports: float | None = None
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class Trial:
+    """The seconds of a short conversion: of each layer by stage, and of everything by stage."""
+
+    fitted: int  # windows
+    held: int
+    layers: dict[QueryMapSpec, Seconds]
+    whole: Seconds
+
+
+def stage_seconds(source: Checkpoint, work: Work, settings: ConvertSettings, imports: float | None) -> Seconds:
     """Return {stage: seconds}; `imports` are those that loading the libraries took, if that was seen."""
-    written = totals(source, work.recipe, dtype)["bytes"]["after"]
     started = IMPORTS if imports is None else imports
+    a_byte, written = _hash_speed(), totals(source, work.recipe, settings.stored_dtype)["bytes"]["after"]
+    most = min(work.fitted, max(BATCHES * work.batch, work.step_windows))
+    held = min(work.held, max(work.batch, SCORED_TOKENS // work.context))
+    _, small, large = (try_out(source, work, settings, n, held) for n in (1, -(-most // 4), most))  # 1: warms up
     stages = {
         "start": started,
         "text": TOKENIZER * started + work.windows * work.context / TOKENS_A_SECOND,
-        "hashing": source.nbytes * speeds.checkpoint.hash + MODEL * started,
-        "embedding": _embedding(work, speeds),
-        "reading": 0.0,
-        "forward": 0.0,
-        "fitting": 0.0,
-        "measuring": 0.0,
-        "refitting": 0.0,
-        "writing": 0.0,
-        "keeping": (work.dims.n_layers + 1) * 2 * work.windows * speeds.pieces["states kept"] / _windows(work),
+        "hashing": source.nbytes * a_byte + MODEL * started,
     }
-    for spec, drifted in zip(work.recipe, work.drifting, strict=True):
-        for stage, seconds in layer_seconds(work, speeds, spec, drifted).items():
-            stages[stage] += seconds
-    stages["scores"] = _scores(work, speeds)
-    stages["reload"] = _reload(source, work, speeds, written, started)
+    stages |= scaled(work, small, large)
+    stages["reload"] = written * a_byte + (1 + MODEL) * started
+    if max(source.nbytes, written) <= MOST_BYTES:  # both models write
+        tokens = 2 * len(PROMPTS) * NEW_TOKENS
+        stages["reload"] += tokens * _token_seconds(source, work) + (TOKENIZER + MODEL) * started
     return stages | {"page": PAGE}
 
 
-def layer_seconds(work: Work, speeds: Speeds, spec: QueryMapSpec, drifted: bool) -> dict[str, float]:
-    """Return {stage: seconds} of one layer."""
-    took, read = speeds.pieces, speeds.checkpoint.read
-    stored = 4 * work.reduced[spec] * CAST
-    student = 1.0 if spec.name == "dense" else _without_query(work)
-    fitted, held = work.fitted_batches, work.held_batches
-    found = {
-        "reading": work.layer * work.read_itemsize * read,
-        "forward": (1 + student) * (fitted * took["fast layer"] + held * took["layer"])
-        + (3 * fitted + 2 * held) * took["states written"]
-        + 2 * (fitted + held) * took["states read"],
-        "fitting": 0.0 if spec.name == "dense" else fit_seconds(work, speeds, spec),
-        "measuring": stored + (0.0 if spec.name == "dense" else work.kl_windows * took["KL of a window"]),
-        "writing": 2 * stored + work.written_itemsize * work.reduced[spec] * (speeds.checkpoint.hash + CAST),
+def try_out(source: Checkpoint, work: Work, settings: ConvertSettings, fitted: int, held: int) -> Trial:
+    """Convert the first layers, one for each map of the recipe, on so many windows of random tokens."""
+    maps = sorted(dict.fromkeys(work.recipe), key=lambda spec: spec.name == "dense")  # those are refitted after others
+    cut = first_layers(source, len(maps))
+    generator = torch.Generator().manual_seed(settings.seed)
+    tokens = torch.randint(source.dims.vocab_size, (fitted + held, work.context), generator=generator)
+    texts = Windows(tokens[:fitted], False, []), ScoringWindows(tokens[fitted:], torch.ones(held).long(), 1, {})
+    refine = RefineSettings(steps=RefineSettings().steps_for(work.fitted * work.context))
+    runner, watch, marks = LayerRunner(cut, tuple(maps), work.context, settings.device), Stopwatch(), list[Seconds]()
+    with ExitStack() as stack:
+        folder = WorkFolder(Path(stack.enter_context(TemporaryDirectory())) / "trial")
+        stack.callback(folder.release)
+        folder.start({}, False)
+        few, unchanged = stack.enter_context(few_steps(STEPS)), FileWatch({})
+        run = LayerPass(cut, tuple(maps), settings, runner, *texts, unchanged, folder, watch, refine=refine)
+
+        def mark(*_: object) -> None:
+            inside = zip(MEASURES, (run.teacher_seconds, few.taken, few.whole), strict=True)
+            marks.append({**watch.seconds, **dict(inside)})
+
+        run.run(mark)
+        mark()
+    *ends, whole = marks
+    pairs = zip([Seconds(), *ends[:-1]], ends, strict=True)
+    layers = [{stage: end[stage] - before.get(stage, 0.0) for stage in end} for before, end in pairs]
+    return Trial(fitted, held, dict(zip(maps, layers, strict=True)), whole)
+
+
+def first_layers(source: Checkpoint, count: int) -> Checkpoint:
+    """Return the checkpoint of a model that has only the first so many layers, and what lies outside of them."""
+    config, dims = source.family.shortened(source.config, count), replace(source.dims, n_layers=count)
+    others = tuple(source.prefix(layer) for layer in range(count, source.dims.n_layers))
+    tensors = {name: info for name, info in source.tensors.items() if not name.startswith(others)} if others else None
+    return replace(source, config=config, dims=dims, recipe=source.recipe[:count], tensors=tensors or source.tensors)
+
+
+def scaled(work: Work, small: Trial, large: Trial) -> Seconds:
+    """Return the seconds by stage of the whole pass, from those of two that differ in their fitted windows alone."""
+    n_layers, tried = work.dims.n_layers, len(large.layers)
+
+    def whole(stage: str) -> float:
+        n_small, n_large = small.fitted + small.held, large.fitted + large.held
+        return _line((n_small, small.whole[stage]), (n_large, large.whole[stage]), work.windows)
+
+    stages = {"embedding": whole("embedding"), "keeping": whole("keeping") * (n_layers + 1) / (tried + 1)}
+    for spec, drifted in zip(work.recipe, work.drifting, strict=True):
+        for stage, seconds in _layer(work, spec, small, large).items():
+            stages[stage] = stages.get(stage, 0.0) + seconds * (drifted or stage != "refitting")
+    at_once = max(1, SCORED_TOKENS // work.context)
+    return stages | {"scores": large.whole["scores"] * -(-work.held // at_once) / -(-large.held // at_once)}
+
+
+def _layer(work: Work, spec: QueryMapSpec, small: Trial, large: Trial) -> Seconds:
+    """Return the seconds by stage of one layer of a map."""
+    few, many = small.layers[spec], large.layers[spec]
+
+    def line(of: Callable[[Seconds], float]) -> float:
+        return _line((small.fitted, of(few)), (large.fitted, of(many)), work.fitted)
+
+    measured = sum(min(KL_WINDOWS, n) for n in (large.fitted, large.held))
+    return {
+        "reading": many["reading"],
+        "forward": line(lambda took: took["forward"] - 2 * took["teacher"])
+        + 2 * many["teacher"] * work.held / large.held,
+        "fitting": line(lambda took: took.get("fitting", 0.0) - took["steps taken"]) + many["all steps"],
+        "measuring": many["measuring"] * sum(min(KL_WINDOWS, n) for n in (work.fitted, work.held)) / measured,
+        "refitting": line(lambda took: took.get("refitting", 0.0)),
+        "writing": many["writing"],
     }
-    n = min(work.dims.d_model, work.n_query)
-    longer = max(work.dims.d_model, work.n_query) / n
-    found["writing"] += took["singular values"] * costs.cube(n) * longer
-    found["refitting"] = refit_seconds(work, speeds, student) if drifted else 0.0
-    return found
 
 
-def fit_seconds(work: Work, speeds: Speeds, spec: QueryMapSpec) -> float:
-    """Seconds of one layer's fit: what it looks at, its start, and Adam."""
-    took, dims = speeds.pieces, work.dims
-    d_model = dims.d_model
-    seconds = work.fitted_batches * (took["collecting"] + 2 * took["states read"] + 2 * took["states written"])
-    if "attended window" in took:
-        seconds += work.attended * took["attended window"]
-        width = d_model if spec.name == "key-shared" else dims.d_head
-        if dims.n_kv_heads * width <= EIGEN_CHANNELS:
-            seconds += dims.n_kv_heads * took["eigenvectors in float64"] * costs.cube(width)
-    seconds += took["ridge regression"] * (costs.solve(d_model, work.n_query) + costs.solve(d_model, work.n_key))
-    seconds += took["eigenvectors"] * costs.cube(d_model)  # the basis in which W_K moves
-    if spec.name == "key-shared":
-        seconds += JOINT_STEPS * took["joint step"] + took["eigenvectors"] * costs.cube(d_model)
-        seconds += speeds.product * costs.joint_turn(dims)
-    else:
-        seconds += took[f"start of {spec}"]
-    return seconds + work.refine_steps * took[f"refine step of {spec}"]
+def _line(small: tuple[int, float], large: tuple[int, float], n: int) -> float:
+    """Return the seconds at n on the line through two points, which does not fall; no less than 0."""
+    slope = max(0.0, large[1] - small[1]) / max(1, large[0] - small[0])
+    return max(0.0, large[1] + slope * (n - large[0]))
 
 
-def refit_seconds(work: Work, speeds: Speeds, student: float) -> float:
-    """Seconds of one layer's refit: W_O, then W_down, and in a turned stream the MLP's readers between them."""
-    took, d_model = speeds.pieces, work.dims.d_model
-    batch = took["fast attention"] + student * took["fast layer"] + 2 * took["states read"]
-    seconds = work.fitted_batches * (batch + took["Gram of W_O"] + took["Gram of W_down"] + 2 * took["states read"])
-    unknowns = [(work.n_query, d_model), (work.dims.d_mlp, d_model)]
-    if work.turned:
-        seconds += work.fitted_batches * (took["fast attention"] + took["collecting"])
-        unknowns.append((d_model, d_model))
-        seconds += 2 * speeds.product * work.mlp_readers * d_model**2 * work.dims.d_mlp  # in float64
-    return seconds + took["ridge regression"] * sum(costs.solve(*each) for each in unknowns)
+def _hash_speed() -> float:
+    """Return the seconds in which a byte is hashed."""
+    data, since = bytes(HASHED), time.perf_counter()
+    hashlib.sha256(data).hexdigest()
+    return (time.perf_counter() - since) / HASHED
 
 
-def _without_query(work: Work) -> float:
-    """A reduced layer's work over a stock one's."""
-    sizes = work.dims, work.mlp_readers, work.batch_tokens, work.context
-    return costs.layer(*sizes, with_query=False) / costs.layer(*sizes)
-
-
-def _windows(work: Work) -> int:
-    """Windows of the batch whose states were timed."""
-    return work.batch_tokens // work.context
-
-
-def _embedding(work: Work, speeds: Speeds) -> float:
-    """All rows read, twice, and written; both models' states; where the stream is turned, rows times Θ in float64."""
-    rows = work.outside * (2 * speeds.checkpoint.read + speeds.checkpoint.hash + 4 * CAST)
-    states = 2 * work.windows * (speeds.pieces["states written"] + speeds.pieces["states read"]) / _windows(work)
-    turned = 3 * work.dims.vocab_size * work.dims.d_model**2 + 4 * work.dims.d_model**3
-    return rows + states + (2 * speeds.product * turned if work.turned else 0.0)
-
-
-def _scores(work: Work, speeds: Speeds) -> float:
-    """Slices of both models' logits; each batch reads both heads anew."""
-    vocab, d_model = work.dims.vocab_size, work.dims.d_model
-    head = work.read_itemsize * vocab * d_model * speeds.checkpoint.read
-    return work.score_batches * (math.ceil(vocab / SLICE) * speeds.pieces["slice of scores"] + 2 * head)
-
-
-def _reload(source: Checkpoint, work: Work, speeds: Speeds, written: int, started: float) -> float:
-    """The shards hashed; a new process that runs a window through all layers; and small models, both, write."""
-    dims, took = work.dims, speeds.pieces
-    head = dims.vocab_size * dims.d_model
-    window = dims.n_layers * took["layer"] / _windows(work) + min(work.context, dims.vocab_size) * ROW
-    window += RELOAD_TOKENS * head * speeds.product + written * (speeds.checkpoint.read + 4 * CAST)
-    seconds = written * speeds.checkpoint.hash + (1 + MODEL) * started + window
-    if max(source.nbytes, written) <= MOST_GENERATING:
-        a_token = dims.n_layers * took["layer of one token"] + head * took["layer of one token"] / work.layer
-        seconds += 2 * GENERATED * a_token + (TOKENIZER + MODEL) * started
-    return seconds
+@torch.no_grad()
+def _token_seconds(source: Checkpoint, work: Work) -> float:
+    """Return the seconds in which a model writes a token: its layers and its head on one, on the processor."""
+    runner = LayerRunner(source, source.recipe, 1, "cpu")
+    layer, x = runner.build(0, source.read_layer(0, torch.float32)), torch.ones(1, 1, source.dims.d_model)
+    took = []
+    for _ in range(STEPS):
+        since = time.perf_counter()
+        runner.forward(layer, x)
+        took.append(time.perf_counter() - since)
+    return min(took) * (source.dims.n_layers + source.dims.vocab_size * source.dims.d_model / work.layer)

@@ -1,6 +1,5 @@
 """What a conversion handles, in numbers alone: sizes of its layers, windows, batches and steps. Torch is not loaded.
 
-The constants are those of the modules that do the work, which load torch; a test holds them against theirs.
 Dimensions: D d_model, M d_mlp, Q n_heads * d_head, S n_kv_heads * d_head, T context.
 """
 
@@ -10,26 +9,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from qectomy.calibrate.at_once import ROWS_A_STEP, ROWS_STRIDE, TOKENS_A_PART
 from qectomy.checkpoint.checkpoint import Checkpoint, expected_layer
 from qectomy.checkpoint.headers import FLOAT_BYTES
+from qectomy.conversion.at_once import TOKENS_A_BATCH, TOKENS_ON_DEVICE
 from qectomy.models.family import Dimensions
 from qectomy.models.query_maps import QueryMapSpec
-
-TOKENS_A_BATCH = 512  # layer_pass.py
-TOKENS_ON_DEVICE = 8192
-KL_WINDOWS = 8
-TOKENS_A_PART = 2048  # refine.py
-ROWS_A_STEP, ROWS_STRIDE = 1024, 4
-JOINT_STEPS = 120  # key_shared_start.py
-ATTENDED_WINDOWS, ATTENDED_STRIDE = 12, 8  # layer_fit.py
-EIGEN_CHANNELS = 4096
-BLOCK_LOGITS = 1_000_000  # attention_kl.py
-COLUMNS = 256  # moments.py
-SCORED_TOKENS = 1024  # final_scores.py
-SLICE = 512  # scores.py
-RELOAD_TOKENS = 64  # reload.py
-GENERATED = 3 * 40  # samples.py: prompts and new tokens, of each of both models
-MOST_GENERATING = 1_000_000_000  # bytes of weights beyond which they do not write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +64,6 @@ class Work:
         return min(self.batch, max(self.fitted, self.held)) * self.context
 
     @property
-    def fitted_batches(self) -> int:
-        return -(-self.fitted // self.batch)
-
-    @property
-    def held_batches(self) -> int:
-        return -(-self.held // self.batch)
-
-    @property
-    def refine_steps(self) -> int:
-        """Steps of Adam on the attention KL in a layer."""
-        return round(min(1600.0, max(100.0, 400 * math.sqrt(self.fitted * self.context / 32_768))))
-
-    @property
     def step_windows(self) -> int:
         return max(1, min(self.fitted, ROWS_A_STEP * ROWS_STRIDE // self.context))
 
@@ -99,19 +71,6 @@ class Work:
     def part_windows(self) -> int:
         """Windows of a step that are handled at a time."""
         return self.step_windows if self.on_device else min(self.step_windows, max(1, TOKENS_A_PART // self.context))
-
-    @property
-    def attended(self) -> int:
-        """Windows on which the keys' covariance under the teacher's attention is taken."""
-        return len(range(0, self.fitted, max(1, self.fitted // ATTENDED_WINDOWS)))
-
-    @property
-    def kl_windows(self) -> int:
-        return min(self.fitted, KL_WINDOWS) + min(self.held, KL_WINDOWS)
-
-    @property
-    def score_batches(self) -> int:
-        return -(-self.held // max(1, SCORED_TOKENS // self.context))
 
     @property
     def drifting(self) -> list[bool]:
