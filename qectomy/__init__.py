@@ -14,16 +14,34 @@ from typing import TYPE_CHECKING, Any
 from wrapt import when_imported
 
 if TYPE_CHECKING:
+    from qectomy.api.bench import bench
     from qectomy.api.convert import convert
     from qectomy.api.evaluate import evaluate
+    from qectomy.api.fold_norms import fold_norms
     from qectomy.api.heal import heal
+    from qectomy.api.import_nanogpt import import_nanogpt
     from qectomy.api.inspect import inspect
     from qectomy.api.materialize import materialize
+    from qectomy.api.page import page
+    from qectomy.api.renew import renew
     from qectomy.api.verify import verify
     from qectomy.errors import QectomyError
 
 __version__ = "0.1.0"
-__all__ = ["QectomyError", "convert", "evaluate", "heal", "inspect", "materialize", "verify"]
+__all__ = [
+    "QectomyError",
+    "bench",
+    "convert",
+    "evaluate",
+    "fold_norms",
+    "heal",
+    "import_nanogpt",
+    "inspect",
+    "materialize",
+    "page",
+    "renew",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, print. Heavy imports live inside the commands."""
+"""The command line: parse, call one function, print. Heavy imports live inside the functions."""
 
 import os
 import sys
@@ -9,13 +9,15 @@ import typer
 
 from qectomy import __version__
 from qectomy.commands.bench import bench
-from qectomy.commands.convert import CONTEXT_HELP, NoProbe, convert
+from qectomy.commands.convert import convert
 from qectomy.commands.eval import evaluate
 from qectomy.commands.heal import heal
+from qectomy.commands.inspect import inspect
 from qectomy.commands.renew import renew
 from qectomy.commands.report import report
 from qectomy.commands.rewrites import fold_norms, import_nanogpt, materialize
-from qectomy.commands.terminal import Field, Json, command_to_go_on, print_json, resumed, usage_errors
+from qectomy.commands.terminal import command_to_go_on, resumed
+from qectomy.commands.verify import verify
 from qectomy.distributed.launch import launch
 from qectomy.errors import STOPPED_SAFELY, QectomyError, clean
 from qectomy.versions import check_transformers
@@ -41,94 +43,22 @@ def root(
         check_transformers()
 
 
-@app.command(epilog="Example: `qectomy inspect ./smollm2-135m-instruct`")
-def inspect(
-    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of an original checkpoint.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens to plan for, or to audit on.")] = 32_768,
-    eval_tokens: Annotated[int, typer.Option(min=0, help="Evaluation tokens to plan for.")] = 32_768,
-    context: Annotated[int | None, typer.Option(min=16, help=CONTEXT_HELP)] = None,
-    audit: Annotated[
-        bool, typer.Option("--audit", help="Read the weights too: how far each layer's W_Q is from going exactly.")
-    ] = False,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(help="With --audit: text to take the ranks on, as for convert. Default: white states."),
-    ] = None,
-    field: Field = None,
-    no_probe: NoProbe = False,
-    as_json: Json = False,
-) -> None:
-    """Say what each query map would remove, from the config and the file headers alone unless audited."""
-    from qectomy.api.inspect import inspect as run
-
-    with usage_errors():
-        result = run(
-            checkpoint,
-            tokens=tokens,
-            eval_tokens=eval_tokens,
-            context=context,
-            audit=audit,
-            text=text,
-            field=field,
-            no_probe=no_probe,
-            progress=True,
-        )
-    if as_json:
-        print_json(result)
-    else:
-        from qectomy.report.inspection_table import show_inspection
-
-        show_inspection(result, checkpoint)
-
-
-app.command("eval", epilog="Example: `qectomy eval ./original ./reduced --text heldout.txt --reference ./original`")(
-    evaluate
-)
-
-
-@app.command(epilog="Example: `qectomy verify ./exact --against ./original --text heldout.txt`")
-def verify(
-    reduced: Annotated[str, typer.Argument(help="Folder of a reduced checkpoint.")],
-    against: Annotated[str, typer.Option(help="Folder or hub id of the original.")],
-    text: Annotated[
-        str | None,
-        typer.Option(help="Text to measure on: a file or a dataset's name. Default: 256 random tokens."),
-    ] = None,
-    field: Field = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to measure on.")] = 2048,
-    context: Annotated[int | None, typer.Option(min=2, help=CONTEXT_HELP)] = None,
-    as_json: Json = False,
-) -> None:
-    """Certify that a reduced checkpoint computes what its original does; exit code 1 if it is not exact."""
-    from qectomy.api.verify import verify as run
-
-    result = run(reduced, against, text=text, field=field, tokens=tokens, context=context, progress=True)
-    if as_json:
-        print_json(result)
-    else:
-        from qectomy.report.tables import show_certificate
-
-        show_certificate(result)
-    if result["verdict"] != "exact":
-        raise typer.Exit(1)
-
-
-app.command(
-    epilog="Example: `qectomy convert ./smollm2-135m-instruct --out ./reduced --query key-shared "
-    "--text calibration.txt --eval-text heldout.txt`"
-)(convert)
-app.command(
-    epilog="Example: `qectomy heal ./reduced --teacher ./original --out ./healed --text mine.txt --minutes 10`"
-)(heal)
-app.command(epilog="Example: `qectomy bench ./original ./reduced --save ./reduced/bench.json`")(bench)
-app.command(epilog="Example: `qectomy report ./reduced`")(report)
-app.command(epilog="Example: `qectomy renew ./reduced`")(renew)
-app.command(epilog="Example: `qectomy materialize ./reduced --out ./stock`")(materialize)
-app.command("fold-norms", epilog="Example: `qectomy fold-norms ./original --out ./folded --only gain`")(fold_norms)
-app.command(
-    "import-nanogpt", epilog="Example: `qectomy import-nanogpt ckpt.pt --out ./gpt2 --tokenizer ./gpt2-tokenizer`"
-)(import_nanogpt)
-
+EXAMPLES = {
+    inspect: "inspect ./smollm2-135m-instruct",
+    evaluate: "eval ./original ./reduced --text heldout.txt --reference ./original",
+    verify: "verify ./exact --against ./original --text heldout.txt",
+    convert: "convert ./smollm2-135m-instruct --out ./reduced --query key-shared --text calibration.txt "
+    "--eval-text heldout.txt",
+    heal: "heal ./reduced --teacher ./original --out ./healed --text mine.txt --minutes 10",
+    bench: "bench ./original ./reduced --save ./reduced/bench.json",
+    report: "report ./reduced",
+    renew: "renew ./reduced",
+    materialize: "materialize ./reduced --out ./stock",
+    fold_norms: "fold-norms ./original --out ./folded --only gain",
+    import_nanogpt: "import-nanogpt ckpt.pt --out ./gpt2 --tokenizer ./gpt2-tokenizer",
+}
+for command, example in EXAMPLES.items():
+    app.command(example.split()[0], epilog=f"Example: `qectomy {example}`")(command)
 
 LONGEST = 4000  # characters of a message
 INTERRUPTED = 130  # typer makes this of Ctrl-C, without a word; shells count so too

@@ -2,20 +2,25 @@
 
 import inspect
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 
 import pytest
 import typer
-from conversions import few_steps, reload_here
+from conversions import few_steps, hashes, reload_here
+from nanogpt_checkpoints import made
 from test_cli import cli  # noqa: F401
 
 import qectomy
 from qectomy.cli import app
+from qectomy.conversion.settings import ConvertSettings
 from qectomy.errors import QectomyError, UsageError
+from qectomy.healing.settings import HealSettings
 
-FUNCTIONS = {"convert": "convert", "evaluate": "eval", "heal": "heal", "inspect": "inspect"}
-FUNCTIONS |= {"materialize": "materialize", "verify": "verify"}
+FUNCTIONS = {name: name.replace("_", "-") for name in qectomy.__all__ if name != "QectomyError"}
+FUNCTIONS |= {"evaluate": "eval", "page": "report"}
 QUICK = dict(tokens=320, context=32, eval_tokens=160)
 CHANGES = {"command", "created", "seconds", "tokens_per_second", "peak_memory_bytes"}
 
@@ -65,11 +70,16 @@ def test_a_name_that_is_none_is_told():
         _ = qectomy.fold
 
 
+def test_every_command_is_a_function():
+    assert {*FUNCTIONS.values()} == {*typer.main.get_command(app).commands}
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_options_have_the_names_and_defaults_of_the_command_line(name):
     command = typer.main.get_command(app).commands[FUNCTIONS[name]]
     theirs = {}
     for option in command.params:
+        assert option.help, option.name
         long = max(option.opts, key=len).lstrip("-").replace("-", "_")
         theirs[long] = None if option.default in ((), []) or option.required else option.default
     del theirs["json"]
@@ -78,6 +88,20 @@ def test_options_have_the_names_and_defaults_of_the_command_line(name):
     for option, parameter in ours.items():
         if option not in ("progress", "command") and parameter.default is not parameter.empty:
             assert parameter.default == theirs[option], option
+
+
+def test_what_is_told_no_option_is_as_the_options_are():
+    for name, settings in {"heal": HealSettings, "convert": ConvertSettings}.items():
+        options = inspect.signature(getattr(qectomy, name)).parameters
+        told = {field.name: field.default for field in fields(settings) if field.default is not MISSING}
+        both = told.keys() & options.keys() - {"command", "context"}
+        assert {option: told[option] for option in both} == {option: options[option].default for option in both}
+        assert {"seed", "eval_tokens", "dtype", "device", "tokens"} <= both
+
+
+def test_python_shows_what_an_option_is():
+    assert "Tokens a window. Default: 512" in str(inspect.signature(qectomy.heal))
+    assert "'Folder or hub id of the original.'" in str(inspect.signature(qectomy.verify).parameters["against"])
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -148,6 +172,40 @@ def test_convert_verify_and_materialize(cli, quick, tiny_checkpoint, raven, tmp_
     assert same(stock, theirs)
 
 
+def test_the_other_rewrites_and_the_page(cli, quick, tiny_checkpoint, tmp_path):  # noqa: F811
+    model, weights = tiny_checkpoint("gpt2"), made().save(tmp_path / "ckpt.pt")
+    for call, command in [
+        (lambda out: qectomy.fold_norms(model, out, only="gain"), ["fold-norms", model, "--only", "gain"]),
+        (
+            lambda out: qectomy.import_nanogpt(weights, out, tokenizer=model),
+            ["import-nanogpt", weights, "--tokenizer", model],
+        ),
+    ]:
+        ours, theirs = call(tmp_path / "ours"), cli(*command, "--out", tmp_path / "theirs", "--json").json()
+        assert (ours.pop("out"), theirs.pop("out")) == (str(tmp_path / "ours"), str(tmp_path / "theirs"))
+        assert same(ours, theirs)
+        assert hashes(tmp_path / "ours") == hashes(tmp_path / "theirs")
+        shutil.rmtree(tmp_path / "ours")
+        shutil.rmtree(tmp_path / "theirs")
+    qectomy.convert(model, tmp_path / "exact", query="exact")
+    ours, html = qectomy.page(tmp_path / "exact", title="Mine"), tmp_path / "exact/report.html"
+    assert "<title>Mine" in html.read_text()
+    assert same(ours, cli("report", tmp_path / "exact", "--json").json())
+    assert qectomy.renew([tmp_path / "exact", model])[0]["state"] == "current"
+    assert qectomy.renew(model)[0]["state"] == "refused"
+
+
+def test_bench(quick, tiny_checkpoint, tmp_path):
+    model, save = tiny_checkpoint("gpt2"), tmp_path / "bench.json"
+    options = dict(batch=2, rounds=1, starts=0, prompt_tokens=4, new_tokens=2, save=save)
+    found = qectomy.bench(model, model, **options)
+    assert found == json.loads(save.read_text())
+    assert found["command"] == (
+        f"qectomy.bench({str(model)!r}, {str(model)!r}, batch=2, rounds=1, starts=0, prompt_tokens=4, new_tokens=2, "
+        f"save={str(save)!r})"
+    )
+
+
 def test_a_plan_writes_nothing(cli, tiny_checkpoint, tmp_path):  # noqa: F811
     model, out = tiny_checkpoint("gpt2"), tmp_path / "out"
     for query in ("select", "exact"):
@@ -182,6 +240,11 @@ def test_heal(quick, tiny_checkpoint, raven, tmp_path):
         (lambda model, out: qectomy.convert(model, out, context="512"), "--context: '512' is no whole number from 16"),
         (lambda model, out: qectomy.convert(model, out, heal="1k"), "--heal: '1k' is no whole number from 1 on"),
         (lambda model, out: qectomy.heal(model, model, out, eval_tokens=True), "--eval-tokens: True is no whole"),
+        (lambda model, out: qectomy.heal(model, model, out, warmup=2), "--warmup: 2 is no number from 0 to 1"),
+        (lambda model, out: qectomy.heal(model, model, out, lr="1e-3"), "--lr: '1e-3' is no number"),
+        (lambda model, out: qectomy.convert(model, out, tokens=None), "--tokens: None is no whole number from 1 on"),
+        (lambda model, out: qectomy.bench(model, model, batch=[1, 0]), "--batch: 0 is no whole number from 1 on"),
+        (lambda model, out: qectomy.bench(model, model, seed=-1), "--seed: -1 is no whole number from 0 to 2147483647"),
         (lambda model, out: qectomy.materialize(model, out, resume=True, clean=True), "--resume goes on with what"),
     ],
 )

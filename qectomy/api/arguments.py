@@ -2,40 +2,31 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qectomy.api.options import Name, Names, check_options
 from qectomy.distributed.launch import launch
-from qectomy.errors import UsageError, shown
+from qectomy.errors import UsageError
+from qectomy.versions import check_transformers
 
 if TYPE_CHECKING:
     from qectomy.runs.locked_folder import GoOn
 
-Name = str | os.PathLike[str]  # of a file or folder; where said, also of a model or dataset on the hub
-Names = Name | Iterable[Name]
 
+def begin(function: Callable[..., Any], given: Mapping[str, Any]) -> str:
+    """Refuse options that cannot be, before anything is loaded; return what a record says made it.
 
-def names(given: Names | None) -> tuple[str, ...]:
-    """Return one name, several or none as a tuple of strings."""
-    if given is None:
-        return ()
-    return (os.fspath(given),) if isinstance(given, str | os.PathLike) else tuple(os.fspath(each) for each in given)
-
-
-def name_or_none(given: Name | None) -> str | None:
-    return None if given is None else os.fspath(given)
-
-
-def check_numbers(least: int, **numbers: int | None) -> None:
-    """Raise UsageError where an option is no whole number, or less than may be; None is the default and passes."""
-    for name, number in numbers.items():
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
-            raise UsageError(f"{shown(number)} is no whole number from {least} on", f"--{name.replace('_', '-')}")
+    That is the `command` that was given, or the call as it can be typed again.
+    """
+    check_transformers()
+    check_options(function, given)
+    return given.get("command") or call_of(function, given)
 
 
 def call_of(function: Callable[..., Any], given: Mapping[str, Any]) -> str:
-    """Return the call of a function as it can be typed again, defaults left out: the `command` of its record."""
+    """Return the call of a function as it can be typed again, defaults left out."""
     told = []
     for name, parameter in inspect.signature(function).parameters.items():
         if name in ("command", "progress") or given[name] == parameter.default:
@@ -50,6 +41,21 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def names(given: Names | None) -> tuple[str, ...]:
+    """Return one name, several or none as a tuple of strings."""
+    if given is None:
+        return ()
+    return (os.fspath(given),) if isinstance(given, str | os.PathLike) else tuple(os.fspath(each) for each in given)
+
+
+def name_or_none(given: Name | None) -> str | None:
+    return None if given is None else os.fspath(given)
+
+
+def path_or_none(given: Name | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 def go_on(resume: bool, only: bool) -> "GoOn":

@@ -5,53 +5,82 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from qectomy.api.arguments import (
+from qectomy.api.arguments import begin, check_out, check_texts, go_on, name_or_none, names
+from qectomy.api.options import (
+    Argument,
+    Clean,
+    Context,
+    Device,
+    Field,
     Name,
     Names,
-    call_of,
-    check_numbers,
-    check_out,
-    check_texts,
-    go_on,
-    name_or_none,
-    names,
+    NoProbe,
+    Option,
+    Out,
+    Resume,
+    ResumeOnly,
 )
 from qectomy.errors import QectomyError, note
 from qectomy.progress import Progress, stage
-from qectomy.runs.locked_folder import GoOn
-from qectomy.versions import check_transformers
 
 if TYPE_CHECKING:
     from qectomy.checkpoint.checkpoint import Checkpoint
     from qectomy.conversion.settings import ConvertSettings
     from qectomy.distributed.together import Together
     from qectomy.models.query_maps import QueryMapSpec
+    from qectomy.runs.locked_folder import GoOn
 
 
 def convert(
-    checkpoint: Name,
-    out: Name,
+    checkpoint: Annotated[Name, Argument("Folder or hub id of an original checkpoint.")],
+    out: Out,
     *,
-    query: str = "key-shared",
-    text: Names | None = None,
-    field: str | None = None,
-    self_generated: bool = False,
-    tokens: int = 32_768,
-    context: int | None = None,
-    eval_text: Name | None = None,
-    eval_tokens: int = 32_768,
-    dtype: str | None = None,
-    device: str = "cpu",
-    seed: int = 0,
-    no_refit: bool = False,
-    heal: int | None = None,
-    dry_run: bool = False,
-    no_probe: bool = False,
-    resume: bool = False,
-    resume_only: bool = False,
-    clean: bool = False,
+    query: Annotated[
+        str,
+        Option(
+            "Query map: identity, select, key-shared, low-rank:R, dense; per layer as in 0-2=dense,3-=key-shared. "
+            "A dense layer keeps its W_Q. "
+            "`exact` takes out what goes without any loss and needs no text; a layer can stay dense beside it."
+        ),
+    ] = "key-shared",
+    text: Annotated[
+        Names | None,
+        Option("Calibration text: a file (UTF-8, JSON, .parquet) or a dataset's name. May be repeated."),
+    ] = None,
+    field: Field = None,
+    self_generated: Annotated[
+        bool,
+        Option("Calibrate, and heal, on text that the model writes itself. This takes the whole model into memory."),
+    ] = False,
+    tokens: Annotated[int, Option("Calibration tokens, shared evenly among the texts.", min=1)] = 32_768,
+    context: Context = None,
+    eval_text: Annotated[
+        Name | None,
+        Option("Text to measure perplexity on, never fitted on. Default: the start of the first --text."),
+    ] = None,
+    eval_tokens: Annotated[int, Option("Evaluation tokens.", min=1)] = 32_768,
+    dtype: Annotated[
+        str | None, Option("Type of the written weights: float32, bfloat16, float16. Default: the source's.")
+    ] = None,
+    device: Device = "cpu",
+    seed: Annotated[int, Option("Seed of everything random.", min=0, max=2**63 - 1)] = 0,
+    no_refit: Annotated[
+        bool,
+        Option(
+            "Leave W_O and W_down as they are, and so all of a dense layer. Default: they are refitted, from the "
+            "first reduced layer on, so that the stream returns to the original's."
+        ),
+    ] = False,
+    heal: Annotated[
+        int | None, Option("Then heal on so many tokens of the same text, as 10M: see `heal`.", min=1, counts=True)
+    ] = None,
+    dry_run: Annotated[bool, Option("Print the plan and what it needs; write nothing.")] = False,
+    no_probe: NoProbe = False,
+    resume: Resume = False,
+    resume_only: ResumeOnly = False,
+    clean: Clean = False,
     progress: bool | Progress = False,
     command: str | None = None,
 ) -> dict[str, Any]:
@@ -61,11 +90,7 @@ def convert(
     stderr, or a function (done, total, note). `command`: what the record says made it; by default this call. Under
     torchrun every process calls this, and all but the first are returned an empty record. Raises QectomyError.
     """
-    command = command or call_of(convert, locals())
-    check_transformers()
-    check_numbers(1, tokens=tokens, eval_tokens=eval_tokens, heal=heal)
-    check_numbers(0, seed=seed)
-    check_numbers(16, context=context)
+    command = begin(convert, locals())
     texts, held = names(text), name_or_none(eval_text)
     if not dry_run:  # which notes what is missing
         check_texts([*texts, held], field, context or 16)
@@ -125,7 +150,7 @@ class _Asked:
     heal: int | None  # tokens
     dry_run: bool
     probe: bool
-    resume: GoOn
+    resume: "GoOn"
     clean: bool
     progress: bool | Progress
 

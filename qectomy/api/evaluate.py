@@ -1,44 +1,67 @@
 """`qectomy.evaluate`: checkpoints into numbers, by one recorded protocol."""
 
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from qectomy.api.arguments import Name, Names, call_of, check_numbers, check_texts, name_or_none, names
+from qectomy.api.arguments import begin, check_texts, name_or_none, names, path_or_none
+from qectomy.api.options import Argument, Device, Field, Name, Names, Option
 from qectomy.errors import UsageError
 from qectomy.progress import Progress, stage
-from qectomy.versions import check_transformers
 
 
 def evaluate(
-    checkpoints: Names,
+    checkpoints: Annotated[Names, Argument("Folders or hub ids; the original first.")],
     *,
-    text: Name | None = None,
-    field: str | None = None,
-    protocol: str | None = None,
-    context: int | None = None,
-    stride: int | None = None,
-    tokens: int | None = None,
-    reference: Name | None = None,
-    lm_eval: Names | None = None,
-    lm_eval_path: Name | None = None,
-    lm_eval_limit: int | None = None,
-    streamed: bool = False,
-    dtype: str | None = None,
-    device: str = "cpu",
-    save: Name | None = None,
+    text: Annotated[
+        Name | None, Option("Text to measure on: a file (UTF-8, JSON, .parquet) or a dataset's name.")
+    ] = None,
+    field: Field = None,
+    protocol: Annotated[
+        str | None,
+        Option(
+            "A published protocol by name: wikitext2-2048, wikitext2-1024 (as GPTQ, SliceGPT), lm-eval-wikitext, "
+            "or rolling, the harness's windows on --text. --text stands in for the dataset."
+        ),
+    ] = None,
+    context: Annotated[
+        int | None, Option("Tokens a window. Default: 512, or what every model given was made for.", min=2)
+    ] = None,
+    stride: Annotated[
+        int | None, Option("Tokens between window starts; each scores its last STRIDE. Default: context.", min=1)
+    ] = None,
+    tokens: Annotated[int | None, Option("Read only the first tokens of the text.", min=1)] = None,
+    reference: Annotated[
+        Name | None, Option("Original checkpoint: also report mean KL to it and top-1 agreement.")
+    ] = None,
+    lm_eval: Annotated[
+        Names | None,
+        Option("Also run these tasks of lm-evaluation-harness on each. May be repeated.", metavar="TASK,…"),
+    ] = None,
+    lm_eval_path: Annotated[
+        Name | None, Option("Folder of your own lm-eval tasks, as YAML; needs no network.", path=True)
+    ] = None,
+    lm_eval_limit: Annotated[int | None, Option("Run only the first documents of each task.", min=1)] = None,
+    streamed: Annotated[bool, Option("Hold one layer of one model at a time: for models larger than memory.")] = False,
+    dtype: Annotated[
+        str | None, Option("Type to compute in: float32, bfloat16, float16. Default: the checkpoint's.")
+    ] = None,
+    device: Device = "cpu",
+    save: Annotated[
+        Name | None,
+        Option(
+            "Also write the result to this JSON file; REDUCED/evaluation.json is shown by its report.",
+            path=True,
+        ),
+    ] = None,
     progress: bool | Progress = False,
     command: str | None = None,
 ) -> dict[str, Any]:
     """Measure perplexity, bits per byte and the cost of a reduction; return what `qectomy eval --json` prints.
 
     `checkpoints`: one or several folders or hub ids, the original first. The options are those of `qectomy eval`;
-    `lm_eval` is one task or several. `progress`: True for bars on stderr, or a function (done, total, note). `command`:
-    what the result says made it; by default this call. Raises QectomyError.
+    `lm_eval` is one task or several, with commas or as a list. `progress`: True for bars on stderr, or a function
+    (done, total, note). `command`: what the result says made it; by default this call. Raises QectomyError.
     """
-    command = command or call_of(evaluate, locals())
-    check_transformers()
-    check_numbers(1, stride=stride, tokens=tokens, lm_eval_limit=lm_eval_limit)
-    check_numbers(2, context=context)
+    command = begin(evaluate, locals())
     given, held, original = names(checkpoints), name_or_none(text), name_or_none(reference)
     check_texts([held], field, 1 if protocol else context or 2)
     from qectomy.conversion.fitted import check_device
@@ -49,12 +72,12 @@ def evaluate(
     if not given:
         raise UsageError("there is no checkpoint to measure; give one or several")
     check_device(device)
-    tasks = names(lm_eval)
+    tasks = [task.strip() for listed in names(lm_eval) for task in listed.split(",") if task.strip()]
     if not tasks and (lm_eval_path or lm_eval_limit):
         raise UsageError("names no task; add --lm-eval TASK,…", "--lm-eval-path")
     if held is None and protocol is None and not tasks:
         raise UsageError("nothing to measure: give --text FILE, a --protocol that has one, or --lm-eval TASK")
-    where = Path(save) if save else None
+    where = path_or_none(save)
     if where:
         check_savable(where, "evaluation")
     alone = {"--context": context, "--stride": stride, "--tokens": tokens, "--reference": original}
@@ -66,7 +89,7 @@ def evaluate(
     if tasks:
         from qectomy.eval.harness_tasks import check_tasks
 
-        loaded = check_tasks(list(tasks), Path(lm_eval_path) if lm_eval_path else None)
+        loaded = check_tasks(tasks, path_or_none(lm_eval_path))
     result = {**made(command), "kind": "evaluation"}
     if held is not None or protocol is not None:
         measure = Measure(

@@ -1,24 +1,26 @@
 """`qectomy.inspect`: what can go from a checkpoint, and what that needs of this machine."""
 
 import os
-from typing import Any
+from typing import Annotated, Any
 
-from qectomy.api.arguments import Name, Names, check_numbers, names
+from qectomy.api.arguments import begin, names
+from qectomy.api.options import Argument, Context, Field, Name, Names, NoProbe, Option
 from qectomy.errors import UsageError
 from qectomy.progress import Progress, stage
-from qectomy.versions import check_transformers
 
 
 def inspect(
-    checkpoint: Name,
+    checkpoint: Annotated[Name, Argument("Folder or hub id of an original checkpoint.")],
     *,
-    tokens: int = 32_768,
-    eval_tokens: int = 32_768,
-    context: int | None = None,
-    audit: bool = False,
-    text: Names | None = None,
-    field: str | None = None,
-    no_probe: bool = False,
+    tokens: Annotated[int, Option("Calibration tokens to plan for, or to audit on.", min=1)] = 32_768,
+    eval_tokens: Annotated[int, Option("Evaluation tokens to plan for.", min=0)] = 32_768,
+    context: Context = None,
+    audit: Annotated[bool, Option("Read the weights too: how far each layer's W_Q is from going exactly.")] = False,
+    text: Annotated[
+        Names | None, Option("With --audit: text to take the ranks on, as for convert. Default: white states.")
+    ] = None,
+    field: Field = None,
+    no_probe: NoProbe = False,
     progress: bool | Progress = False,
 ) -> dict[str, Any]:
     """Return what `qectomy inspect --json` prints: what each query map would remove and need, layer by layer.
@@ -26,10 +28,7 @@ def inspect(
     The options are those of the command; without `audit` the config and the file headers alone are read, of a hub id
     too. `progress`: True for bars on stderr, or a function (done, total, note). Raises QectomyError.
     """
-    check_transformers()
-    check_numbers(1, tokens=tokens)
-    check_numbers(0, eval_tokens=eval_tokens)
-    check_numbers(16, context=context)
+    begin(inspect, locals())
     texts, checkpoint = names(text), os.fspath(checkpoint)
     if texts and not audit:
         raise UsageError("only an audit reads a text; add --audit", "--text")

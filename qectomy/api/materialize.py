@@ -2,20 +2,20 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from qectomy.api.arguments import Name, check_out, go_on
+from qectomy.api.arguments import begin, check_out, go_on
+from qectomy.api.options import Argument, Clean, Name, Out, Resume, ResumeOnly
 from qectomy.progress import Progress, stage
-from qectomy.versions import check_transformers
 
 
 def materialize(
-    reduced: Name,
-    out: Name,
+    reduced: Annotated[Name, Argument("Folder of a reduced checkpoint.")],
+    out: Out,
     *,
-    resume: bool = False,
-    resume_only: bool = False,
-    clean: bool = False,
+    resume: Resume = False,
+    resume_only: ResumeOnly = False,
+    clean: Clean = False,
     progress: bool | Progress = False,
 ) -> dict[str, Any]:
     """Write W_Q back into a checkpoint at `out`, for engines that know only stock models; return what it holds.
@@ -23,7 +23,7 @@ def materialize(
     The options are those of `qectomy materialize`. `progress`: True for bars on stderr, or a function (done, total,
     note). Raises QectomyError.
     """
-    check_transformers()
+    begin(materialize, locals())
     from qectomy.checkpoint.checkpoint import open_checkpoint
     from qectomy.surgery.materialize import materialize as run
 

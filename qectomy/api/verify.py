@@ -1,21 +1,25 @@
 """`qectomy.verify`: a certificate that a reduced checkpoint computes what its original does, or where it does not."""
 
 import os
-from typing import Any
+from typing import Annotated, Any
 
-from qectomy.api.arguments import Name, check_numbers, check_texts, name_or_none
+from qectomy.api.arguments import begin, check_texts, name_or_none
+from qectomy.api.options import Argument, Field, Name, Option
 from qectomy.progress import Progress, stage
-from qectomy.versions import check_transformers
 
 
 def verify(
-    reduced: Name,
-    against: Name,
+    reduced: Annotated[Name, Argument("Folder of a reduced checkpoint.")],
+    against: Annotated[Name, Option("Folder or hub id of the original.")],
     *,
-    text: Name | None = None,
-    field: str | None = None,
-    tokens: int = 2048,
-    context: int | None = None,
+    text: Annotated[
+        Name | None, Option("Text to measure on: a file or a dataset's name. Default: 256 random tokens.")
+    ] = None,
+    field: Field = None,
+    tokens: Annotated[int, Option("Tokens of the text to measure on.", min=1)] = 2048,
+    context: Annotated[
+        int | None, Option("Tokens a window. Default: 512, or what the model was made for if that is less.", min=2)
+    ] = None,
     progress: bool | Progress = False,
 ) -> dict[str, Any]:
     """Return the certificate that `qectomy verify --json` prints; its `verdict` is `exact`, `not exact` or `failed`.
@@ -23,9 +27,7 @@ def verify(
     The options are those of the command. `progress`: True for bars on stderr, or a function (done, total, note).
     Raises QectomyError for two checkpoints that cannot be compared; a verdict is returned, never raised.
     """
-    check_transformers()
-    check_numbers(1, tokens=tokens)
-    check_numbers(2, context=context)
+    begin(verify, locals())
     held_text, against = name_or_none(text), os.fspath(against)
     check_texts([held_text], field, context or 2)
     from qectomy.checkpoint.checkpoint import open_checkpoint

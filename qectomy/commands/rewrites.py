@@ -1,37 +1,21 @@
 """The commands that write a folder anew in another form and measure nothing; `cli.py` registers them."""
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from qectomy.api.arguments import check_out, go_on
-from qectomy.commands.terminal import (
-    Clean,
-    Json,
-    Resume,
-    ResumeOnly,
-    one_process,
-    print_json,
-    usage_errors,
-)
-from qectomy.progress import progress_bar
+from qectomy.api.fold_norms import fold_norms as run_fold_norms
+from qectomy.api.import_nanogpt import import_nanogpt as run_import_nanogpt
+from qectomy.api.materialize import materialize as run_materialize
+from qectomy.commands.terminal import one_process, print_json, takes_options_of, usage_errors
 
 
-def materialize(
-    reduced: Annotated[str, typer.Argument(help="Folder of a reduced checkpoint.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
-    resume: Resume = False,
-    resume_only: ResumeOnly = False,
-    clean: Clean = False,
-    as_json: Json = False,
-) -> None:
+@takes_options_of(run_materialize)
+def materialize(as_json: bool, **given: Any) -> None:
     """Write W_Q back: the stock model with the reduced one's logits, for engines that know nothing of Qectomy."""
-    from qectomy.api.materialize import materialize as run
-
     one_process()
     with usage_errors():
-        result = run(reduced, out, resume=resume, resume_only=resume_only, clean=clean, progress=True)
+        result = run_materialize(**given, progress=True)
     if not _told(result, as_json):
         typer.echo(f"wrote {result['out']}: {result['parameters']['after']:,} parameters; {result['note']}")
         for dropped in result["warnings"]:
@@ -41,31 +25,12 @@ def materialize(
             )
 
 
-def import_nanogpt(
-    checkpoint: Annotated[Path, typer.Argument(help="A nanoGPT checkpoint, as in ckpt.pt.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="Folder or hub id whose tokenizer files go along: a nanoGPT checkpoint holds none."),
-    ] = None,
-    resume: Resume = False,
-    resume_only: ResumeOnly = False,
-    clean: Clean = False,
-    as_json: Json = False,
-) -> None:
+@takes_options_of(run_import_nanogpt)
+def import_nanogpt(as_json: bool, **given: Any) -> None:
     """Read a nanoGPT checkpoint, one of the paper's repository too, into a folder that transformers loads."""
-    from qectomy.checkpoint.checkpoint import locate
-    from qectomy.checkpoint.config_files import TOKENIZER_FILES
-    from qectomy.surgery.nanogpt import import_nanogpt as run
-    from qectomy.text.text import load_tokenizer
-
     one_process()
     with usage_errors():
-        check_out(out, go_on(resume, resume_only), clean)
-    folder = locate(tokenizer, TOKENIZER_FILES) if tokenizer else None
-    if folder is not None:
-        load_tokenizer(folder)  # one that does not load is refused before anything is written
-    result = run(checkpoint, out, folder, resume=go_on(resume, resume_only), clean=clean)
+        result = run_import_nanogpt(**given)
     if not _told(result, as_json):
         typer.echo(
             f"wrote {result['out']}: {result['model_type']}, {result['parameters']:,} parameters, from queries of mode "
@@ -75,28 +40,12 @@ def import_nanogpt(
             typer.echo("it has no tokenizer: give --tokenizer FOLDER, or copy tokenizer files into it")
 
 
-def fold_norms(
-    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of an original checkpoint.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
-    only: Annotated[
-        list[str] | None,
-        typer.Option(help="gain, shift or mean; may be repeated. Default: all that the family's norms have."),
-    ] = None,
-    resume: Resume = False,
-    resume_only: ResumeOnly = False,
-    clean: Clean = False,
-    as_json: Json = False,
-) -> None:
+@takes_options_of(run_fold_norms)
+def fold_norms(as_json: bool, **given: Any) -> None:
     """Fold the norms' gains, shifts and means into the matrices around them: a stock model with the same logits."""
-    from qectomy.checkpoint.checkpoint import open_checkpoint
-    from qectomy.surgery.norm_fusion import fold_norms as run
-
     one_process()
     with usage_errors():
-        check_out(out, go_on(resume, resume_only), clean)
-    source = open_checkpoint(checkpoint)
-    with progress_bar("folding norms") as progress:
-        result = run(source, out, only, progress, resume=go_on(resume, resume_only), clean=clean)
+        result = run_fold_norms(**given, progress=True)
     if not _told(result, as_json):
         left = f"; left as they are: {', '.join(result['left'])}" if result["left"] else ""
         typer.echo(f"wrote {result['out']}: folded {', '.join(result['folded']) or 'nothing'}{left}")

@@ -1,30 +1,61 @@
 """What the commands share: options, notes on stderr, results on stdout."""
 
 import json
+import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from qectomy.api.options import Argument, Name, Names, Numbers, Option, options_of
 from qectomy.distributed.launch import launch
 from qectomy.errors import UsageError
 
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped, in OUT.converting.")]
-ResumeOnly = Annotated[
-    bool, typer.Option("--resume-only", help="The same, but refuse where there is nothing to go on from.")
-]
-Clean = Annotated[bool, typer.Option("--clean", help="First remove what a run before left in OUT.converting.")]
-Field = Annotated[
-    str | None,
-    typer.Option(
-        "--field", metavar="NAME", help="Of texts that are records: the field to read. Default: text, or the only one."
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+NAMES = {Name: str, Name | None: str | None, Names: list[str], Names | None: list[str] | None}  # as typer knows them
+PATHS = {Name: Path, Name | None: Path | None, Names: list[Path], Names | None: list[Path] | None}
+NUMBERS = {Numbers | None: list[int] | None}
+UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+
+
+def takes_options_of(function: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of a function, by whose names it is called, and `--json`, which it gets as `as_json`.
+
+    Their types, defaults and help are those of the function's signature.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters = [_parameter(name, *told) for name, told in options_of(function).items()]
+        as_json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+        parameters.append(Parameter("as_json", Parameter.KEYWORD_ONLY, default=False, annotation=as_json))
+        command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def _parameter(name: str, kind: Any, option: Option, default: Any) -> Parameter:
+    """Return an option as typer reads it."""
+    told: dict[str, Any] = {"help": option.help, "min": option.min, "max": option.max, "metavar": option.metavar}
+    if option.counts:
+        told = {"help": option.help, "parser": count, "metavar": "COUNT"}
+    place = isinstance(option, Argument)
+    info = typer.Argument(**told) if place else typer.Option(f"--{name.replace('_', '-')}", **told)
+    kind = ((PATHS if option.path else NAMES) | NUMBERS).get(kind, kind)
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+
+
+def count(text: str | int) -> int:
+    """Read a number of tokens: 65536, 500k, 10M, 1.5B; typer gives a default as the number it is."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", str(text).strip().lower().replace(",", "").replace("_", ""))
+    number = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    if number < 1:
+        raise typer.BadParameter(f"{text!r} is not a number of tokens; write 65536, 500k, 10M or 1B")
+    return number
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from conversions import few_steps, hashes, reload_here
 from healings import STEP, options
 
 from qectomy.cli import main
-from qectomy.commands.heal import count
+from qectomy.commands.terminal import count
 from qectomy.errors import QectomyError
 from qectomy.runs.work_folder import WorkFolder
 
