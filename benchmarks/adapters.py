@@ -21,7 +21,8 @@ import torch
 
 from qectomy.errors import QectomyError
 from qectomy.eval.loading import load_model
-from qectomy.text.text import load_tokenizer, make_windows, read_source
+from qectomy.text.text import load_tokenizer, read_source
+from qectomy.text.windows import make_windows
 
 try:
     import peft

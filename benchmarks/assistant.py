@@ -22,7 +22,8 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 
 from qectomy.errors import QectomyError
 from qectomy.eval.loading import load_model
-from qectomy.text.text import load_tokenizer, make_windows, read_source
+from qectomy.text.text import load_tokenizer, read_source
+from qectomy.text.windows import make_windows
 
 
 @dataclass

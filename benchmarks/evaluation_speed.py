@@ -24,10 +24,10 @@ from setting import CHECKPOINT, print_table
 from qectomy.eval.loading import load_model
 from qectomy.eval.metrics import summarize
 from qectomy.eval.protocol import Protocol, ScoringWindows
-from qectomy.eval.published import Text, read_text, rolling_windows
+from qectomy.eval.published import read_text, rolling_windows
 from qectomy.eval.score_windows import TOKENS_A_BATCH, TOKENS_ON_DEVICE, batches, score_model
 from qectomy.eval.token_scores import TokenScores
-from qectomy.text.text import load_tokenizer
+from qectomy.text.text import Source, load_tokenizer
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def main() -> None:
     print_table(["", "tokens/s", "of a bare forward's", "of the last row's", "bits per byte"], rows)
 
 
-def cut(text: Text, tokens: int) -> Text:
+def cut(text: Source, tokens: int) -> Source:
     """Return about as many tokens of a text, as documents of some 2,000 characters, cut at line ends."""
     documents, held = [], ""
     for line in "\n".join(text.documents)[: tokens * 4].splitlines(keepends=True):
@@ -77,7 +77,7 @@ def cut(text: Text, tokens: int) -> Text:
         if len(held) > 2000:
             documents.append(held)
             held = ""
-    return Text(text.name, text.sha256, documents)
+    return Source(text.name, text.sha256, "", documents=tuple(documents))
 
 
 @torch.no_grad()
@@ -90,12 +90,12 @@ def bits(windows: ScoringWindows, scores: TokenScores) -> float:
     return float(scores.nll.sum()) / math.log(2) / windows.n_bytes
 
 
-def evaluation(model: Any, tokenizer: Any, text: Text, protocol: Protocol) -> float:
+def evaluation(model: Any, tokenizer: Any, text: Source, protocol: Protocol) -> float:
     windows = rolling_windows(tokenizer, text, protocol, model.config.vocab_size)
     return summarize(score_model(model, windows), windows)["bits_per_byte"]
 
 
-def harnesses(model: Any, tokenizer: Any, text: Text, context: int, batch: int) -> dict[str, Any]:
+def harnesses(model: Any, tokenizer: Any, text: Source, context: int, batch: int) -> dict[str, Any]:
     """Return lm-evaluation-harness's way, for both batch sizes; nothing where it is not installed."""
     try:
         from lm_eval.api.instance import Instance

@@ -23,7 +23,8 @@ from qectomy.calibrate.refine import RefineSettings
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.models.query_maps import parse_recipe
 from qectomy.surgery.stream_basis import StreamBasis, random_basis
-from qectomy.text.text import load_tokenizer, make_windows, read_source
+from qectomy.text.text import load_tokenizer, read_source
+from qectomy.text.windows import make_windows
 
 BATCH = 2
 KL_WINDOWS = 8

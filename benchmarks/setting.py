@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qectomy.eval.protocol import ScoringWindows
-    from qectomy.text.text import Windows
+    from qectomy.text.windows import Windows
 
 CHECKPOINT = ".cache/smollm2-135m-instruct"  # where fetch_smollm2.py puts it
 TOKENS = 32_768
@@ -40,7 +40,8 @@ def make_setting_windows(options: argparse.Namespace) -> tuple[Windows, ScoringW
     """Return the calibration and the evaluation windows that `qectomy convert` makes in this setting."""
     from qectomy.checkpoint.checkpoint import open_checkpoint
     from qectomy.eval.protocol import Protocol, scoring_windows
-    from qectomy.text.text import load_tokenizer, make_windows, read_source
+    from qectomy.text.text import load_tokenizer, read_source
+    from qectomy.text.windows import make_windows
 
     source = open_checkpoint(options.checkpoint)
     tokenizer, vocab_size = load_tokenizer(source.folder), source.dims.vocab_size

@@ -45,7 +45,8 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def windows(tokens):
-    return ScoringWindows(tokens, torch.ones(len(tokens), dtype=torch.int64), 1, {})
+    report = {"scored_bytes": 1, "scored_words": 1}
+    return ScoringWindows(tokens, torch.ones(len(tokens), dtype=torch.int64), report)
 
 
 @pytest.fixture(scope="module")

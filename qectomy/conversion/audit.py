@@ -25,7 +25,8 @@ from qectomy.models.linear_views import read_view
 from qectomy.progress import Progress
 from qectomy.surgery.audit import condition_number, distance_from_orthogonal, leading_rank
 from qectomy.text.documents import Reading
-from qectomy.text.text import Windows, load_tokenizer, make_windows, read_source
+from qectomy.text.text import load_tokenizer, read_source
+from qectomy.text.windows import Windows, make_windows
 
 Moments = Generator[torch.Tensor, None, None]
 WHITE = "white states"

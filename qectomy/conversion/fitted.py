@@ -42,7 +42,8 @@ from qectomy.runs.step_writer import check_shards
 from qectomy.runs.work_folder import WorkFolder, finished
 from qectomy.text.documents import Reading
 from qectomy.text.overlap import FittedSpans, Sketch
-from qectomy.text.text import Windows, load_tokenizer, make_windows, read_source
+from qectomy.text.text import load_tokenizer, read_source
+from qectomy.text.windows import Windows, make_windows
 
 
 def convert(

@@ -39,7 +39,7 @@ from qectomy.runs.work_folder import WorkFolder
 from qectomy.surgery.audit import spectrum
 from qectomy.surgery.basis import read_query
 from qectomy.surgery.stream_basis import StreamBasis, random_basis
-from qectomy.text.text import Windows
+from qectomy.text.windows import Windows
 
 BYTES_A_READ = 4_000_000  # of the embedding, about
 KL_WINDOWS = 8  # on which the attention KL of a layer is measured, fitted and held-out alike

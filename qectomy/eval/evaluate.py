@@ -23,7 +23,7 @@ from qectomy.eval.protocol import (
     positions_of,
     scoring_windows,
 )
-from qectomy.eval.published import ROLLING_CONTEXT, Text, published, read_text
+from qectomy.eval.published import ROLLING_CONTEXT, published, read_text
 from qectomy.eval.score_windows import score_model
 from qectomy.eval.token_scores import TokenScores
 from qectomy.progress import Progress
@@ -65,7 +65,7 @@ def evaluate_all(
     """
     reading = Reading(field=field, tokenizer=lambda: load_tokenizer(locate(names[0])))
     if measure.protocol.name is not None:
-        source: Source | Text = read_text(text, measure.protocol.name, reading)
+        source = read_text(text, measure.protocol.name, reading)
     elif text is not None:
         source = read_source(text, reading)
     else:
@@ -87,7 +87,7 @@ def evaluate_all(
 
 
 def evaluate(
-    name: str, source: Source | Text, protocol: Protocol, progress: Progress | None = None, **options: Any
+    name: str, source: Source, protocol: Protocol, progress: Progress | None = None, **options: Any
 ) -> dict[str, Any]:
     """Return perplexity, bits per byte and the protocol of one checkpoint on one text; `options`: Measure's others.
 
@@ -96,9 +96,7 @@ def evaluate(
     return _evaluate(name, source, Measure(protocol=protocol, **options), progress)[0]
 
 
-def _evaluate(
-    name: str, source: Source | Text, measure: Measure, progress: Progress | None
-) -> tuple[dict[str, Any], _Found]:
+def _evaluate(name: str, source: Source, measure: Measure, progress: Progress | None) -> tuple[dict[str, Any], _Found]:
     check_dtype(measure.dtype)
     config, windows = read_config(name), _windows(name, source, measure)
     result: dict[str, Any] = {"checkpoint": name, "fingerprint": fingerprint(locate(name))}
@@ -136,7 +134,7 @@ def _fitted_on(path: Path) -> Sketch | None:
 
 
 def _not_comparable(
-    reference: str, config: Any, windows: ScoringWindows, source: Source | Text, measure: Measure
+    reference: str, config: Any, windows: ScoringWindows, source: Source, measure: Measure
 ) -> str | None:
     """Say why a reference does not read the text as the same tokens, of the same vocabulary; None: it does."""
     try:
@@ -173,14 +171,13 @@ def _streamed(
         return score_streamed(models, windows, progress)[-1], dtype_name, time.perf_counter() - begun
 
 
-def _windows(name: str, source: Source | Text, measure: Measure) -> ScoringWindows:
+def _windows(name: str, source: Source, measure: Measure) -> ScoringWindows:
     """Cut the text into windows of a checkpoint's tokens."""
     config, protocol = read_config(name), measure.protocol
     fixed = protocol.name is not None and published(protocol.name).context is not None
     check_positions(name, config, protocol.context, protocol.name if fixed else None)
     tokenizer = load_tokenizer(locate(name))
-    if isinstance(source, Text):
-        assert protocol.name is not None
+    if protocol.name is not None:
         return published(protocol.name).windows(tokenizer, source, protocol, config.vocab_size)
     return scoring_windows(tokenizer, source, protocol, config.vocab_size)
 

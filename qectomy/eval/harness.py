@@ -15,10 +15,10 @@ import torch
 
 from qectomy.checkpoint.checkpoint import locate
 from qectomy.checkpoint.finite import all_finite
-from qectomy.checkpoint.headers import read_json
 from qectomy.errors import NonFiniteError, QectomyError, TextError
 from qectomy.eval.harness_tasks import HarnessTasks, describe, quiet_harness
 from qectomy.eval.loading import load_model
+from qectomy.eval.protocol import positions_of
 from qectomy.progress import Progress
 from qectomy.text.text import load_tokenizer
 
@@ -85,12 +85,8 @@ def _max_length(checkpoints: Sequence[str], settings: HarnessSettings) -> int:
     """Return how many tokens a question and its answer may have, the same for every checkpoint."""
     positions = {}
     for name in checkpoints:
-        folder = locate(name)
-        config = read_json(folder / "config.json")
-        load_tokenizer(folder)  # what would fail after an hour of another checkpoint should fail now
-        fields = config if isinstance(config, dict) else {}
-        said = [fields.get(field) for field in ("max_position_embeddings", "n_positions")]
-        positions[name] = min((n for n in said if isinstance(n, int) and n > 1), default=MAX_LENGTH)
+        load_tokenizer(locate(name))  # what would fail after an hour of another checkpoint should fail now
+        positions[name] = positions_of(name) or MAX_LENGTH
     least = min(positions, key=lambda name: positions[name])
     if settings.max_length is None:
         return min(MAX_LENGTH, positions[least])

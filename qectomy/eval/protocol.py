@@ -7,14 +7,16 @@ Dimensions: n windows, L positions.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from qectomy.checkpoint.checkpoint import locate
 from qectomy.checkpoint.headers import read_json
-from qectomy.errors import CheckpointError, TextError
+from qectomy.errors import TextError
 from qectomy.text.documents import CONTEXT
-from qectomy.text.text import Source, adds_bos, first_tokens_and_ends, text_of
+from qectomy.text.text import Source, bos_of, text_of
 from qectomy.text.text_spans import spans_of
+from qectomy.text.windows import cut, first_tokens, stacked, text_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +35,19 @@ class ScoringWindows:
 
     tokens: torch.Tensor  # (n, L); what follows a shorter window's own tokens is never read by one that is scored
     first_scored: torch.Tensor  # (n,) position of the first token that counts in each window
-    n_bytes: int  # UTF-8 bytes of the scored tokens
-    report: dict[str, Any]
-    n_words: int = 0  # words that begin in the scored tokens
+    report: dict[str, Any]  # what is said of them, and counted, as `protocol_record` has it
     lengths: torch.Tensor | None = None  # (n,) tokens of each window; None: L each
     text: str = ""  # that the scored tokens stand for
+
+    @property
+    def n_bytes(self) -> int:
+        """UTF-8 bytes of the scored tokens."""
+        return int(self.report["scored_bytes"])
+
+    @property
+    def n_words(self) -> int:
+        """Words that begin in the scored tokens."""
+        return int(self.report["scored_words"])
 
     def scored_mask(self) -> torch.Tensor:
         """(n, L - 1): True where the next token, at position t + 1, is scored."""
@@ -60,73 +70,77 @@ class ScoringWindows:
         return windows, before + 1
 
 
-def scoring_windows(tokenizer: Any, source: Source, protocol: Protocol, vocab_size: int) -> ScoringWindows:
-    """Cut a text into windows with a stride. Raises TextError when it is shorter than one window."""
+def scoring_windows(
+    tokenizer: Any, source: Source, protocol: Protocol, vocab_size: int, special: bool = False
+) -> ScoringWindows:
+    """Cut a text into windows with a stride. Raises TextError when it is shorter than one window.
+
+    `special`: the tokenizer's own special tokens stand around the whole text, and no BOS before each window.
+    """
     context, stride = protocol.context, protocol.stride or protocol.context
     if not 0 < stride <= context:
         raise TextError(f"--stride {stride} must lie between 1 and the context, {context}")
-    bos = adds_bos(tokenizer)
-    width = context - bos
+    bos = None if special else bos_of(tokenizer)
+    width = text_width(context, bos)
     step = min(stride, width)
-    read, ends = first_tokens_and_ends(tokenizer, source, protocol.tokens, ends=True)
-    ids = torch.tensor(read, dtype=torch.int64)
     if protocol.tokens is not None and protocol.tokens < width:
         raise TextError(
             f"{protocol.tokens} evaluation tokens are fewer than one window of {width}; ask for more of them"
         )
-    if width < 2:
-        raise TextError(f"a context of {context} tokens leaves nothing to predict after BOS; use 3 or more")
-    if len(ids) < width:
+    read = first_tokens(tokenizer, source.text, protocol.tokens, places=True, special=special)
+    spans = cut(len(read.ids), width, step)
+    if not spans:
+        shorter = "" if protocol.name else " or a smaller --context"
         raise TextError(
-            f"{source.name} has {len(ids)} tokens, fewer than one window of {width}; give more text or a smaller "
-            "--context"
+            f"{source.name} has {len(read.ids)} tokens, fewer than one window of {width}; give more text{shorter}"
         )
-    check_ids(torch.tensor([*read, tokenizer.bos_token_id] if bos else read), vocab_size)
-    windows = ids.unfold(0, width, step).clone()
-    first = torch.full((windows.shape[0],), width - step)
-    first[0] = 0
-    if bos:
-        windows = torch.cat([torch.full((windows.shape[0], 1), tokenizer.bos_token_id), windows], dim=1)
-        first += 1
-    first.clamp_(min=1)  # the first position of a window has nothing before it
-    starts = [index * step for index in range(windows.shape[0])]
-    scored = [(start + int(skip) - bos, start + width) for start, skip in zip(starts, first, strict=True)]
-    spans = spans_of(tokenizer, source.text, read, ends)
-    n_bytes, n_words = (sum(count(*span) for span in scored) for count in (spans.n_bytes, spans.n_words))
-    report = {
-        **about(source),
+    windows = torch.from_numpy(stacked(np.array(read.ids), spans, width, vocab_size, bos))
+    first = torch.tensor([max(1, span.seen + (bos is not None)) for span in spans])  # before that one stands nothing
+    counted = spans_of(tokenizer, source.text, read.ids, read.ends)
+    scored = [(stop - windows.shape[1] + skip, stop) for (_, stop, _), skip in zip(spans, first.tolist(), strict=True)]
+    begins = "every window starts with BOS" if bos is not None else "none"
+    if special and read.ids[:1] == [tokenizer.bos_token_id]:
+        begins = "at the start of the text"
+    report = protocol_record(
+        tokenizer,
+        source,
+        protocol,
+        _in_words(context, step, overlapping=step < width, special=special),
+        stride=step,
+        bos=begins,
+        windows=len(spans),
+        tokens=spans[-1].stop,
+        scored_tokens=sum(stop - start for start, stop in scored),
+        scored_bytes=sum(counted.n_bytes(*span) for span in scored),
+        scored_words=sum(counted.n_words(*span) for span in scored),
+        tail="tokens after the last whole window are left out",
+    )
+    return ScoringWindows(windows, first, report, text=text_of(tokenizer, read.ids[: spans[-1].stop]))
+
+
+def _in_words(context: int, step: int, *, overlapping: bool, special: bool) -> str:
+    """Say how one text becomes windows."""
+    around = "with the tokenizer's" if special else "without"
+    apart = f"each {step} further than the one before" if overlapping else "none overlapping"
+    return (
+        f"documents joined by a blank line and tokenized as one text {around} special tokens; windows of {context} "
+        f"tokens, {apart}; a token is scored once, given all before it in its window"
+    )
+
+
+def protocol_record(tokenizer: Any, source: Source, protocol: Protocol, in_words: str, **counts: Any) -> dict[str, Any]:
+    """Return what a report says of how a text was measured: the text, the windows, and what of them is scored."""
+    return {
+        **({} if protocol.name is None else {"name": protocol.name}),
+        "text": source.name,
+        "text_sha256": source.sha256,
+        **({"text_read_as": source.read_as} if source.read_as else {}),
+        **({} if protocol.name is None or protocol.tokens is None else {"only_first_tokens": protocol.tokens}),
         "tokenizer": type(tokenizer).__name__,
-        "in_words": (
-            "documents joined by a blank line and tokenized as one text without special tokens; windows of "
-            f"{context} tokens, {'none overlapping' if step == width else f'each {step} further than the one before'}; "
-            "a token is scored once, given all before it in its window"
-        ),
-        "context": context,
-        "stride": step,
-        "bos": "every window starts with BOS" if bos else "none",
-        "windows": windows.shape[0],
-        "tokens": (windows.shape[0] - 1) * step + width,
-        "scored_tokens": sum(stop - start for start, stop in scored),
-        "scored_bytes": n_bytes,
-        "scored_words": n_words,
-        "tail": "tokens after the last whole window are left out",
+        "in_words": in_words,
+        "context": protocol.context,
+        **counts,
     }
-    measured = text_of(tokenizer, read[: report["tokens"]])
-    return ScoringWindows(windows, first, n_bytes, report, n_words, text=measured)
-
-
-def about(source: Source) -> dict[str, Any]:
-    """What a report says of a text: its name, its hash and as what it was read."""
-    read_as = {"text_read_as": source.read_as} if source.read_as else {}
-    return {"text": source.name, "text_sha256": source.sha256, **read_as}
-
-
-def check_ids(ids: torch.Tensor, vocab_size: int) -> None:
-    """Raise CheckpointError if the tokenizer makes ids that the embedding has no row for."""
-    if int(ids.max()) >= vocab_size:
-        raise CheckpointError(
-            f"the tokenizer makes token id {int(ids.max())}, but the model's embedding has {vocab_size} rows"
-        )
 
 
 def common_context(names: list[str]) -> int:

@@ -12,8 +12,9 @@ from qectomy.healing.settings import HealSettings
 from qectomy.progress import Progress
 from qectomy.text.documents import Documents, Reading, own_hash
 from qectomy.text.overlap import FittedSpans, overlap, sketch_in
-from qectomy.text.packing import Packed, Reserved, pack, text_from
-from qectomy.text.text import Source, load_tokenizer, read_source
+from qectomy.text.packing import Packed, Reserved, pack
+from qectomy.text.text import Source, load_tokenizer, read_source, text_of
+from qectomy.text.windows import Opening, first_tokens
 
 
 def prepare(
@@ -72,16 +73,25 @@ def _own_eval_text(
     """
     untouched = fitted[0] >= settings.context
     start, most = (0, fitted[0]) if untouched else (fitted[1], settings.eval_tokens)
-    documents = Documents(name, reading)
-    text = text_from(tokenizer, documents, start, 8 * settings.eval_tokens)
-    there = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    wanted = 8 * max(settings.eval_tokens, settings.context)
+    source, there = text_from(tokenizer, Documents(name, reading), start, wanted)
     if start and there < 8 * settings.context:
-        documents = Documents(name, reading)
-        start, text = 0, text_from(tokenizer, documents, 0, 8 * settings.eval_tokens)
-        there = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        start = 0
+        source, there = text_from(tokenizer, Documents(name, reading), start, wanted)
     tokens = min(settings.eval_tokens, most, there // 8) // settings.context * settings.context
-    own = (Path(name).name, documents.sha256) if documents.is_file else (name, "")
-    return Source(*own, text, documents.read_as), start, max(settings.context, tokens)
+    return source, start, max(settings.context, tokens)
+
+
+def text_from(tokenizer: Any, documents: Documents, start: int, tokens: int) -> tuple[Source, int]:
+    """Return a text from its token `start` on, `tokens` tokens and some more or all that there is, and their number."""
+    opening = Opening(documents.pieces())
+    found = first_tokens(tokenizer, opening, start + tokens, places=True)
+    text = opening.text
+    if start:
+        rest = found.ids[start:]
+        text = "" if not rest else text[found.places[start][0] :] if found.places else text_of(tokenizer, rest)
+    own = (Path(documents.name).name, documents.sha256) if documents.is_file else (documents.name, "")
+    return Source(*own, text, documents.read_as), len(first_tokens(tokenizer, text, tokens).ids)
 
 
 def fitted_span(student: Checkpoint, name: str, own: str) -> tuple[int, int]:

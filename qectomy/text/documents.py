@@ -20,6 +20,7 @@ JOIN = "\n\n"
 # Of a name mistyped, not of a dataset's.
 FILE_ENDINGS = (".txt", ".jsonl", ".ndjson", ".json", ".md", ".parquet", ".gz", ".zst", ".csv", ".html")
 PIECE = 1 << 20  # characters of a plain text that are taken as one document, up to the next end of a line
+CHARACTERS = 1 << 18  # of any text that are tokenized at a time, where it is not tokenized whole
 PARQUET = b"PAR1"  # its first bytes
 PLAIN = "plain text"
 
@@ -71,6 +72,10 @@ class Documents:
             yield from self._parquet()
         else:
             yield from self._file()
+
+    def pieces(self) -> Iterator[str]:
+        """Yield the whole text in pieces of some CHARACTERS or more, to be joined by nothing."""
+        yield from grouped(((self.join if i else "") + document for i, document in enumerate(self)), CHARACTERS)
 
     def _file(self) -> Iterator[str]:
         """Yield the documents of a file that is known by its content."""

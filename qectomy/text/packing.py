@@ -11,7 +11,6 @@ when it is asked for.
 
 import json
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,16 +21,15 @@ import torch
 from torch.utils.data import Dataset
 
 from qectomy.checkpoint.checkpoint import sha256
-from qectomy.errors import CheckpointError, QectomyError, TextError, note
+from qectomy.errors import QectomyError, TextError, note
 from qectomy.progress import Progress
 from qectomy.runs.locked_folder import read_record, write_record
-from qectomy.text.documents import Documents, Reading, grouped
+from qectomy.text.documents import Documents, Reading
 from qectomy.text.overlap import FittedSpans
-from qectomy.text.text import adds_bos, text_of, token_ids
+from qectomy.text.text import bos_of, text_of
+from qectomy.text.windows import ITEM, TokenStream, cut, stacked, text_width
 
-CHARACTERS = 1 << 18  # tokenized at a time
 BLOCK = 4096  # windows held at a time
-ITEM = np.dtype("<u4")
 RECORD = "data.json"
 
 
@@ -131,11 +129,11 @@ def pack(
     with ExitStack() as stack:
         parts = {part: stack.enter_context((folder / f"{part}.bin").open("wb")) for part in ("train", "validation")}
         for number, name in enumerate(names):
-            stream = _WindowStream(tokenizer, Documents(name, reading), vocab_size, context)
-            aside = stream.set_aside((reserved or {}).get(name, Reserved()))
+            source = _TextWindows(tokenizer, Documents(name, reading), vocab_size, context)
+            kept = (reserved or {}).get(name, Reserved())
             share = -(-tokens * (number + 1) // len(names)) - (-(-tokens * number // len(names)))
             wanted = max(1, share // context), max(1, validation_tokens // len(names) // context)
-            report.append(_pack_one(stream, aside, *wanted, parts["train"], parts["validation"], spans))
+            report.append(_pack_one(source, kept, *wanted, parts["train"], parts["validation"], spans))
             if progress:
                 progress(number + 1, len(names), f"{report[-1]['tokens']:,} tokens of {name}")
         for file in parts.values():
@@ -153,96 +151,64 @@ def pack(
 
 
 def _pack_one(
-    stream: "_WindowStream",
-    aside: np.ndarray,
+    source: "_TextWindows",
+    reserved: Reserved,
     wanted: int,
     held: int,
     train: BinaryIO,
     validation: BinaryIO,
     spans: FittedSpans | None,
 ) -> dict[str, Any]:
-    """Write a text's windows, those `aside` last; return what the report says of the text."""
+    """Write a text's windows, those that were fitted on last; return what the report says of the text."""
 
     def write(windows: np.ndarray) -> int:
         train.write(windows.tobytes())
         if spans is not None and len(windows):
-            spans.add(stream.text(windows))
+            spans.add(source.text(windows))
         return len(windows)
 
-    first = stream.take(8 * held)
+    fitted = source.pass_reserved(reserved)
+    first = source.take(8 * held)
     if len(first) < 2:  # the fit had it all
-        first, aside = np.concatenate([aside, first])[::-1], aside[:0]  # its end for validation
+        first, fitted = np.concatenate([fitted, first])[::-1], fitted[:0]  # its end for validation
     held = min(held, max(1, len(first) // 8))
     if len(first) < held + 1:
-        raise TextError(stream.too_short())
+        raise TextError(source.too_short())
     validation.write(first[:held].tobytes())
     block, written = first[held:], 0
     while len(block) and written < wanted:
         written += write(block[: wanted - written])
-        block = stream.take(min(BLOCK, wanted - written))
-    written += write(aside[: wanted - written])
-    return stream.report() | {"validation_tokens": held * stream.context, "tokens": written * stream.context}
+        block = source.take(min(BLOCK, wanted - written))
+    written += write(fitted[: wanted - written])
+    return source.report() | {"validation_tokens": held * source.context, "tokens": written * source.context}
 
 
-def text_from(tokenizer: Any, documents: Documents, start: int, tokens: int) -> str:
-    """Return a text from its token `start` on: `tokens` tokens and some more, or all that there is."""
-    held: list[str] = []
-    length, due = 0, 2 * (start + tokens)
-    for piece in _pieces(documents):
-        held.append(piece)
-        length += len(piece)
-        if length > due:  # not at every piece: all that was read is tokenized
-            if len(_offsets(tokenizer, "".join(held))) > start + tokens + 64:
-                break
-            due = length + length // 2
-    text = "".join(held)
-    if start == 0:
-        return text
-    offsets = _offsets(tokenizer, text)
-    return text[offsets[start][0] :] if start < len(offsets) else ""
-
-
-def _offsets(tokenizer: Any, text: str) -> list[tuple[int, int]]:
-    options = dict(add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-    return token_ids(tokenizer, text, **options)["offset_mapping"]
-
-
-def _pieces(documents: Documents) -> Iterator[str]:
-    """Yield a text in pieces to be joined by nothing."""
-    for number, document in enumerate(documents):
-        yield (documents.join if number else "") + document
-
-
-class _WindowStream:
+class _TextWindows:
     """The windows of a text, taken from the front."""
 
     def __init__(self, tokenizer: Any, documents: Documents, vocab_size: int, context: int):
         self._tokenizer, self._documents, self._vocab_size, self.context = tokenizer, documents, vocab_size, context
-        self._bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
-        self._width = context - (self._bos is not None)
-        self._pieces = grouped(_pieces(documents), CHARACTERS)  # not a call of the tokenizer for each
-        self._left = np.empty(0, ITEM)
-        self._taken, self._measured = 0, (0, 0)
+        self._bos = bos_of(tokenizer)
+        self._width = text_width(context, self._bos)
+        self._stream = TokenStream(tokenizer, documents.pieces())
+        self._measured = (0, 0)
 
-    def set_aside(self, reserved: Reserved) -> np.ndarray:
+    def pass_reserved(self, reserved: Reserved) -> np.ndarray:
         """Pass what is reserved; return as windows what of it is not measured on."""
-        ids = self._tokens(max(reserved.stop, reserved.fitted))
+        ids = self._stream.take(max(reserved.stop, reserved.fitted))
         self._measured = (reserved.start, min(reserved.stop, len(ids)))
         return self._cut(np.concatenate([ids[: reserved.start], ids[reserved.stop :]]))
 
     def take(self, windows: int) -> np.ndarray:
         """Return the next windows (n, context), fewer where the text ends."""
-        return self._cut(self._tokens(windows * self._width))
+        return self._cut(self._stream.take(windows * self._width))
+
+    def _cut(self, ids: np.ndarray) -> np.ndarray:
+        return stacked(ids, cut(len(ids), self._width), self._width, self._vocab_size, self._bos)
 
     def text(self, windows: np.ndarray) -> str:
         """Return the text of windows (n, context) that follow each other."""
         return text_of(self._tokenizer, windows[:, self.context - self._width :].flatten().tolist())
-
-    def _cut(self, ids: np.ndarray) -> np.ndarray:
-        cut = ids[: len(ids) // self._width * self._width].reshape(-1, self._width)
-        if self._bos is not None:
-            cut = np.concatenate([np.full((len(cut), 1), self._bos, ITEM), cut], 1)
-        return cut
 
     def report(self) -> dict[str, Any]:
         """Return name, hash (of a file's bytes, of what was read of a dataset), and the tokens that are measured on."""
@@ -258,26 +224,8 @@ class _WindowStream:
         kept = self._measured[1] - self._measured[0]
         apart = f"; less {kept}, which are kept for evaluation, that is" if kept else ","
         return (
-            f"{self._documents.name} has {self._taken} tokens{apart} fewer than the two windows of {self._width} that "
-            "training and validation need; give more text"
+            f"{self._documents.name} has {self._stream.taken} tokens{apart} fewer than the two windows of "
+            f"{self._width} that training and validation need; give more text"
             + (", an --eval-text, fewer --eval-tokens" if kept else "")
             + " or a smaller --context"
         )
-
-    def _tokens(self, count: int) -> np.ndarray:
-        got, n = [self._left], len(self._left)
-        while n < count and (piece := next(self._pieces, None)) is not None:
-            ids = np.array(
-                token_ids(self._tokenizer, piece, add_special_tokens=False, verbose=False)["input_ids"], ITEM
-            )
-            if len(ids) and int(ids.max()) >= self._vocab_size:
-                raise CheckpointError(
-                    f"the tokenizer makes token id {int(ids.max())}, but the model's embedding has "
-                    f"{self._vocab_size} rows; tokenizer and weights do not belong together"
-                )
-            got.append(ids)
-            n += len(ids)
-        joined = np.concatenate(got)
-        self._left = joined[count:]
-        self._taken += len(joined[:count])
-        return joined[:count]

@@ -13,7 +13,8 @@ from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.conversion.audit import audit_layers, text_moments, white_moments
 from qectomy.errors import NonFiniteError, TextError
 from qectomy.surgery.stream_basis import random_orthogonal
-from qectomy.text.text import make_windows, read_source
+from qectomy.text.text import read_source
+from qectomy.text.windows import make_windows
 
 SHAPES = ["llama", "biases", "wide-heads", "bf16", "sharded", "mistral", "rope-llama3", "gpt2", "gpt2-inverse"]
 WINDOWS = dict(tokens=640, context=32)  # 20 windows: more than a batch

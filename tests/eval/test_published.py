@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from qectomy.errors import QectomyError, TextError
 from qectomy.eval.evaluate import Measure, evaluate, evaluate_all, settle
 from qectomy.eval.protocol import Protocol
-from qectomy.eval.published import PUBLISHED, detokenized, read_text, rolling_rows
+from qectomy.eval.published import PUBLISHED, detokenized, read_text, rolling_spans
 
 LINES = ["", " = Raven = \n", "", *[f' {line} , said it @-@ and : " so " \n' for line in RAVEN.splitlines()], ""]
 PAGES = [" = The Raven = \n \n" + RAVEN[:700].replace(",", " ,"), RAVEN[700:740], RAVEN * 2, "x"]
@@ -119,19 +119,14 @@ def test_windows_default_to_what_the_model_was_made_for(tiny_checkpoint):
 
 def test_rows_of_a_document():
     """Every token once; the last window is as long as the others, its start read again."""
-    ids = list(range(100, 110))
     for context in (1, 3, 4, 10, 99):
         scored = []
-        for tokens, first in rolling_rows(ids, 7, context):
-            assert len(tokens) <= context + 1
-            scored += tokens[first:]
-        assert scored == ids
-    assert rolling_rows(ids, 7, 4) == [
-        ([7, 100, 101, 102, 103], 1),
-        ([103, 104, 105, 106, 107], 1),
-        ([105, 106, 107, 108, 109], 3),
-    ]
-    assert rolling_rows([], 7, 4) == []
+        for start, stop, seen in rolling_spans(10, context):
+            assert stop - start <= context + 1
+            scored += range(start + max(1, seen), stop)
+        assert scored == list(range(1, 11))
+    assert rolling_spans(10, 4, at=100) == [(100, 105, 0), (104, 109, 1), (106, 111, 3)]
+    assert rolling_spans(0, 4) == []
 
 
 def test_a_text_is_cut_after_whole_documents(model, tmp_path):
@@ -145,7 +140,7 @@ def test_rows_end_where_datasets_ends_them(tmp_path):
     """Not where Unicode sees the end of a line: each row too many would add a blank line to the text."""
     (tmp_path / "wiki.txt").write_bytes("one\u2028two\x0cthree\x85\x1cfour\r\n \n\nlast".encode())
     found = read_text(str(tmp_path / "wiki.txt"), "wikitext2-1024").documents
-    assert found == ["one\u2028two\x0cthree\x85\x1cfour\n", "", "", "last"]
+    assert found == ("one\u2028two\x0cthree\x85\x1cfour\n", "", "", "last")
 
 
 def test_what_a_model_or_a_share_of_the_text_cannot_do(tiny_checkpoint, tmp_path):

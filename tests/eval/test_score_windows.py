@@ -11,7 +11,6 @@ from qectomy.eval.evaluate import Measure, evaluate, evaluate_all
 from qectomy.eval.layerwise_model import StreamedModel, open_any, score_streamed
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
-from qectomy.eval.published import Text
 from qectomy.eval.score_windows import MOST_PADDING, batches, first_bad_layer, score_model
 from qectomy.eval.token_scores import score_rows, score_tokens
 from qectomy.text.text import Source
@@ -21,7 +20,8 @@ SOURCE = Source("raven", "hash", RAVEN * 2)
 
 def of_lengths(*lengths):
     tokens = torch.arange(len(lengths) * max(lengths)).view(len(lengths), -1) % VOCAB_SIZE
-    return ScoringWindows(tokens, torch.ones(len(lengths), dtype=torch.int64), 1, {}, 1, torch.tensor(lengths))
+    report = {"scored_bytes": 1, "scored_words": 1}
+    return ScoringWindows(tokens, torch.ones(len(lengths), dtype=torch.int64), report, torch.tensor(lengths))
 
 
 def test_batches_hold_each_window_once_and_hardly_any_padding():
@@ -142,7 +142,7 @@ class TestStreamed:
 
     def test_of_reduced_checkpoints_and_windows_of_unequal_lengths(self, tiny_reduced):
         name = str(tiny_reduced(("select", "key-shared")))
-        text = Text("pages", "hash", [RAVEN, RAVEN[:50], "x", RAVEN[:300]])
+        text = Source("pages", "hash", "", documents=(RAVEN, RAVEN[:50], "x", RAVEN[:300]))
         results = [
             evaluate(name, text, Protocol(name="rolling", context=24), dtype="float32", streamed=kind)
             for kind in (False, True)

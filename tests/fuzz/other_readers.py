@@ -34,7 +34,8 @@ from qectomy.surgery.materialize import materialize
 from qectomy.surgery.nanogpt import import_nanogpt
 from qectomy.text.documents import Documents, Reading
 from qectomy.text.overlap import Sketch, overlap, sketch_in, span_hashes
-from qectomy.text.text import Source, first_tokens_and_ends, load_tokenizer, make_windows, read_source
+from qectomy.text.text import Source, load_tokenizer, read_source
+from qectomy.text.windows import first_tokens, make_windows
 
 WORK = "out.converting"
 TEXT_ENDINGS = (".txt", ".json", ".jsonl", ".parquet", ".gz", "")
@@ -205,7 +206,7 @@ def tokenizer_reader(grounds: Grounds, mark: Path) -> Reader:
             windows = make_windows(tokenizer, [source], context=16, tokens=64, vocab_size=320)
             assert int(windows.tokens.max()) < 320
             assert int(windows.tokens.min()) >= 0
-            first_tokens_and_ends(tokenizer, source, 40, ends=True)
+            first_tokens(tokenizer, source.text, 40, places=True)
 
     return Reader("tokenizer", make, read, lambda raw: {**files, **code, "tokenizer.json": raw})
 

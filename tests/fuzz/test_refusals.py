@@ -42,7 +42,8 @@ from qectomy.runs.work_folder import WorkFolder, finished, work_folder
 from qectomy.surgery.materialize import materialize
 from qectomy.surgery.nanogpt import import_nanogpt
 from qectomy.text.documents import Documents
-from qectomy.text.text import Source, check_growth, load_tokenizer, make_windows, read_source
+from qectomy.text.text import Source, check_growth, load_tokenizer, read_source
+from qectomy.text.windows import make_windows
 
 NORM = "model.norm.weight"
 

@@ -14,9 +14,9 @@ from qectomy.errors import CheckpointError, QectomyError, TextError
 from qectomy.runs.locked_folder import write_record
 from qectomy.text import documents as documents_module
 from qectomy.text import packing
-from qectomy.text.documents import JOIN, Documents
+from qectomy.text.documents import JOIN
 from qectomy.text.overlap import FittedSpans, Sketch
-from qectomy.text.packing import Packed, PackedWindows, Reserved, Shuffled, pack, text_from
+from qectomy.text.packing import Packed, PackedWindows, Reserved, Shuffled, pack
 
 C = 16
 LINES = "".join(f"{number} {word}\n" for number, word in enumerate(RAVEN.split() * 8))  # no blank line
@@ -97,7 +97,7 @@ def test_a_plain_text_is_joined_by_nothing(write, packed, monkeypatch):
 @pytest.mark.parametrize("characters", [1, 37, 500])
 def test_a_long_text_is_tokenized_a_piece_at_a_time(write, packed, monkeypatch, characters):
     """Windows go on over the borders of pieces, and no token is lost there."""
-    monkeypatch.setattr(packing, "CHARACTERS", characters)
+    monkeypatch.setattr(documents_module, "CHARACTERS", characters)
     monkeypatch.setattr(packing, "BLOCK", 5)
     monkeypatch.setattr(documents_module, "PIECE", 1)
     calls = []
@@ -126,7 +126,7 @@ def test_no_more_of_a_text_is_read_than_is_wanted(monkeypatch, packed):
             yield {"text": f"{number} nevermore"}
 
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows())
-    monkeypatch.setattr(packing, "CHARACTERS", 100)
+    monkeypatch.setattr(documents_module, "CHARACTERS", 100)
     train, validation, report = packed("some/data", tokens=20 * C)
     assert (len(train), len(validation)) == (20, 3)
     assert len(taken) < 200
@@ -345,50 +345,6 @@ def test_the_order_does_not_hang_on_the_way_it_is_asked_for():
     assert [order[i] for i in (149, 3, 77, 3)] == [whole[i] for i in (149, 3, 77, 3)]
     fresh = Shuffled(50, 7)
     assert [fresh[i] for i in range(90, 150)] == whole[90:]
-
-
-# The beginning of a text
-
-
-def test_the_head_has_the_tokens_that_were_asked_for(write, monkeypatch):
-    monkeypatch.setattr(documents_module, "PIECE", 50)
-    path = write(LINES)
-    head = text_from(tiny_tokenizer(), Documents(path), 0, 100)
-    assert LINES.startswith(head)
-    assert len(head) < len(LINES) // 2
-    assert ids_of(head)[:100] == ids_of(LINES)[:100]
-    assert len(ids_of(head)) >= 100
-    assert text_from(tiny_tokenizer(), Documents(path), 0, 10**6) == LINES
-
-
-def test_the_head_of_many_documents_is_tokenized_a_few_times(write):
-    """Not once a document: each time all that was read so far is tokenized."""
-    path, calls = write(["x" * 40] * 3000, "a.jsonl"), []
-
-    def tokenizer(text, **_):
-        calls.append(len(text))
-        return {"offset_mapping": [(i, i + 5) for i in range(0, len(text) - 4, 5)]}
-
-    head = text_from(tokenizer, Documents(path), 0, 10_000)
-    assert 5 * 10_000 < len(head) < 2 * 5 * 10_000
-    assert len(calls) < 10
-
-
-def test_the_head_of_documents(write):
-    texts = LINES.split("\n")
-    path = write(texts, "a.jsonl")
-    head = text_from(tiny_tokenizer(), Documents(path), 0, 40)
-    assert JOIN.join(Documents(path)).startswith(head)
-    assert len(head) < 1000
-    assert len(ids_of(head)) >= 40
-
-
-def test_a_text_from_the_middle(write):
-    path = write(LINES)
-    found = text_from(tiny_tokenizer(), Documents(path), 50, 30)
-    assert LINES.endswith(found) or found in LINES
-    assert ids_of(found)[:30] == ids_of(LINES)[50:80]
-    assert text_from(tiny_tokenizer(), Documents(path), 10**6, 30) == ""
 
 
 def test_what_is_trained_on_is_compared_with_the_measured_text(write, tmp_path):

@@ -1,6 +1,7 @@
 """Text files become token windows: what is read, what is refused, and how windows are cut."""
 
 import json
+from itertools import chain
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from tiny_models import RAVEN, VOCAB_SIZE, bos_tokenizer, tiny_tokenizer
 
 from qectomy.errors import CheckpointError, TextError
 from qectomy.text.documents import JOIN
-from qectomy.text.text import Source, adds_bos, first_tokens, load_tokenizer, make_windows, read_source
+from qectomy.text.text import Source, bos_of, load_tokenizer, read_source
+from qectomy.text.windows import Opening, TokenStream, cut, first_tokens, make_windows
 
 
 def lines(*records):
@@ -147,9 +149,33 @@ def test_no_tokenizer(tmp_path):
 )
 def test_first_tokens_are_those_of_the_whole_text(text, repeat, count):
     text = text * repeat
-    source = Source("text", "hash", text)
-    assert first_tokens(tiny_tokenizer(), source, count) == ids_of(text)[:count]
-    assert first_tokens(tiny_tokenizer(), source, None) == ids_of(text)
+    whole = tiny_tokenizer()(text, add_special_tokens=False, return_offsets_mapping=True)
+    for wanted, held in ((count, text), (None, text), (count, Opening(text.splitlines(keepends=True)))):
+        found = first_tokens(tiny_tokenizer(), held, wanted, places=True)
+        assert found.ids == whole["input_ids"][:wanted]
+        assert found.places == whole["offset_mapping"][:wanted]
+    assert first_tokens(tiny_tokenizer(), text, count).places is None
+
+
+@given(n=st.integers(0, 200), width=st.integers(1, 40), step=st.none() | st.integers(1, 40), rest=st.booleans())
+def test_every_token_is_new_to_one_window(n, width, step, rest):
+    step = min(step or width, width)
+    spans = cut(n, width, step, rest=rest)
+    new = [at for start, stop, seen in spans for at in range(start + seen, stop)]
+    assert new == list(range(len(new)))
+    assert len(new) == n if rest else 0 <= n - len(new) < (step if spans else width)
+    assert all(stop - start == width for start, stop, _ in spans[: None if n >= width else 0])
+    assert [start for start, _, _ in spans[:-1]] == [step * i for i in range(len(spans) - 1)]
+
+
+@pytest.mark.parametrize("size", [1, 7, 5000])
+def test_a_stream_gives_each_token_of_its_pieces_once(size):
+    pieces = [RAVEN[at : at + size] for at in range(0, len(RAVEN), size)]
+    stream = TokenStream(tiny_tokenizer(), pieces)
+    taken = [stream.take(count).tolist() for count in (0, 5, 300, 10**6, 3)]
+    assert [len(part) for part in taken[:3]] == [0, 5, 300]
+    assert list(chain(*taken)) == list(chain(*map(ids_of, pieces)))
+    assert stream.taken == sum(map(len, taken))
 
 
 def test_windows_do_not_overlap():
@@ -158,7 +184,6 @@ def test_windows_do_not_overlap():
     assert made.tokens.shape == (len(ids) // 16, 16)
     assert made.tokens.flatten().tolist() == ids[: len(ids) // 16 * 16]
     assert not made.bos
-    assert made.scored == made.tokens.shape[0] * 15
 
 
 def test_tokens_are_shared_among_the_texts():
@@ -183,8 +208,8 @@ def test_more_texts_than_windows():
 
 def test_every_window_starts_with_bos_where_the_tokenizer_adds_it():
     tokenizer = bos_tokenizer()
-    assert adds_bos(tokenizer)
-    assert not adds_bos(tiny_tokenizer())
+    assert bos_of(tokenizer) == tokenizer.bos_token_id
+    assert bos_of(tiny_tokenizer()) is None
     made = windows(RAVEN, tokenizer=tokenizer, context=16)
     assert made.bos
     assert made.tokens.shape[1] == 16
