@@ -30,7 +30,7 @@ from qectomy.eval.samples import MOST_BYTES, NEW_TOKENS, PROMPTS
 from qectomy.models.query_maps import QueryMapSpec
 from qectomy.runs.input_hashes import FileWatch
 from qectomy.runs.work_folder import WorkFolder
-from qectomy.text.text import Windows
+from qectomy.text.windows import Windows
 
 STEPS = 8  # of each Adam
 BATCHES = 4  # of fitted windows, at least, in the larger of both runs
@@ -80,7 +80,10 @@ def try_out(source: Checkpoint, work: Work, settings: ConvertSettings, fitted: i
     cut = first_layers(source, len(maps))
     generator = torch.Generator().manual_seed(settings.seed)
     tokens = torch.randint(source.dims.vocab_size, (fitted + held, work.context), generator=generator)
-    texts = Windows(tokens[:fitted], False, []), ScoringWindows(tokens[fitted:], torch.ones(held).long(), 1, {})
+    texts = (
+        Windows(tokens[:fitted], False, []),
+        ScoringWindows(tokens[fitted:], torch.ones(held).long(), {"scored_bytes": 1}),
+    )
     refine = RefineSettings(steps=RefineSettings().steps_for(work.fitted * work.context))
     runner, watch, marks = LayerRunner(cut, tuple(maps), work.context, settings.device), Stopwatch(), list[Seconds]()
     with ExitStack() as stack:
