@@ -28,7 +28,7 @@ from qectomy.eval.score_windows import score_model
 from qectomy.eval.token_scores import TokenScores
 from qectomy.progress import Progress
 from qectomy.text.documents import Reading
-from qectomy.text.overlap import Sketch, overlap, sketch_in
+from qectomy.text.overlap import fitted_hashes, overlap, sketch_in
 from qectomy.text.text import Source, load_tokenizer, read_source
 
 OTHER_TOKENIZER = (
@@ -120,17 +120,20 @@ def _evaluate(name: str, source: Source, measure: Measure, progress: Progress | 
         result["tokens_per_second"] = round(windows.report["scored_tokens"] / seconds, 1)
     result |= {"device": measure.device, "streamed": measure.streamed}
     if (path := locate(name) / "qectomy.json").is_file():
-        result["overlap"] = overlap(windows.text, _fitted_on(path))
+        result["overlap"] = _overlap(windows, path)
     return {**result, "protocol": {**windows.report, "dtype": dtype_name}}, _Found(windows, scores)
 
 
-def _fitted_on(path: Path) -> Sketch | None:
-    """Return the sketch of what a checkpoint was fitted on, by its report; None where that does not tell."""
+def _overlap(windows: ScoringWindows, path: Path) -> dict[str, Any]:
+    """Return how much of the measured text stands in what a checkpoint was fitted on, by its report."""
     try:
         report = read_json(path)
     except CheckpointError:
-        return None
-    return sketch_in(report) if isinstance(report, dict) else None
+        report = None
+    if not isinstance(report, dict):
+        return overlap(windows.text, None)
+    same_text = windows.report["text_sha256"] in fitted_hashes(report)
+    return overlap(windows.text, sketch_in(report)) | ({"fitted_text": True} if same_text else {})
 
 
 def _not_comparable(

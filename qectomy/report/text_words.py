@@ -2,13 +2,17 @@
 
 from typing import Any
 
+from qectomy.text.overlap import fitted_hashes
+
 MOST_SHARED = 0.01  # of a text, that may stand in another by chance and quotation
 FEW_SPANS = 100  # below this a share says little
 
 
 def read_as_words(protocol: dict[str, Any]) -> str:
-    """Say as what the measured text was read; nothing of prose, and of reports that do not tell."""
+    """Say as what the measured text was read; nothing of plain prose, and of reports that do not tell."""
     found = protocol.get("text_read_as", {})
+    if "looks_like" in found:
+        return f"read as prose, though it looks like {found['looks_like']}"
     if "records" not in found:
         return ""
     field = f", field {found['field']}" if "field" in found else ""
@@ -31,9 +35,14 @@ def text_doubt(report: dict[str, Any], protocol: dict[str, Any]) -> tuple[bool |
         )
     if protocol.get("fitted_on"):
         return False, "the measured text was fitted on, which flatters the result"
-    texts = [*report.get("calibration", {}).get("texts", []), *report.get("healing", {}).get("texts", [])]
-    if protocol.get("text_sha256") in {text["sha256"] for text in texts if "sha256" in text}:
+    texts = fitted_hashes(report)
+    if found.get("fitted_text") or protocol.get("text_sha256") in texts:
         return False, "the measured tokens are another part of a text that was fitted on: other text will cost more"
+    if (validated := found.get("validation_share", 0.0)) >= MOST_SHARED:
+        return False, (
+            f"{validated:.0%} of the measured text stands in text that healing was validated on, by which its best "
+            "step was chosen: other text may cost more"
+        )
     if share is not None and spans >= FEW_SPANS and found.get("complete"):
         return True, f"the measured text is none of those fitted or trained on: {share:.1%} {compared} stands there"
     if not texts and not found:

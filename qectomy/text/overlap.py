@@ -46,12 +46,18 @@ def span_hashes(text: str) -> np.ndarray:
 class Sketch:
     """The spans of a text of any length by its smallest hashes: those below `below`, sorted, each once.
 
-    `complete`: whether it is of all that was fitted or trained on.
+    `complete`: whether it is of all that was fitted or trained on. `validation`: what its best step was chosen by.
     """
 
-    def __init__(self, hashes: np.ndarray | None = None, below: int = ALL, complete: bool = True):
+    def __init__(
+        self,
+        hashes: np.ndarray | None = None,
+        below: int = ALL,
+        complete: bool = True,
+        validation: "Sketch | None" = None,
+    ):
         self.hashes = np.empty(0, np.uint64) if hashes is None else hashes
-        self.below, self.complete = below, complete
+        self.below, self.complete, self.validation = below, complete, validation
 
     def joined(self, hashes: np.ndarray, below: int = ALL, complete: bool = True) -> "Sketch":
         """Return the sketch of this text and another one together."""
@@ -77,37 +83,57 @@ class Sketch:
             packed = np.frombuffer(base64.b64decode(found["hashes"], validate=True), np.uint8).reshape(-1, BITS // 8)
             hashes = np.zeros((len(packed), 8), np.uint8)
             hashes[:, : BITS // 8] = packed
-            return Sketch(np.unique(hashes.reshape(-1).view("<u8")), int(found["below"]), found["complete"] is True)
+            own = np.unique(hashes.reshape(-1).view("<u8")), int(found["below"]), found["complete"] is True
+            validation = found.get("validation")
+            return Sketch(*own, Sketch.of_record({**validation, "validation": None} if validation else None))
         except (TypeError, KeyError, ValueError, binascii.Error):
             return None
+
+
+class _Compared:
+    """How much of a measured text stands in texts that were sketched before and in those that are added."""
+
+    def __init__(self, measured: np.ndarray, earlier: Sketch):
+        self._measured, self.sketch = measured, earlier
+        self._told = measured < np.uint64(earlier.below)
+        self._found = np.isin(measured, earlier.hashes)
+
+    def add(self, text: str) -> None:
+        hashes = np.unique(span_hashes(text))
+        self._found |= np.isin(self._measured, hashes)
+        self.sketch = self.sketch.joined(hashes)
+
+    def share(self) -> tuple[float | None, int]:
+        """Return the share of the spans that are found, and of how many that is known."""
+        count = int(self._told.sum())
+        return float(self._found[self._told].mean()) if count else None, count
 
 
 class FittedSpans:
     """What is fitted or trained on, text by text, beside the text measured on and the sketch of what was fitted before.
 
-    `earlier` is None where that is not known.
+    `earlier` is None where that is not known. Text that is validated on is not trained on, but chooses the best step:
+    it is kept apart.
     """
 
     def __init__(self, measured: str, earlier: Sketch | None):
-        self._measured, self._earlier = span_hashes(measured), earlier or Sketch(complete=False)
-        self._found = np.zeros(len(self._measured), bool)
-        self._sketch = self._earlier
+        spans, earlier = span_hashes(measured), earlier or Sketch(complete=False)
+        self._fitted, self._validated = _Compared(spans, earlier), _Compared(spans, earlier.validation or Sketch())
 
-    def add(self, text: str) -> None:
-        hashes = np.unique(span_hashes(text))
-        self._found |= np.isin(self._measured, hashes)
-        self._sketch = self._sketch.joined(hashes)
+    def add(self, text: str, validation: bool = False) -> None:
+        (self._validated if validation else self._fitted).add(text)
 
     def record(self) -> dict[str, Any]:
         """Return the sketch of it all, and how much of the measured text stands in it."""
-        return {"fitted_spans": self._sketch.record(), "overlap": self._overlap()}
-
-    def _overlap(self) -> dict[str, Any]:
-        earlier = self._earlier
-        told = self._measured < np.uint64(earlier.below)
-        found = self._found | np.isin(self._measured, earlier.hashes)
-        share = float(found[told].mean()) if told.any() else None
-        return {"share": share, "spans": int(told.sum()), "words": WORDS, "complete": earlier.complete}
+        sketch, validation = self._fitted.sketch, self._validated.sketch
+        share, spans = self._fitted.share()
+        found = {"share": share, "spans": spans, "words": WORDS, "complete": sketch.complete}
+        if not len(validation.hashes):
+            return {"fitted_spans": sketch.record(), "overlap": found}
+        return {
+            "fitted_spans": sketch.record() | {"validation": validation.record()},
+            "overlap": found | {"validation_share": self._validated.share()[0]},
+        }
 
 
 def overlap(measured: str, fitted: Sketch | None) -> dict[str, Any]:
@@ -120,3 +146,14 @@ def sketch_in(report: dict[str, Any]) -> Sketch | None:
     if report.get("method") == "exact" and "healing" not in report:
         return Sketch()
     return Sketch.of_record(report.get("fitted_spans"))
+
+
+def fitted_hashes(report: dict[str, Any]) -> set[str]:
+    """Return the sha256 of each text that a report says was fitted or trained on, in an earlier healing, too."""
+    parts, healing = [report.get("calibration")], report.get("healing")
+    while isinstance(healing, dict):
+        parts.append(healing)
+        healing = healing.get("earlier")
+    texts = [part.get("texts") for part in parts if isinstance(part, dict)]
+    entries = [entry for listed in texts if isinstance(listed, list) for entry in listed if isinstance(entry, dict)]
+    return {entry["sha256"] for entry in entries if isinstance(entry.get("sha256"), str)}

@@ -122,8 +122,8 @@ def pack(
     """Write train.bin and validation.bin to `folder`: at most `tokens` and `validation_tokens`, evenly from the texts.
 
     Where a text is short, an eighth of it at most is for validation. `reserved`: by a text's name. `spans` is given
-    what is trained on. Raises TextError for a text that is too short to train on, CheckpointError for ids beyond the
-    embedding, QectomyError where the folder tells of an earlier packing that came to something else.
+    what is trained and validated on. Raises TextError for a text that is too short to train on, CheckpointError for ids
+    beyond the embedding, QectomyError where the folder tells of an earlier packing that came to something else.
     """
     report: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -161,20 +161,22 @@ def _pack_one(
 ) -> dict[str, Any]:
     """Write a text's windows, those that were fitted on last; return what the report says of the text."""
 
-    def write(windows: np.ndarray) -> int:
-        train.write(windows.tobytes())
+    order = 1
+
+    def write(windows: np.ndarray, file: BinaryIO = train) -> int:
+        file.write(windows.tobytes())
         if spans is not None and len(windows):
-            spans.add(source.text(windows))
+            spans.add(source.text(windows[::order]), validation=file is validation)
         return len(windows)
 
     fitted = source.pass_reserved(reserved)
     first = source.take(8 * held)
     if len(first) < 2:  # the fit had it all
-        first, fitted = np.concatenate([fitted, first])[::-1], fitted[:0]  # its end for validation
+        first, fitted, order = np.concatenate([fitted, first])[::-1], fitted[:0], -1  # its end for validation
     held = min(held, max(1, len(first) // 8))
     if len(first) < held + 1:
         raise TextError(source.too_short())
-    validation.write(first[:held].tobytes())
+    write(first[:held], validation)
     block, written = first[held:], 0
     while len(block) and written < wanted:
         written += write(block[: wanted - written])

@@ -114,6 +114,14 @@ def test_the_same_file_twice_is_said_on_the_terminal_and_in_the_card(cli, tiny_c
     said = "he measured tokens are another part of a text that was fitted on: other text will cost more"
     assert said in " ".join(shown.out.split())
     assert said in (tmp_path / "out/README.md").read_text()
+    saved = tmp_path / "out/evaluation.json"
+    measured = ["--text", whole, "--context", "32", "--tokens", "160", "--save", saved]
+    shown = cli("eval", tiny_checkpoint(), tmp_path / "out", *measured)
+    assert said in " ".join(shown.out.split())
+    cli("report", tmp_path / "out")
+    html = (tmp_path / "out/report.html").read_text()
+    assert html.count(said) >= 3  # the verdict, the report's own measurement and this one
+    assert "is none of those fitted" not in html
 
 
 # Mistyped, empty and short

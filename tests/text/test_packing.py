@@ -347,23 +347,34 @@ def test_the_order_does_not_hang_on_the_way_it_is_asked_for():
     assert [fresh[i] for i in range(90, 150)] == whole[90:]
 
 
-def test_what_is_trained_on_is_compared_with_the_measured_text(write, tmp_path):
-    """The validation windows, which only choose the best step, are not trained on; a run that goes on knows it all."""
+@pytest.mark.parametrize("fitted", [0, 10**6])
+def test_what_is_trained_on_is_compared_with_the_measured_text(write, tmp_path, fitted):
+    """The validation windows, which only choose the best step, are told apart; a run that goes on knows it all.
+
+    So it is where all of the text was fitted on, which is packed from its end.
+    """
     dice = np.random.default_rng(0)
     words = ["".join(dice.choice(list("abcdefghij"), 3)) for _ in range(1200)]
     path, options = (
         write(" ".join(words)),
         dict(context=C, tokens=10**9, validation_tokens=3 * C, vocab_size=VOCAB_SIZE),
     )
-    measured = {"trained on": words[-300:], "validated on": words[:20], "other": words[::-1]}
-    shares = {}
+    measured = {
+        "trained on": words[300:900],
+        "validated on": words[-48:-8] if fitted else words[:40],
+        "other": words[::-1],
+    }
+    options["validation_tokens"], shares, validated = 12 * C, {}, {}
     for name, part in measured.items():
         folder = tmp_path / name
         folder.mkdir()
-        found = pack(tiny_tokenizer(), [path], folder, **options, spans=FittedSpans(" ".join(part), Sketch()))
+        seen = FittedSpans(" ".join(part), Sketch())
+        found = pack(tiny_tokenizer(), [path], folder, **options, reserved={path: Reserved(fitted=fitted)}, spans=seen)
         assert Packed.kept(folder).spans == found.spans
         shares[name] = found.spans["overlap"]["share"]
+        validated[name] = found.spans["overlap"]["validation_share"]
     assert shares["trained on"] > 0.9
-    assert shares["validated on"] == shares["other"] == 0
+    assert validated["validated on"] > 0.9
+    assert shares["validated on"] == shares["other"] == validated["trained on"] == validated["other"] == 0
     write_record(folder / "data.json", {"texts": [], "files": found.digests()})  # as before spans were looked for
     assert Packed.kept(folder).spans == {}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qectomy.report.text_words import text_doubt
-from qectomy.text.overlap import KEPT, WORDS, FittedSpans, Sketch, overlap, sketch_in, span_hashes
+from qectomy.text.overlap import KEPT, WORDS, FittedSpans, Sketch, fitted_hashes, overlap, sketch_in, span_hashes
 
 DICE = random.Random(0)
 VOCABULARY = [f"word{i}" for i in range(500)]
@@ -91,6 +91,31 @@ def test_what_is_fitted_now_is_compared_whole_and_with_what_was_fitted_before():
     assert not unknown.record()["fitted_spans"]["complete"]
 
 
+def test_what_was_validated_on_is_found_and_told_apart():
+    found = FittedSpans("", Sketch())
+    found.add("\n".join(LONG))
+    found.add(OTHER, validation=True)
+    kept = Sketch.of_record(json.loads(json.dumps(found.record()["fitted_spans"])))
+    told = overlap(OTHER, kept)
+    assert (told["share"], told["validation_share"]) == (0, 1)
+    assert overlap("\n".join(LONG), kept)["validation_share"] == 0
+    again = FittedSpans("", kept)  # healed once more
+    again.add("other words " * 50, validation=True)
+    assert overlap(OTHER, Sketch.of_record(again.record()["fitted_spans"]))["validation_share"] == 1
+    assert "validation_share" not in overlap(OTHER, sketch(OTHER))
+    for damaged in ("x", 3, {"words": 20}, {**Sketch().record(), "below": -1}):
+        kept = Sketch.of_record(found.record()["fitted_spans"] | {"validation": damaged})
+        assert kept is None or "validation_share" not in overlap(OTHER, kept)
+
+
+def test_the_texts_that_a_report_tells_of():
+    texts = lambda *names: {"texts": [{"sha256": name} for name in names]}  # noqa: E731
+    report = {"calibration": texts("a", "b"), "healing": texts("c") | {"earlier": texts("d")}}
+    assert fitted_hashes(report) == set("abcd")
+    for odd in ({}, {"calibration": 3, "healing": []}, {"healing": {"texts": [3, {"sha256": 4}, {}], "earlier": 5}}):
+        assert fitted_hashes(odd) == set()
+
+
 def test_a_report_without_a_sketch_tells_nothing():
     assert sketch_in({}) is None
     assert sketch_in({"method": "exact"}).complete
@@ -113,6 +138,21 @@ def test_a_report_without_a_sketch_tells_nothing():
         ({}, False, "b", None, "is not recorded by its content"),
         ({"share": 0.0, "spans": 500}, False, "a", False, "another part of a text that was fitted on"),
         ({"share": 0.0, "spans": 500}, True, "b", False, "was fitted on, which flatters"),
+        (
+            {"share": 0.0, "spans": 500, "fitted_text": True},
+            False,
+            "b",
+            False,
+            "another part of a text that was fitted",
+        ),
+        (
+            {"share": 0.0, "spans": 500, "validation_share": 0.01},
+            False,
+            "b",
+            False,
+            "1% of the measured text stands in",
+        ),
+        ({"share": 0.0, "spans": 500, "validation_share": 0.0}, False, "b", True, "none of those fitted"),
     ],
 )
 def test_the_words_go_by_the_share_and_by_what_was_compared(found, fitted_on, digest, holds, words):

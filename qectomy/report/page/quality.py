@@ -73,7 +73,7 @@ def _perplexity(report: dict[str, Any], found: dict[str, Any], key: str) -> list
         Chart(picture=chart, caption=caption),
         table,
         Facts(rows=_other_measures(report)),
-        Prose(text=protocol_words(found.get("protocol", {}))),
+        Prose(text=protocol_words(found.get("protocol", {}), report)),
     ]
 
 
@@ -92,7 +92,7 @@ def _other_measures(report: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def protocol_words(protocol: dict[str, Any]) -> str:
+def protocol_words(protocol: dict[str, Any], report: dict[str, Any]) -> str:
     """Say how the perplexity was measured, as far as the report tells."""
     if not protocol:
         return "How it was measured is not recorded."
@@ -112,7 +112,7 @@ def protocol_words(protocol: dict[str, Any]) -> str:
         words += f", {apart}"
     for name, say in (("bos", "BOS token: {}"), ("dtype", "computed in {}"), ("tail", "{}")):
         words += f"; {say.format(protocol[name])}" if name in protocol else ""
-    told = text_doubt({}, protocol) if "overlap" in protocol else None
+    told = text_doubt(report, protocol) if "overlap" in protocol else None
     words += f"; {told[1]}" if told else ""
     return words + ". Perplexity on other text differs."
 
@@ -139,7 +139,7 @@ def _evaluation(results: list[dict[str, Any]], known: dict[str, Any]) -> list[Bl
     same = protocol and all(protocol.get(name) == known.get(name) for name in SAME_MEASURE)
     told = [(row["checkpoint"], text_doubt({}, row)) for row in results if "overlap" in row]
     doubts = [Prose(text=f"{name}: {doubt[1]}.") for name, doubt in told if doubt]
-    return [table, Prose(text="By the protocol above." if same else protocol_words(protocol)), *doubts]
+    return [table, Prose(text="By the protocol above." if same else protocol_words(protocol, {})), *doubts]
 
 
 def position_section(folder: Folder, key: str) -> Section | None:

@@ -20,8 +20,12 @@ from qectomy.report.page.checked import (
 )
 
 VERSIONS = mapping(string)
-OVERLAP = record({"share": share, "spans": count, "words": count, "complete": flag})
-READ_AS = record({"kind": string, "records": count, "field": string, "chat_template_sha256": string})
+OVERLAP = record(
+    {"share": share, "spans": count, "words": count, "complete": flag, "validation_share": share, "fitted_text": flag}
+)
+READ_AS = record(
+    {"kind": string, "records": count, "field": string, "chat_template_sha256": string, "looks_like": string}
+)
 PROTOCOL = record(
     {
         "text": string,
