@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qectomy.errors import TextError, reason_of, shown
+from qectomy.errors import TextError, note, reason_of, shown
 from qectomy.text.records import Placed, text_field
 from qectomy.text.text_bytes import KINDS
 
@@ -45,7 +45,10 @@ def saved_files(folder: Path) -> list[Path]:
                 if known
                 else f"{folder / SPLITS} names no split that is there"
             )
-        folder = folder / (known[0] if len(known) == 1 else "train")
+        chosen = known[0] if len(known) == 1 else "train"
+        if others := [name for name in known if name != chosen]:
+            note(f"{folder} holds the splits {shown(known)}, and train is read; another: {folder}/{others[0]}")
+        folder = folder / chosen
     if not (folder / STATE).is_file():
         raise TextError(f"{folder} is a folder; give {KINDS}")
     state = _json(folder / STATE)

@@ -101,11 +101,13 @@ class Documents:
             if (text := texts.of(record, place)) is not None:
                 self.read_as = {"kind": kind, "records": texts.records, **texts.read_as}
                 yield text
+        texts.at_end()
 
     def _plain(self, pieces: Iterator[str]) -> Iterator[str]:
         self.read_as = {"kind": PLAIN}
         head = next(pieces, "")
         if likely := looks_like(self._path, head):
+            self.read_as["looks_like"] = likely
             note(
                 f"{self._path} looks like {likely} and is read as prose, with all its marks; as records are read JSON "
                 "objects, one a line, a JSON list of them, and .parquet files"
@@ -124,7 +126,9 @@ class Documents:
             from datasets import load_dataset
 
             rows = load_dataset(repo, config or None, split=split or "train", streaming=True)
-            yield from self._texts("dataset", f"dataset {name!r}", (("", row) for row in rows))
+            yield from self._texts(
+                "dataset", f"dataset {name!r}", ((f", row {i}", row) for i, row in enumerate(rows, 1))
+            )
         except TextError:
             raise
         except Exception as error:  # no such file, no such dataset, no network: one message covers them
@@ -168,7 +172,8 @@ def check_not_mistyped(name: str) -> None:
 def check_texts(names: Iterable[str | None], field: str | None, tokens: int) -> None:
     """Raise TextError for a text that is mistyped, empty, or has fewer bytes than `tokens`; nothing heavy is loaded.
 
-    What can be read once alone, or only from elsewhere, is left to the one who reads it.
+    What can be read once alone, or only from elsewhere, is left to the one who reads it, and so is the length of chats:
+    a model's template makes tokens of its own.
     """
     for name in filter(None, names):
         if not os.path.exists(name):
@@ -177,14 +182,14 @@ def check_texts(names: Iterable[str | None], field: str | None, tokens: int) -> 
             continue
         if not (os.path.isfile(name) or os.path.isdir(name)):
             continue
-        length = 0
-        for document in Documents(name, Reading(field=field, tokenizer=_Plainly)):
+        length, documents = 0, Documents(name, Reading(field=field, tokenizer=_Plainly))
+        for document in documents:
             length += len(document.strip().encode(errors="replace"))
             if length >= tokens:
                 break
         if not length:
             raise TextError(f"{name} holds no text")
-        if length < tokens:
+        if length < tokens and "chat_template_sha256" not in documents.read_as:
             raise TextError(f"{name} has {length} bytes of text, fewer than one window of {tokens} tokens; give more")
 
 

@@ -7,12 +7,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from qectomy.errors import TextError, clean, shown
+from qectomy.errors import TextError, clean, note, shown
 from qectomy.text.chats import ChatWriter, is_chat
 
 CHAT = "messages"
 TEXT_FIELDS = ("text", CHAT, "page", "content", "document")
 MAX_LINE = 1 << 28  # characters; text8, all of it one line, has 10^8
+LOOKED_AT = 64  # texts of a list, before it is known not to be prose
 MAX_ENTRY = 1 << 24  # characters of one entry of a JSON list
 LINE_ENDINGS = (".jsonl", ".ndjson")  # of files that are refused, not read as prose, where a line is no JSON
 JSON_LINES, JSON_LIST = "JSON lines", "JSON list"
@@ -24,12 +25,16 @@ Placed = Iterator[tuple[str, Any]]  # records, each after the words that say whe
 
 
 class Texts:
-    """The texts of records: of the field that is named, else of the one that the first record with a text settles."""
+    """The texts of records: of the field that is named, else of the one that the first record with a text settles.
+
+    A record whose text is in another field than the settled one is told, and so is it where most have none.
+    """
 
     def __init__(self, what: str, field: str | None, tokenizer: Callable[[], Any] | None = None):
         self._what, self.field, self._tokenizer = what, field, tokenizer
         self._writer: ChatWriter | None = None
-        self.records = 0  # that gave a text
+        self._settled, self._told_other = "", False  # which record settled the field, in words
+        self.records = self._without = 0  # that gave a text, and that gave none
 
     @property
     def read_as(self) -> dict[str, str]:
@@ -44,19 +49,46 @@ class Texts:
             return self._whole(record, where)
         if not isinstance(record, dict):
             raise TextError(f"{where}: {shown(record)} is no record with fields, and no text")
-        if self.field is None:
-            self.field = text_field(record, where)
+        if self.field is None and (field := text_field(record, where)) is not None:
+            self.field, self._settled = field, f", which {place.removeprefix(', ')} settled"
         value: Any = record.get(self.field) if self.field is not None else None
+        if self.field in record and (value is None or isinstance(value, str)):
+            self._tell_other(record, where)
         if isinstance(value, str):
             return self._whole(value, where)
         if is_chat(value) and self._tokenizer is not None:
             self._writer = self._writer or ChatWriter(self._tokenizer(), where)
             return self._whole(self._writer.written(value, where), where)
         if self.field is None or (value is None and self.field in record):
+            self._without += 1
             return None
         raise TextError(
-            f"{where}: no text in its field {shown(self.field)}; {_told(record)}; name another: --field NAME"
+            f"{where}: no text in its field {shown(self.field)}{self._settled}; {_told(record)}; name another: "
+            "--field NAME"
         )
+
+    def _tell_other(self, record: dict[str, Any], where: str) -> None:
+        """Tell of the first record that alone would be read by another field than the one that a record settled."""
+        if self._told_other or not self._settled:
+            return
+        try:
+            field = text_field(record, where)
+        except TextError:  # of its fields none is clearly the one
+            return
+        if field not in (None, self.field):
+            note(
+                f"{where}: its text is in the field {shown(field)}, and {shown(self.field)} is read of every record"
+                f"{self._settled}; {_told(record)}. To have another field read, name it: --field NAME"
+            )
+            self._told_other = True
+
+    def at_end(self) -> None:
+        """Tell where most records gave no text."""
+        if self._without > self.records > 0:
+            note(
+                f"{self._what}: {self._without:,} of {self._without + self.records:,} records were left out, for their "
+                f"field {shown(self.field)} is null; to have another field read, name it: --field NAME"
+            )
 
     def _whole(self, text: str, where: str) -> str:
         try:
@@ -100,6 +132,8 @@ def json_records(path: Path, pieces: Iterator[str]) -> tuple[str | None, Placed,
         entries = list_entries(kept)
         try:
             head = list(islice(entries, 1))
+            if ".json" not in path.suffixes and isinstance(next(iter(head), None), str):
+                head += islice(entries, LOOKED_AT)  # prose too can begin with quotations in brackets
         except ValueError:
             kept = _Kept(kept.again())
         else:
@@ -186,7 +220,7 @@ def list_entries(pieces: Iterable[str]) -> Iterator[Any]:
         if isinstance(value, dict):
             yield value
         more = text.separator()
-        if isinstance(value, str):  # prose too can begin with a quotation in brackets
+        if isinstance(value, str):  # not before it is seen to end as an entry does
             yield value
 
 

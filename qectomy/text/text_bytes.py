@@ -4,6 +4,7 @@ import codecs
 import gzip
 import hashlib
 import io
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 from qectomy.errors import TextError, reason_of
 
 BYTES_A_READ = 1 << 18
-GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the first bytes
+GZIP = b"\x1f\x8b"  # the first bytes
+ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # of a frame, or of one to be skipped (RFC 8878, 3.1)
 MAX_TIMES = 200  # longer than the compressed file: no text is, ...
 FREE_BYTES = 1 << 26  # ... but a short one over and over may be
 KINDS = "a text file, JSON or .parquet, a folder that save_to_disk of `datasets` wrote, or a dataset's name"
@@ -87,7 +89,7 @@ def unpacked(path: Path, raw: Hashed, file: Any) -> io.BufferedReader:
     head = peeked(path, file)
     if head[:2] == GZIP:
         return io.BufferedReader(_Unpacked(path, raw, gzip.GzipFile(fileobj=file)), BYTES_A_READ)
-    if head == ZSTD:
+    if ZSTD.match(head):
         import pyarrow
 
         stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")

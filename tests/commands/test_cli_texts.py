@@ -175,6 +175,18 @@ def test_a_text_that_is_not_there_or_too_short_is_found_at_once(cli, tmp_path, m
         assert len(done.err.splitlines()) == 1
 
 
+def test_chats_that_are_too_few_are_counted_as_the_model_writes_them(cli, tiny_copy, tmp_path, offline):  # noqa: F811
+    """Their bare words may be fewer than the tokens of a window, and the chats as the template writes them are not."""
+    model, path = tiny_copy(), tmp_path / "chats.jsonl"
+    template = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end of the turn|>\n{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}) + "\n")
+    assert cli("eval", model, "--text", path, "--context", "16").code == 0
+    done = cli("eval", model, "--text", path, "--context", "64")
+    assert done.code == 1
+    assert re.search(r"chats.jsonl has \d+ tokens, fewer than one window of 64; give more text or a sma", done.err)
+
+
 def test_a_mistyped_text_is_found_before_torch_is_loaded(tmp_path):
     (tmp_path / "calib.txt").write_text("text")
     script = (

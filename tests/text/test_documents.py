@@ -132,7 +132,8 @@ def test_jsonl_streamed_is_jsonl_read_whole(write, name):
         ('{"text": "good"}\n{"text": bad}\n', r"bad\.jsonl, line 2: not JSON \(Expecting value"),
         (
             '{"text": "good"}\n\n\n{"other": "x", "text": 3}',
-            r"line 4: no text in its field 'text'; it has 'other' \(text\), 'text' \(number\); name another: --field",
+            r"line 4: no text in its field 'text', which line 1 settled; it has 'other' \(text\), 'text' \(number\); "
+            r"name another: --field",
         ),
         ("3", r"line 1: 3 is no record with fields"),
         ("[" * 100_000, r"line 1: not JSON"),
@@ -217,7 +218,9 @@ def test_a_dataset_is_streamed(monkeypatch):
 
 def test_a_dataset_without_text(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [{"id": 1, "label": 2}])
-    with pytest.raises(TextError, match=r"dataset 'some/data': none of its fields .*; it has 'id' \(number\), 'label'"):
+    with pytest.raises(
+        TextError, match=r"dataset 'some/data', row 1: none of its fields .*; it has 'id' \(number\), 'label'"
+    ):
         list(Documents("some/data"))
 
 

@@ -11,6 +11,8 @@ from tiny_models import tiny_tokenizer
 
 from qectomy import errors
 from qectomy.errors import TextError
+from qectomy.report.text_words import read_as_words
+from qectomy.text import columns as columns_module
 from qectomy.text import documents as documents_module
 from qectomy.text import records as records_module
 from qectomy.text.documents import JOIN, Documents, Reading, own_hash
@@ -26,7 +28,8 @@ NAMES = ["a.json", "a.jsonl", "a.ndjson", "a.txt", "a"]
 def notes(monkeypatch):
     """What is told on stderr, each once."""
     told = []
-    monkeypatch.setattr(documents_module, "note", lambda text: told.append(errors.clean(text)))
+    for module in (documents_module, records_module, columns_module):
+        monkeypatch.setattr(module, "note", lambda text: told.append(errors.clean(text)))
     return told
 
 
@@ -76,6 +79,8 @@ def test_parquet_by_any_name(write, tmp_path, name):
     [
         "{Enter Hamlet, reading}\nPolonius. What do you read, my lord?\n",
         '["Call me Ishmael," he said]\nSome years ago\n',
+        '["Hello", he said]\nand left.\n',
+        '["Hello", "Hello!", they said]\n',
         "[Illustration: a raven]\nOnce upon a midnight dreary,\n",
         "Title, a poem\nOnce upon, a midnight\n",
         "[]\nThe empty brackets mean nothing.\n",
@@ -84,7 +89,7 @@ def test_parquet_by_any_name(write, tmp_path, name):
 def test_prose_stays_prose(write, notes, prose):
     found = read_source(write(prose, "a.txt"))
     assert found.text == prose
-    assert found.read_as == {"kind": "plain text"}
+    assert found.read_as == {"kind": "plain text"} | ({"looks_like": "JSON"} if prose.startswith('["') else {})
     assert len(notes) == prose.startswith('["')
 
 
@@ -104,7 +109,10 @@ def test_prose_stays_prose(write, notes, prose):
 )
 def test_what_looks_like_records_and_is_read_as_prose_is_said(write, notes, name, content, likely):
     path = write(content, name)
-    assert read_source(path).text == content
+    found = read_source(path)
+    assert found.text == content
+    assert found.read_as == {"kind": "plain text", "looks_like": likely}
+    assert read_as_words({"text_read_as": found.read_as}) == f"read as prose, though it looks like {likely}"
     (told,) = notes
     assert told.startswith(f"{path} looks like {likely} and is read as prose, with all its marks; as records are read")
 
@@ -185,6 +193,42 @@ def test_the_field_with_the_text(write):
     assert texts({"id": 1, "body": "a"}, {"body": "b", "title": "t"}) == ["a", "b"]
     assert texts({"text": None, "title": "t"}, {"text": "b"}) == ["b"]
     assert texts({"title": "t", "text": "a"}, {"title": "u"}, field="title") == ["t", "u"]
+
+
+def test_a_record_whose_text_is_in_another_field_is_told(write, notes):
+    """The first record settles the field, and need not be like the others."""
+
+    def texts(*records, field=None):
+        return list(Documents(write(as_lines(records), "a.json"), Reading(field=field)))
+
+    assert texts({"title": "t"}, {"title": "u", "text": "b"}, {"title": "v", "text": "c"}) == ["t", "u", "v"]
+    (told,) = notes
+    assert told.endswith(
+        "a.json, line 2: its text is in the field 'text', and 'title' is read of every record, which line 1 settled; "
+        "it has 'title' (text), 'text' (text). To have another field read, name it: --field NAME"
+    )
+    notes.clear()
+    assert texts({"content": "a", "text": None}, *[{"content": None, "text": "b"}] * 3) == ["a"]
+    assert "line 2: its text is in the field 'text', and 'content' is read" in notes[0]
+    assert notes[1].endswith(
+        "a.json: 3 of 4 records were left out, for their field 'content' is null; to have another field read, name it: "
+        "--field NAME"
+    )
+    assert len(notes) == 2
+    notes.clear()
+    assert texts({"title": "t", "n": 1}, {"title": "u", "n": None}, {"title": "v", "text": None}) == ["t", "u", "v"]
+    assert texts({"title": "t"}, {"title": "u", "text": "b"}, field="title") == ["t", "u"]
+    assert not notes
+    with pytest.raises(TextError, match=r"line 2: no text in its field 'title', which line 1 settled; it has 'name'"):
+        texts({"title": "t"}, {"name": "u"})
+
+
+def test_the_record_of_a_dataset_is_named(monkeypatch, notes):
+    rows = [{"title": "t"}, {"title": "u", "text": "b"}]
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
+    assert list(Documents("some/data")) == ["t", "u"]
+    assert notes[0].startswith("dataset 'some/data', row 2: its text is in the field 'text', and 'title' is read")
+    assert ", which row 1 settled" in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -308,14 +352,18 @@ def test_a_saved_dataset(tmp_path):
     assert list(Documents(str(chats), Reading(tokenizer=chat_tokenizer))) == WRITTEN
 
 
-def test_the_splits_of_a_saved_dataset(tmp_path):
+def test_the_splits_of_a_saved_dataset(tmp_path, notes):
     from datasets import Dataset, DatasetDict
 
     parts = {name: Dataset.from_dict({"text": [name]}) for name in ("train", "test")}
     for names in (("train", "test"), ("test",)):
         DatasetDict({name: parts[name] for name in names}).save_to_disk(tmp_path / "-".join(names))
     assert read_source(str(tmp_path / "train-test")).text == "train"
+    folder = tmp_path / "train-test"
+    assert set(notes) == {f"{folder} holds the splits ['train', 'test'], and train is read; another: {folder}/test"}
+    notes.clear()
     assert read_source(str(tmp_path / "train-test/test")).text == read_source(str(tmp_path / "test")).text == "test"
+    assert not notes
     (tmp_path / "train-test/dataset_dict.json").write_text('{"splits": ["test", "../test"]}')
     assert read_source(str(tmp_path / "train-test")).text == "test"
     (tmp_path / "train-test/valid").mkdir()

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import struct
 
 import pyarrow
 import pytest
@@ -34,6 +35,21 @@ def test_a_compressed_text_is_read_as_what_it_holds(write, pack, name):
             assert found.text == text
             assert found.sha256 == hashlib.sha256(packed).hexdigest()
             assert Documents(path).sha256 == found.sha256
+
+
+def skippable(content, kind=0):
+    """A frame that decoders pass over (RFC 8878, section 3.1.2): its number, its size, what it holds."""
+    return struct.pack("<II", 0x184D2A50 + kind, len(content)) + content
+
+
+@pytest.mark.parametrize("kind", [0, 15])
+@pytest.mark.parametrize("content", [b"", b"an index", b"x" * 300_000])
+def test_frames_that_are_to_be_skipped(write, kind, content):
+    skipped, halves = skippable(content, kind), (LINES[:700], LINES[700:])
+    parts = [zstd(half.encode()) for half in halves]
+    for packed in (skipped + parts[0] + parts[1], parts[0] + skipped + parts[1], parts[0] + parts[1] + skipped):
+        assert read_source(write(packed, "a.zst")).text == LINES
+    assert read_source(write(skipped * 3 + parts[0] + skipped + parts[1] + skipped, "a.zst")).text == LINES
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstd])
