@@ -23,6 +23,7 @@ from qectomy.api.options import (
     ResumeOnly,
 )
 from qectomy.errors import QectomyError, note
+from qectomy.models.query_maps import DEFAULT, WRITTEN
 from qectomy.progress import Progress, stage
 
 if TYPE_CHECKING:
@@ -40,11 +41,11 @@ def convert(
     query: Annotated[
         str,
         Option(
-            "Query map: identity, select, key-shared, low-rank:R, dense; per layer as in 0-2=dense,3-=key-shared. "
+            f"Query map: {', '.join(WRITTEN)}, dense; per layer as in 0-2=dense,3-={DEFAULT}. "
             "A dense layer keeps its W_Q. "
             "`exact` takes out what goes without any loss and needs no text; a layer can stay dense beside it."
         ),
-    ] = "key-shared",
+    ] = DEFAULT,
     text: Annotated[
         Names | None,
         Option("Calibration text: a file (UTF-8, JSON, .parquet) or a dataset's name. May be repeated."),

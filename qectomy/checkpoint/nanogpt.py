@@ -22,7 +22,7 @@ from qectomy.checkpoint.shards import DTYPES
 from qectomy.errors import CheckpointError, UnsupportedArchitecture, shown
 from qectomy.models.architectures import FAMILIES
 from qectomy.models.family import Dimensions, flag, size
-from qectomy.models.query_maps import QueryMapSpec
+from qectomy.models.query_maps import IDENTITY, QueryMapSpec
 
 GPT2 = FAMILIES["gpt2"]
 QUERY_MODES = ("original", "identity", "residual")
@@ -53,7 +53,7 @@ class ModelArgs:
     @property
     def spec(self) -> QueryMapSpec:
         """Every layer's query map."""
-        return QueryMapSpec("identity" if self.reduced else "dense")
+        return QueryMapSpec(IDENTITY if self.reduced else "dense")
 
 
 def read_nanogpt(path: Path) -> tuple[ModelArgs, dict[str, torch.Tensor]]:

@@ -32,7 +32,7 @@ from qectomy.distributed.together import Together
 from qectomy.distributed.window_shard import shared
 from qectomy.errors import NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
-from qectomy.models.query_maps import QueryMapSpec
+from qectomy.models.query_maps import QueryMapSpec, turns_stream
 from qectomy.progress import Progress
 from qectomy.runs.input_hashes import FileWatch
 from qectomy.runs.work_folder import WorkFolder
@@ -175,7 +175,7 @@ class LayerPass:
 
     def _choose_basis(self) -> StreamBasis | None:
         """Turn the stream where a layer reads its queries straight from it, and no norm can add a shift to them."""
-        if self.source.dims.norm_shift or not any(spec.name == "identity" for spec in self.recipe):
+        if not turns_stream(self.recipe, self.source.dims):
             return None
         family, dims = self.source.family, self.source.dims
         power = torch.zeros(dims.d_model, dtype=torch.float64)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.headers import TORCH_NAMES
 from qectomy.errors import QectomyError, QueryMapError, TextError, note
-from qectomy.models.query_maps import QueryMapSpec
+from qectomy.models.query_maps import QueryMapSpec, any_of, turns_stream
 from qectomy.text.documents import CONTEXT, MIN_CONTEXT
 
 DTYPES = {TORCH_NAMES[kind]: kind for kind in ("F32", "BF16", "F16")}
@@ -38,11 +38,12 @@ class ConvertSettings:
 
     def check_refit(self, source: Checkpoint, recipe: tuple[QueryMapSpec, ...]) -> None:
         """Raise QueryMapError where nothing is to be refitted and a map changes every matrix all the same."""
-        if not self.refit and not source.dims.norm_shift and any(spec.name == "identity" for spec in recipe):
+        if not self.refit and turns_stream(recipe, source.dims):
+            plain = next(spec for spec in recipe if spec.query_map.plain)
             raise QueryMapError(
-                "--no-refit leaves all but the query map and W_K as it was, and identity in a "
+                f"--no-refit leaves all but the query map and W_K as it was, and {plain} in a "
                 f"{source.family.model_type} turns the whole residual stream to another basis, which every matrix "
-                "follows; leave --no-refit out, or use key-shared, select or low-rank:R"
+                f"follows; leave --no-refit out, or use {any_of(lambda query_map: not query_map.plain)}"
             )
 
 

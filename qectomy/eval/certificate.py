@@ -23,7 +23,7 @@ from qectomy.eval.layerwise_model import StreamedModel, random_tokens, relative_
 from qectomy.eval.metrics import cost
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.models.heads import split_heads
-from qectomy.models.query_maps import ranges
+from qectomy.models.query_maps import IDENTITY, ranges
 from qectomy.progress import Progress
 from qectomy.surgery.basis import Choice, Folds, Verdict, claim, read_query, rounding, standing_fold, usable_error
 from qectomy.surgery.checkpoint import ExactPlan, folded_tensors, layer_plan
@@ -33,7 +33,7 @@ from qectomy.surgery.streams import HEAD, Place, derive_streams, mergeable
 
 SLACK = 1e-9  # of a tensor's largest entry: float64 rounding, amplified by the condition of a fold
 MARGIN = 10.0  # by how much the measured error of the logits may exceed the sum of the layers' bounds
-EXACT_MAPS = ("identity", "gauge", "dense")  # query maps that exact folding leaves
+EXACT_MAPS = (IDENTITY, "gauge", "dense")  # query maps that exact folding leaves
 
 
 def verify(
@@ -157,7 +157,7 @@ def _plan_of(reduced: Checkpoint, original: Checkpoint) -> tuple[ExactPlan | Non
         spec = reduced.recipe[layer]
         if spec.name not in EXACT_MAPS:
             why[f"fitted ({spec})"].append(layer)
-        if spec.name == "identity":
+        if spec.name == IDENTITY:
             reason = _claimed(original, layer, choice)
             if reason is not None:
                 why[reason].append(layer)

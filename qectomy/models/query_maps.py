@@ -1,19 +1,62 @@
-"""The query maps: their names, the per-layer recipe, and what each one stores.
+"""The query maps: their names, what each one stores, and the per-layer recipe.
 
 Torch is not imported here, so that `qectomy inspect` answers at once. The maps themselves, as modules, are
-in `modeling_qectomy_*.py`; a test holds the shapes given here against theirs.
+in `modeling_qectomy_*.py`, where a test holds the shapes given here against theirs; how they are fitted is told in
+`calibrate/maps/`. Elsewhere a map is known by its properties alone.
 """
 
 import math
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from qectomy.errors import QueryMapError, shown
 from qectomy.models.family import Dimensions
 
-NAMES = ("identity", "select", "key-shared", "low-rank", "dense")
-KNOWN = "identity, select, key-shared, low-rank:R, exact, dense"
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryMap:
+    """What stands where W_Q stood: `stored`, {tensor name: shape} for (dimensions, rank), a bias not counted."""
+
+    stored: Callable[[Dimensions, int], dict[str, Shape]]
+    ranked: bool = False  # named with a rank R, as in low-rank:R
+    plain: bool = False  # the queries are channels of the stream as they are: what is done to them is done to it
+    of_keys: bool = False  # the queries are made of keys: W_K is fitted for both
+
+
+def _n_query(dims: Dimensions) -> int:
+    return dims.n_heads * dims.d_head
+
+
+def _select(dims: Dimensions, rank: int) -> dict[str, Shape]:
+    gain = {"gain": (_n_query(dims),)} if dims.rope else {}  # without RoPE a key takes the gain in
+    return {"index": (_n_query(dims),), **gain}
+
+
+def _key_shared(dims: Dimensions, rank: int) -> dict[str, Shape]:
+    return {"mix": (dims.n_heads, dims.d_head, dims.d_head)}
+
+
+def _low_rank(dims: Dimensions, rank: int) -> dict[str, Shape]:
+    return {"gain": (_n_query(dims),), "down": (rank, dims.d_model), "up": (_n_query(dims), rank)}
+
+
+MAPS = {
+    "identity": QueryMap(stored=lambda dims, rank: {}, plain=True),
+    "select": QueryMap(stored=_select),
+    "key-shared": QueryMap(stored=_key_shared, of_keys=True),
+    "low-rank": QueryMap(stored=_low_rank, ranked=True),
+}
+INDICES = {"index"}  # tensors of channel numbers
+NAMES = (*MAPS, "dense")
+WRITTEN = tuple(f"{name}:R" if query_map.ranked else name for name, query_map in MAPS.items())
+KNOWN = ", ".join((*WRITTEN, "exact", "dense"))
+KEPT = QueryMap(stored=lambda dims, rank: {})  # W_Q itself, dense or in its gauge
+DEFAULT = "key-shared"
+IDENTITY = "identity"  # which exact folding leaves, too
 
 
 @dataclass(frozen=True)
@@ -33,6 +76,10 @@ class QueryMapSpec:
         return self.name if self.rank is None else f"{self.name}:{self.rank}"
 
     @property
+    def query_map(self) -> QueryMap:
+        return MAPS.get(self.name, KEPT)
+
+    @property
     def gauged(self) -> list[str]:
         """The projections whose heads have an identity block, in the order in which they are stored."""
         return [role for role, how in (("query", self.name), ("value", self.value)) if how == "gauge"]
@@ -42,29 +89,15 @@ class QueryMapSpec:
 
         `dense` stores the original projection and so returns nothing here.
         """
-        n_query = dims.n_heads * dims.d_head
-        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-        if self.name == "select":
-            tensors = {"index": ("index", (n_query,))}
-            if dims.rope:  # without it a key takes the gain in
-                tensors["gain"] = ("weight", (n_query,))
-        elif self.name == "key-shared":
-            tensors = {"mix": ("weight", (dims.n_heads, dims.d_head, dims.d_head))}
-        elif self.name == "low-rank":
-            assert self.rank is not None
-            tensors = {
-                "gain": ("weight", (n_query,)),
-                "down": ("weight", (self.rank, dims.d_model)),
-                "up": ("weight", (n_query, self.rank)),
-            }
-        absorbed = self.name == "identity" and dims.absorbs_query_bias
-        if dims.attention_bias and self.name not in ("dense", "gauge") and not absorbed:
-            tensors["bias"] = ("weight", (n_query,))
-        return tensors
+        shapes = self.query_map.stored(dims, self.rank or 0)
+        absorbed = self.query_map.plain and dims.absorbs_query_bias
+        if dims.attention_bias and self.query_map is not KEPT and not absorbed:
+            shapes["bias"] = (_n_query(dims),)
+        return {name: ("index" if name in INDICES else "weight", shape) for name, shape in shapes.items()}
 
     def parameters(self, dims: Dimensions) -> int:
         """Return how many numbers (gains, biases and indices included) the map stores for one layer."""
-        n_query = dims.n_heads * dims.d_head
+        n_query = _n_query(dims)
         bias = n_query if dims.attention_bias else 0
         if self.name == "dense":
             return n_query * dims.d_model + bias
@@ -84,12 +117,12 @@ def parse_query_map(text: str) -> QueryMapSpec:
         close = get_close_matches(name[:40], NAMES, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise QueryMapError(f"unknown query map {shown(text.strip())}; known: {KNOWN}.{hint}")
-    if name != "low-rank":
+    if not MAPS.get(name, KEPT).ranked:
         if colon:
             raise QueryMapError(f"query map {name!r} takes no rank; write it without {shown(':' + rank)}")
         return QueryMapSpec(name)
     if not re.fullmatch(r"[1-9][0-9]{0,6}", rank):
-        raise QueryMapError(f"{shown(text.strip())}: low-rank needs a positive whole rank, as in low-rank:32")
+        raise QueryMapError(f"{shown(text.strip())}: {name} needs a positive whole rank, as in {name}:32")
     return QueryMapSpec(name, int(rank))
 
 
@@ -171,15 +204,29 @@ def refusal(spec: QueryMapSpec, dims: Dimensions) -> str | None:
     """Return why this map makes no sense for a model of these dimensions, or None."""
     if spec.name == "dense":
         return None
-    dense = QueryMapSpec("dense").parameters(dims)
+    dense, full = QueryMapSpec("dense").parameters(dims), min(dims.d_model, _n_query(dims))
     if spec.parameters(dims) >= dense:
+        others = any_of(lambda query_map: not query_map.ranked)
         return (
             f"query map {spec} stores {spec.parameters(dims):,} numbers a layer, not fewer than W_Q itself "
-            f"({dense:,}); choose a smaller rank, or key-shared, select or identity"
+            f"({dense:,}); choose a smaller rank, or {others}"
         )
-    if spec.name == "low-rank" and spec.rank is not None and spec.rank >= min(dims.d_model, dims.n_heads * dims.d_head):
-        return f"query map {spec}: the rank must be below {min(dims.d_model, dims.n_heads * dims.d_head)}"
+    if spec.rank is not None and spec.rank >= full:
+        return f"query map {spec}: the rank must be below {full}"
     return None
+
+
+def any_of(suits: Callable[[QueryMap], bool]) -> str:
+    """Name the maps that suit, the last first and those with a rank at the end: 'key-shared, select or identity'."""
+    found = [name for name, query_map in zip(WRITTEN, MAPS.values(), strict=True) if suits(query_map)]
+    found.reverse()
+    *most, last = sorted(found, key=lambda name: ":" in name)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def turns_stream(recipe: Iterable[QueryMapSpec], dims: Dimensions) -> bool:
+    """Whether the residual stream goes to another basis: some queries are its channels, and no norm adds a shift."""
+    return not dims.norm_shift and any(spec.query_map.plain for spec in recipe)
 
 
 def _parse_layers(text: str, n_layers: int) -> range:

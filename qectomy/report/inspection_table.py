@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from qectomy.errors import clean
-from qectomy.models.query_maps import ranges
+from qectomy.models.query_maps import DEFAULT, ranges
 from qectomy.report.tables import console, layers_of, show_needs, show_verdicts, size
 
 AUDIT_COLUMNS = (
@@ -14,7 +14,7 @@ AUDIT_COLUMNS = (
     "`convert --query exact` refuses a layer for it, give --dtype float32",
     "distance: how far W_Q, the norm's gain folded in and each head's own coordinates chosen for the best, is from "
     "orthogonal columns. At 0 `convert --query exact` takes all of it out behind a norm; a random square matrix is at "
-    "about 0.55, and all that is not 0 to rounding takes a fit, as `convert --query key-shared`",
+    f"about 0.55, and all that is not 0 to rounding takes a fit, as `convert --query {DEFAULT}`",
     "rank 99 %: how many directions, of d_model, carry 99 % of the energy of the queries under {under}. Where they are "
     "few, try so many as R of `convert --query low-rank:R`",
 )
@@ -72,12 +72,11 @@ def commands(result: dict[str, Any], checkpoint: str) -> list[tuple[str, str]]:
         gain = f"{removed['exact']:,} parameters" if "exact" in removed else "W_Q"
         also = f", all of W_Q in {layers_of(ranges(whole))} among them" if whole and audited else ""
         found.append((f"to take out {gain} without any loss{also}", f"qectomy convert {name} --query exact --out OUT"))
-    if "key-shared" in removed:
+    if DEFAULT in removed:
         found.append(
             (
-                f"to take out {removed['key-shared']:,} parameters, at a cost in perplexity that the conversion "
-                "measures",
-                f"qectomy convert {name} --query key-shared --text YOURS.txt --eval-text OTHER.txt --out OUT",
+                f"to take out {removed[DEFAULT]:,} parameters, at a cost in perplexity that the conversion measures",
+                f"qectomy convert {name} --query {DEFAULT} --text YOURS.txt --eval-text OTHER.txt --out OUT",
             )
         )
     if not audited and result["dimensions"]["norms"]:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from qectomy.models.query_maps import MAPS
+
 COLUMNS = ("W_K", "W_V", "W_O", "W_down")
 OTHERS = {
     name: name for name in ("W_Q", "W_gate", "W_up", *(f"b_{name}" for name in "QKVO"), "b_gate", "b_up", "b_down")
@@ -40,7 +42,7 @@ def moved_meaning(report: dict[str, Any]) -> str:
     maps = {layer["map"] for layer in report["layers"]}
     if report.get("source", {}).get("model_type") == "gpt2":
         said += [TAKES_IN] if maps - {"dense"} else []
-    elif "identity" in maps:
+    elif maps & {name for name, query_map in MAPS.items() if query_map.plain}:
         said.append(TURNED)
     return MEANING.format(rest=" ".join([*said, HEALED] if "healing" in report else said))
 

@@ -20,7 +20,7 @@ from qectomy.errors import NonFiniteError, QueryMapError
 from qectomy.models.family import Dimensions
 from qectomy.models.heads import split_heads
 from qectomy.models.linear_views import read_view
-from qectomy.models.query_maps import QueryMapSpec
+from qectomy.models.query_maps import IDENTITY, QueryMapSpec
 from qectomy.progress import Progress
 from qectomy.runs.input_hashes import SourceWatch
 from qectomy.runs.step_writer import write_steps
@@ -238,7 +238,7 @@ def _gauge_of(
     """Return what a layer stores, its gauge's pivots, or why it has none, and their condition number."""
     dims = source.dims
     output = "merged" if layer in choice.merged else "dense"
-    query = "identity" if choice.folded(layer) else "dense"
+    query = IDENTITY if choice.folded(layer) else "dense"
     if layer in choice.kept or not dims.gauge_pays:
         why = "asked to stay dense" if layer in choice.kept else "a gauge of its heads saves nothing"
         return QueryMapSpec(query, output=output), why, 0.0
@@ -246,7 +246,7 @@ def _gauge_of(
     plan = LayerPlan(spec=QueryMapSpec("dense"), before=before, fold=folds.query(layer))
     tensors = source.read_layer(layer)
     W_Q, W_V = readers_in_basis(tensors, dims, source.family.roles, plan)
-    gauged = [W_V] if dims.rope or query == "identity" else [W_Q, W_V]
+    gauged = [W_V] if dims.rope or query == IDENTITY else [W_Q, W_V]
     blocks = torch.cat([split_heads(W, dims.d_head) for W in gauged])
     pivots, condition = choose_pivots(blocks)
     if condition > MAX_PIVOT_CONDITION:

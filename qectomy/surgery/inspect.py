@@ -5,10 +5,10 @@ from typing import Any
 
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.sizes import planned_tensors, totals
-from qectomy.models.query_maps import QueryMapSpec, parse_query_map, refusal
+from qectomy.models.query_maps import WRITTEN, QueryMapSpec, parse_query_map, refusal
 from qectomy.surgery.streams import derive_streams, structural_recipe, structural_verdict
 
-SHOWN_MAPS = ("identity", "select", "key-shared", "low-rank:16", "low-rank:64")
+SHOWN_RANKS = (16, 64)
 FITS_STOCK = "query maps are fitted to stock models; what goes from this one goes exactly"
 
 
@@ -17,7 +17,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
     dims = checkpoint.dims
     dense = QueryMapSpec("dense").parameters(dims)
     maps = []
-    for name in SHOWN_MAPS:
+    for name in dict.fromkeys(name.replace(":R", f":{rank}") for name in WRITTEN for rank in SHOWN_RANKS):
         spec = parse_query_map(name)
         why = FITS_STOCK if checkpoint.reduced else refusal(spec, dims)
         row: dict[str, Any] = {"map": name, "possible": why is None, "why_not": why}

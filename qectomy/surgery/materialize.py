@@ -52,7 +52,7 @@ def dense_layer(
     changed: dict[str, torch.Tensor] = {}
     if spec.gauged:
         changed |= _balance_heads_(maps, spec, dims, roles, tensors)
-    if spec.name == "identity":
+    if spec.query_map.plain:
         names = [name for name in (f"{roles.attention_norm}.weight", f"{roles.attention_norm}.bias") if name in tensors]
         norm, maps = balance_channels({name: tensors[name] for name in names}, maps, of=("key", "value"))
         changed |= norm

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from qectomy.models.family import Dimensions
-from qectomy.models.query_maps import QueryMapSpec
+from qectomy.models.query_maps import IDENTITY, QueryMapSpec
 
 Place = tuple[str, int]  # ("attention" | "mlp", layer): the state that block reads; ("head", 0): what the head reads
 HEAD: Place = ("head", 0)
@@ -138,7 +138,7 @@ def structural_recipe(streams: Streams) -> tuple[tuple[QueryMapSpec, ...], Dimen
             exact = stream not in taken or dims.shared_layers
             taken.add(stream)
         value = "gauge" if dims.gauge_pays else "dense"
-        query = "identity" if exact else value if not dims.rope else "dense"
+        query = IDENTITY if exact else value if not dims.rope else "dense"
         recipe.append(QueryMapSpec(query, value=value, output="merged" if layer in merged else "dense"))
     untied = any(streams.streams[index].breaks_tie for index in taken)
     return tuple(recipe), replace(dims, tied=dims.tied and not untied)

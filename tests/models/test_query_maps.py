@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qectomy.errors import QueryMapError
 from qectomy.models.family import Dimensions
-from qectomy.models.query_maps import NAMES, QueryMapSpec, parse_query_map, parse_recipe, refusal
+from qectomy.models.query_maps import NAMES, QueryMapSpec, any_of, parse_query_map, parse_recipe, refusal
 
 
 def dimensions(n_layers=6, *, d_model=64, n_heads=4, n_kv_heads=2, d_head=16, attention_bias=False, **options):
@@ -168,3 +168,15 @@ def test_parameters_by_hand():
         ("dense", 64 * 64 + 64),
     ):
         assert parse_query_map(spec).parameters(gpt2) == stored
+
+
+@pytest.mark.parametrize(
+    "suits, named",
+    [
+        (lambda query_map: True, "key-shared, select, identity or low-rank:R"),
+        (lambda query_map: query_map.of_keys, "key-shared"),
+        (lambda query_map: not query_map.plain, "key-shared, select or low-rank:R"),
+    ],
+)
+def test_maps_are_named_by_what_they_are(suits, named):
+    assert any_of(suits) == named

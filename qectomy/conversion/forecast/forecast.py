@@ -10,9 +10,9 @@ from qectomy.conversion.forecast import commands, memory
 from qectomy.conversion.forecast.disk import companion_bytes, disk_bytes
 from qectomy.conversion.forecast.work import Work, plan_work
 from qectomy.errors import QectomyError, note, reason_of
-from qectomy.models.query_maps import QueryMapSpec
+from qectomy.models.query_maps import DEFAULT, QueryMapSpec
 
-FITTED = QueryMapSpec("key-shared")  # the map that stands for a fitted conversion where none is named
+FITTED = QueryMapSpec(DEFAULT)  # the map that stands for a fitted conversion where none is named
 NOTE = "fitting a little of the first layer, to tell the time; --no-probe leaves it out"
 MOST_WEIGHTS = 100_000_000  # of a layer that a processor tries out: a larger one takes minutes, and all of its memory
 

@@ -53,7 +53,7 @@ def layer_stages(work: Work, spec: QueryMapSpec, drifted: bool = True) -> dict[s
         projections = 8 * work.dims.d_model * (work.n_query + work.n_key)  # the teacher's W_Q and W_K
         fitting = teacher + projections + _resident(work)
         stages["collecting"] = fitting + _collecting(work)
-        if spec.name == "key-shared":
+        if spec.query_map.of_keys:
             stages["attended moments"] = fitting + _attended(work)
         stages["start"] = fitting + _start(work, spec)
         stages["refining"] = fitting + _refining(work, spec)
@@ -138,16 +138,16 @@ def _start(work: Work, spec: QueryMapSpec) -> int:
     dims, square, query = work.dims, work.dims.d_model**2, work.dims.d_model * work.n_query
     key = work.dims.d_model * work.n_key
     held = 16 * square * (2 if dims.attention_bias else 1)  # centred too
-    held += 4 * dims.n_kv_heads * square * (spec.name == "key-shared")
+    held += 4 * dims.n_kv_heads * square * spec.query_map.of_keys
     carrying = 8 * square + 16 * query  # the Gram matrix, its right side and the solution
     carried = 8 * (query + key)
-    made = {
+    if spec.query_map.of_keys:
         # the basis of C, W_Q and W_K in it, float32; C W_Q, a copy, W_K for every head and its gradient; Adam
-        "key-shared": 4 * square + 4 * (query + key) + 4 * 4 * query + 4 * ADAM * key,
-        "select": 8 * square + 8 * FULL_TURNS * query,
-        "identity": 8 * FULL_TURNS * query,
-        "low-rank": 8 * (1 + EIGH) * square + 8 * (2 + SVD) * query,
-    }[spec.name]
+        made = 4 * square + 4 * (query + key) + 4 * 4 * query + 4 * ADAM * key
+    elif spec.query_map.ranked:
+        made = 8 * (1 + EIGH) * square + 8 * (2 + SVD) * query
+    else:
+        made = 8 * square * (not spec.query_map.plain) + 8 * FULL_TURNS * query
     if not dims.rope:  # the closed forms go head by head, but join what they make
         made += 8 * 2 * square + 8 * 2 * query
     return held + max(carrying, carried + made)

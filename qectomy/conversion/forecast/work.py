@@ -14,7 +14,7 @@ from qectomy.checkpoint.checkpoint import Checkpoint, expected_layer
 from qectomy.checkpoint.headers import FLOAT_BYTES
 from qectomy.conversion.at_once import TOKENS_A_BATCH, TOKENS_ON_DEVICE
 from qectomy.models.family import Dimensions
-from qectomy.models.query_maps import QueryMapSpec
+from qectomy.models.query_maps import QueryMapSpec, turns_stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Work:
     @property
     def turned(self) -> bool:
         """Whether the stream takes a random basis: where a layer reads its queries straight from it."""
-        return not self.dims.norm_shift and any(spec.name == "identity" for spec in self.recipe)
+        return turns_stream(self.recipe, self.dims)
 
     @property
     def batch(self) -> int:
