@@ -11,11 +11,11 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from qectomy.calibrate.init import make_start
 from qectomy.calibrate.layer_fit import attended_moments
+from qectomy.calibrate.maps import fitted_map
 from qectomy.calibrate.moments import Moments, MomentSums
-from qectomy.calibrate.projections import Projections, Start
-from qectomy.calibrate.refine import FitData
+from qectomy.calibrate.problem import LayerProblem, Projections, QueryKeyParams
+from qectomy.calibrate.refine import FitData, RefineSettings, refine
 from qectomy.calibrate.rope import Rope
 from qectomy.modeling import modeling_qectomy_gpt2, modeling_qectomy_llama
 from qectomy.modeling.modeling_qectomy_gpt2 import QectomyGPT2Config
@@ -111,13 +111,13 @@ class AttentionBench:
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
-    def turn(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def rotate(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         cos, sin = self.cos[:, positions].to(heads.dtype), self.sin[:, positions].to(heads.dtype)
         return apply_rotary_pos_emb(heads, heads, cos, sin)[0]
 
     def heads(self, rows: torch.Tensor) -> torch.Tensor:
-        """Split (N, T, n * K) into turned heads (N, n, T, K)."""
-        return self.turn(rows.unflatten(-1, (-1, self.d_head)).transpose(1, 2), torch.arange(self.context))
+        """Split (N, T, n * K) into rotated heads (N, n, T, K)."""
+        return self.rotate(rows.unflatten(-1, (-1, self.d_head)).transpose(1, 2), torch.arange(self.context))
 
     @property
     def scaling(self) -> float:
@@ -125,7 +125,7 @@ class AttentionBench:
 
     @property
     def teacher(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scaled, turned queries and turned keys, float64."""
+        """Scaled, rotated queries and rotated keys, float64."""
         x = self.hidden.double()
         query, key = x @ self.W_Q, x @ self.W_K
         if self.bias:
@@ -146,29 +146,36 @@ class AttentionBench:
     @property
     def data(self) -> FitData:
         query, key = self.teacher
-        return FitData(self.hidden, query.float(), key.float(), self.allowed, self.scaling, self.turn)
+        return FitData(self.hidden, query.float(), key.float(), self.allowed, self.scaling, self.rotate)
 
     def module(self, spec: QueryMapSpec) -> torch.nn.Module:
         return self.modules[spec.name](self.config, spec.rank or 0)
 
-    def start(self, name: str, seed: int = 0) -> Start:
+    def problem(self, name: str) -> LayerProblem:
         moments = self.moments
         spread = moments.student - torch.outer(moments.student_mean, moments.student_mean)
-        attended = spread.expand(self.n_kv_heads, -1, -1) if name == "key-shared" else None
+        attended = spread.float().repeat(self.n_kv_heads, 1, 1) if name == "key-shared" else None
         if self.gpt2:
             W_K = None if name == "key-shared" else self.W_K
             attended = attended_moments(self.data, self.n_kv_heads, W_K)
-        return make_start(
-            parse_query_map(name),
-            moments,
-            attended,
-            self.projections,
-            self.dims,
-            self.rope,
-            torch.Generator().manual_seed(seed),
+        return LayerProblem(
+            dims=self.dims, rope=self.rope, teacher=self.projections, moments=moments, key_moments=attended
         )
 
-    def kl(self, name: str, start: Start) -> float:
+    def start(self, name: str, seed: int = 0) -> QueryKeyParams:
+        spec = parse_query_map(name)
+        init = fitted_map(spec).init_without_rope if self.gpt2 else fitted_map(spec).init
+        return init(self.problem(name), spec, torch.Generator().manual_seed(seed))
+
+    def refined(
+        self, name: str, start: QueryKeyParams, seed: int = 0, steps: int = 60, **options: Any
+    ) -> QueryKeyParams:
+        """The start after a short refinement."""
+        spec, settings = parse_query_map(name), RefineSettings(steps=steps, **options)
+        parameters = fitted_map(spec).preconditioned(start, self.problem(name), settings)
+        return refine(start, parameters, self.module(spec), self.data, settings, torch.Generator().manual_seed(seed))
+
+    def kl(self, name: str, start: QueryKeyParams) -> float:
         """Mean KL of the attention that a fitted layer gives."""
         key = self.hidden.double() @ start.W_K.double()
         if start.b_K is not None:

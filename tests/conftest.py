@@ -29,7 +29,7 @@ settings.load_profile("qectomy")
 SLOW = (
     *("conversion", "eval", "fuzz", "modeling", "serving", "test_api.py", "test_cli.py", "test_samples.py"),
     "commands/test_cli_texts.py",
-    *(f"calibrate/test_{name}.py" for name in ("init", "init_without_rope", "layer_fit", "refine")),
+    *(f"calibrate/test_{name}.py" for name in ("layer_fit", "maps", "maps_without_rope", "refine")),
     *(f"checkpoint/test_{name}.py" for name in ("damaged_json", "hub_headers", "nanogpt_relatives")),
     *("healing/test_heal.py", "healing/test_long_windows.py"),
     *(f"healing/test_{name}.py" for name in ("budget", "cli_heal", "crash_safety", "curve", "models")),

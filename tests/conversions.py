@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from tiny_models import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from qectomy.calibrate import key_shared, preconditioning, refine
+from qectomy.calibrate import preconditioning, refine
+from qectomy.calibrate.maps import key_shared
 from qectomy.checkpoint.checkpoint import open_checkpoint, sha256
 from qectomy.conversion.fitted import convert
 from qectomy.conversion.settings import ConvertSettings

@@ -1,7 +1,7 @@
 """The loss of the fit: KL between the teacher's and the student's attention, and its gradient.
 
 Dimensions: B windows, H n_heads, G n_kv_heads, R query rows, T key positions, K d_head. Queries come scaled and
-turned by RoPE, keys turned; head h reads the keys of group h // (H / G).
+rotated by RoPE, keys rotated; head h reads the keys of group h // (H / G).
 """
 
 from collections.abc import Iterator

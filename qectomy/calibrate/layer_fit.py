@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -9,11 +10,11 @@ from torch import nn
 from qectomy.calibrate.at_once import EIGEN_CHANNELS
 from qectomy.calibrate.attention_kl import attention_logits
 from qectomy.calibrate.hidden_states import Streams, WindowFile, batches, scratch_file
-from qectomy.calibrate.init import make_start
 from qectomy.calibrate.layer_runner import LayerRunner
+from qectomy.calibrate.maps import fitted_map
 from qectomy.calibrate.moments import Moments, MomentSums
 from qectomy.calibrate.precision import fast_dtype, fast_math
-from qectomy.calibrate.projections import Projections, Start
+from qectomy.calibrate.problem import LayerProblem, Projections, QueryKeyParams
 from qectomy.calibrate.refine import FitData, RefineSettings, refine
 from qectomy.checkpoint.memory import release_freed
 from qectomy.distributed.window_shard import Share
@@ -37,36 +38,28 @@ def fit_layer(
 
     `tensors` are the teacher's, `base` those from which the reduced layer takes what the fit does not change.
     """
-    dims, projections, rope = runner.dims, _projections(runner, tensors), runner.rope()
+    dims, fitted = runner.dims, fitted_map(spec)
     with torch.device("meta"):
         reduced = runner.family.reduced_layer(runner.reduced_config, layer)
         query_module = reduced.get_submodule(runner.family.roles.query_map)
     with _collected(runner, teacher, streams) as (moments, data):
-        attended = None
-        if spec.name == "key-shared":
-            attended = attended_moments(data, dims.n_kv_heads)
-        elif not dims.rope:
-            attended = attended_moments(data, dims.n_kv_heads, projections.W_K)
+        problem = LayerProblem(dims=dims, rope=runner.rope(), teacher=_projections(runner, tensors), moments=moments)
+        if spec.query_map.of_keys or not dims.rope:
+            W_K = None if spec.query_map.of_keys else problem.teacher.W_K
+            problem = replace(problem, key_moments=attended_moments(data, dims.n_kv_heads, W_K))
         release_freed()
-        start = make_start(spec, moments, attended, projections, dims, rope, generator)
-        _take_first_(start, streams.share)
-        del attended
+        init = fitted.init if dims.rope else fitted.init_without_rope
+        params = init(problem, spec, generator)
+        _take_first_(params, streams.share)
+        problem = replace(problem, key_moments=None)  # without what the start alone derived
         release_freed()
-        fitted = refine(
-            start,
-            query_module,
-            data,
-            moments.student,
-            projections.W_Q,
-            rope,
-            settings,
-            generator,
-        )
-        _take_first_(fitted, streams.share)
-    return fold(runner.family, base, fitted)
+        parameters = fitted.preconditioned(params, problem, settings)
+        params = refine(params, parameters, query_module, data, settings, generator)
+        _take_first_(params, streams.share)
+    return fold(runner.family, base, params)
 
 
-def fold(family: Family, tensors: dict[str, torch.Tensor], fitted: Start) -> dict[str, torch.Tensor]:
+def fold(family: Family, tensors: dict[str, torch.Tensor], fitted: QueryKeyParams) -> dict[str, torch.Tensor]:
     """Return the layer's tensors with the fit put in: W_Q gone, and the identity's gain and shift in the norm.
 
     x̂ ⊙ g is what an RMSNorm gives once its gain is γ ⊙ g, x̂ + b what a LayerNorm gives once its shift is β + b; W_K and
@@ -98,15 +91,15 @@ def fold(family: Family, tensors: dict[str, torch.Tensor], fitted: Start) -> dic
     return {name: tensor.cpu().contiguous() for name, tensor in out.items()}
 
 
-def _take_first_(start: Start, share: Share) -> None:
+def _take_first_(params: QueryKeyParams, share: Share) -> None:
     """Let all processes have the first one's: rounding alone may make another choose other channels."""
-    parts = (start.W_K, *start.query.values(), start.b_K, start.norm_gain, start.norm_shift)
+    parts = (params.W_K, *params.query.values(), params.b_K, params.norm_gain, params.norm_shift)
     share.together.take_first_(*(part for part in parts if part is not None))
 
 
 @contextmanager
 def _collected(runner: LayerRunner, teacher: nn.Module, streams: Streams) -> Iterator[tuple[Moments, FitData]]:
-    """Read the fitted windows once: moments, the student's x̂, and the teacher's turned queries and keys.
+    """Read the fitted windows once: moments, the student's x̂, and the teacher's rotated queries and keys.
 
     They lie in files, or in the memory of an accelerator, until the block ends.
     """
@@ -122,7 +115,7 @@ def _collected(runner: LayerRunner, teacher: nn.Module, streams: Streams) -> Ite
             **stores,
             allowed=runner.causal(),
             scaling=runner.scaling(teacher),
-            turn=runner.turn,
+            rotate=runner.rotate,
             share=streams.share,
         )
         yield _collect(runner, teacher, streams, data), data
@@ -142,12 +135,13 @@ def _collect(runner: LayerRunner, teacher: nn.Module, streams: Streams, data: Fi
     """Fill `data` from the fitted windows; return the moments of x̂."""
     sums = MomentSums(runner.dims.d_model, runner.device)
     for start, stop in batches(0, streams.fitted, streams.batch):
-        theirs = runner.read(teacher, streams.teacher[start:stop].to(runner.device))
-        ours = runner.read(teacher, streams.student[start:stop].to(runner.device))
-        sums.add(ours, theirs)
+        read, student = (
+            runner.read(teacher, states[start:stop].to(runner.device)) for states in (streams.teacher, streams.student)
+        )
+        sums.add(student, read)
         with fast_math(runner.device):
-            query, key = runner.queries_keys(teacher, theirs)
-        data.hidden[start:stop] = ours
+            query, key = runner.queries_keys(teacher, read)
+        data.hidden[start:stop] = student
         data.teacher_query[start:stop] = query
         data.teacher_key[start:stop] = key
     return sums.moments(streams.share.together)

@@ -68,8 +68,8 @@ class LayerRunner:
         """Return x̂ (B, T, D): the hidden state as the projections read it."""
         return module.get_submodule(self.family.roles.attention_norm)(x)
 
-    def turn(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return heads (B, *, R, K) turned by RoPE, if there is any, at `positions` (R,); the family's own formula."""
+    def rotate(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return heads (B, *, R, K) rotated by RoPE, if there is any, at `positions` (R,); the family's own formula."""
         if self.rotary is None:
             return heads
         cos, sin = (angles[:, positions].to(heads.dtype) for angles in self.rotary)
@@ -83,13 +83,13 @@ class LayerRunner:
         return Rope(cos, sin, dims.n_kv_heads, dims.n_heads // dims.n_kv_heads)
 
     def queries_keys(self, module: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scaled, turned queries (B, H, T, K) and turned keys (B, G, T, K) of x̂ (B, T, D)."""
+        """Return scaled, rotated queries (B, H, T, K) and rotated keys (B, G, T, K) of x̂ (B, T, D)."""
         roles, dims = self.family.roles, self.dims
         attention: Any = module.get_submodule(roles.attention)
         positions = torch.arange(hidden.shape[1], device=hidden.device)
         if hasattr(attention, "project_heads"):
             query, key, _ = attention.project_heads(hidden)
-            return self.turn(query.float(), positions) * self.scaling(module), self.turn(key.float(), positions)
+            return self.rotate(query.float(), positions) * self.scaling(module), self.rotate(key.float(), positions)
         out = module.get_submodule(roles.key.module)(hidden)
         key = _part(out, roles.key)
         if roles.query.module == roles.key.module:
@@ -100,7 +100,7 @@ class LayerRunner:
             query = module.get_submodule(roles.query.module)(hidden)
         query = query.float().unflatten(-1, (dims.n_heads, dims.d_head)).transpose(1, 2)
         key = key.float().unflatten(-1, (dims.n_kv_heads, dims.d_head)).transpose(1, 2)
-        return self.turn(query, positions) * self.scaling(module), self.turn(key, positions)
+        return self.rotate(query, positions) * self.scaling(module), self.rotate(key, positions)
 
     def scaling(self, module: nn.Module) -> float:
         """The factor on the logits before the softmax, 1 / sqrt(K) in most models."""
@@ -112,8 +112,8 @@ class LayerRunner:
         roles = self.family.roles
         attention = module.get_submodule(roles.attention)
         with captured_input(module.get_submodule(roles.output.module)) as heads:
-            turn = {} if self.rotary is None else {"position_embeddings": self.rotary}
-            out, _ = attention(self.read(module, x), attention_mask=self.mask, **turn)
+            angles = {} if self.rotary is None else {"position_embeddings": self.rotary}
+            out, _ = attention(self.read(module, x), attention_mask=self.mask, **angles)
         return x + out, heads[0]
 
     def think(self, module: nn.Module, x_mid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

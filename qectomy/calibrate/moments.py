@@ -1,6 +1,7 @@
 """Second moments of what the student and the teacher read, the data that every closed-form start needs."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -29,6 +30,18 @@ class Moments:
             torch.zeros_like(self.teacher_mean),
         )
 
+    @cached_property
+    def eigen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Eigenvalues (D,), ascending, and eigenvectors (D, D) of the student's matrix, float32."""
+        values, vectors = torch.linalg.eigh(self.student.float())
+        return values, vectors
+
+    def eigen_in_float64(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the same in float64; what `eigen` gives from here on is this, rounded."""
+        values, vectors = torch.linalg.eigh(self.student)
+        self.__dict__["eigen"] = values.float(), vectors.float()
+        return values, vectors
+
 
 class MomentSums:
     """Accumulates Moments batch by batch."""
@@ -56,22 +69,31 @@ class MomentSums:
         return Moments(self._student / n, self._cross / n, self._means[0] / n, self._means[1] / n)
 
 
-def ridge(gram: torch.Tensor, target: torch.Tensor, strength: float) -> torch.Tensor:
-    """Return argmin_X tr(Xᵀ gram X) - 2 tr(Xᵀ target) + strength * mean(diag gram) |X|²; gram is (n, n) PSD.
+class Ridge:
+    """The ridge regressions of one Gram matrix: X = (gram + strength * mean(diag gram) I)⁻¹ target for any target.
 
-    Solved in float64, whatever the type of the sums, and returned in the type of `target`.
+    The matrix (n, n), PSD, is factored once, in float64 where it lies: a wide layer's is as large as the layer.
     """
+
+    def __init__(self, gram: torch.Tensor, strength: float):
+        columns = gram.mT  # symmetric: laid out by columns, it is factored in place
+        columns.diagonal().add_(strength * columns.diagonal().mean().clamp_min(1e-30))
+        self.pivots = torch.empty(len(gram), dtype=torch.int32, device=gram.device)
+        self.factors = columns
+        torch.linalg.lu_factor(columns, out=(columns, self.pivots))
+
+    def solve_(self, target: torch.Tensor) -> torch.Tensor:
+        """Put X in the place of a contiguous target (n, ...), solved in float64 whatever its type."""
+        for some in target.view(len(target), -1).split(COLUMNS, 1):
+            some.copy_(torch.linalg.lu_solve(self.factors, self.pivots, some.double()))
+        return target
+
+
+def ridge(gram: torch.Tensor, target: torch.Tensor, strength: float) -> torch.Tensor:
+    """Return argmin_X tr(Xᵀ gram X) - 2 tr(Xᵀ target) + strength * mean(diag gram) |X|², in the type of `target`."""
     return ridge_(gram.to(torch.float64, copy=True), target, strength)
 
 
 def ridge_(gram: torch.Tensor, target: torch.Tensor, strength: float) -> torch.Tensor:
-    """Do as `ridge` does with a float64 gram, which is used up: a wide layer's is as large as the layer."""
-    columns = gram.mT  # symmetric: laid out by columns, it is factored where it lies
-    columns.diagonal().add_(strength * columns.diagonal().mean().clamp_min(1e-30))
-    pivots = torch.empty(len(gram), dtype=torch.int32, device=gram.device)
-    torch.linalg.lu_factor(columns, out=(columns, pivots))
-    right = target.reshape(len(gram), -1)
-    out = torch.empty(right.shape, dtype=target.dtype, device=target.device)
-    for some, solved in zip(right.split(COLUMNS, 1), out.split(COLUMNS, 1), strict=True):
-        solved.copy_(torch.linalg.lu_solve(columns, pivots, some.double()))
-    return out.view(target.shape)
+    """Do as `ridge` does with a float64 gram, which is used up."""
+    return Ridge(gram, strength).solve_(target.clone(memory_format=torch.contiguous_format))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qectomy.calibrate.few_steps import steps_of
+from qectomy.calibrate.problem import LayerProblem, QueryKeyParams
 from qectomy.calibrate.rope import Rope
 from qectomy.distributed.together import Together
 
@@ -19,7 +20,7 @@ DAMPING = 0.03  # of the mean eigenvalue: directions in which x̂ hardly moves a
 
 
 @dataclass
-class Parameter:
+class Preconditioned:
     """A tensor p = origin + move(u), optimised over u, whose entries are of order 1."""
 
     origin: torch.Tensor
@@ -35,7 +36,7 @@ class Parameter:
 
 
 def adam(
-    parameters: Sequence[Parameter],
+    parameters: Sequence[Preconditioned],
     loss: Callable[[list[torch.Tensor]], Iterable[torch.Tensor]],
     *,
     steps: int,
@@ -62,7 +63,7 @@ def adam(
 
 
 def _gradients(
-    parameters: Sequence[Parameter],
+    parameters: Sequence[Preconditioned],
     loss: Callable[[list[torch.Tensor]], Iterable[torch.Tensor]],
     together: Together | None,
 ) -> tuple[torch.Tensor, ...]:
@@ -82,10 +83,52 @@ def _gradients(
     return torch.autograd.grad(values, [parameter.u for parameter in parameters], totals)
 
 
-def eigenbasis(C: torch.Tensor, power: float) -> torch.Tensor:
-    """Return (D, D): columns are eigenvectors of C scaled by (eigenvalue + damping)^-power, for outputs of order 1."""
-    values, vectors = torch.linalg.eigh(C)
-    return vectors * _scales(values, power)
+def precondition_keys(params: QueryKeyParams, problem: LayerProblem, lr: float) -> dict[str, Preconditioned]:
+    """W_K (D, G*K), moved in the eigenbasis of C in units of its group's key, and its bias if one stays."""
+    values, vectors = problem.moments.eigen
+    rms = output_rms(problem.moments.student, params.W_K.double()).float()
+    scales, size = _scales(values, 0.125)[:, None], _group_size(rms, problem.rope)
+    free = {"W_K": Preconditioned(params.W_K.float(), lambda u: vectors @ (scales * u) * size, lr)}
+    return free if params.b_K is None else free | {"b_K": scaled(params.b_K, rms, lr)}
+
+
+def key_in_eigenbasis(
+    W_K: torch.Tensor, variances: torch.Tensor, rope: Rope, *, power: float, lr: float
+) -> Preconditioned:
+    """W_K (D, G*K) in the eigenbasis of C, where C is the diagonal of `variances` (D,), in units of its group's key."""
+    rms = (W_K.square() * variances.clamp_min(0)[:, None]).sum(0).clamp_min(1e-30).sqrt()
+    scales, size = _scales(variances, power)[:, None], _group_size(rms, rope)
+    return Preconditioned(W_K, lambda u: scales * u * size, lr)
+
+
+def precondition_mix(
+    A: torch.Tensor, W_Q: torch.Tensor, W_K: torch.Tensor, C: torch.Tensor, rope: Rope, *, lr: float
+) -> Preconditioned:
+    """A (H, K, K), moved in the whitened basis of its keys in units of the query it makes."""
+    whiteners = []
+    for W in W_K.split(rope.d_head, dim=1):
+        values, vectors = torch.linalg.eigh(W.T @ C @ W)
+        whiteners.append(vectors * (values.clamp_min(0) + DAMPING * values.mean()).clamp_min(1e-30).rsqrt())
+    whitener = torch.stack(whiteners).repeat_interleave(rope.per_group, 0).float()
+    size = output_rms(C, W_Q).view(len(A), -1).square().mean(1).sqrt()[:, None, None].float()
+    return Preconditioned(A.float(), lambda u: whitener @ u * size, lr)
+
+
+def precondition_gain(gain: torch.Tensor, lr: float) -> Preconditioned:
+    """Factors, each in units of itself, or of a tenth of what they are on average."""
+    size = gain.abs()
+    return scaled(gain, size.clamp_min(0.1 * float(size.mean())), lr)
+
+
+def scaled(origin: torch.Tensor, size: torch.Tensor, lr: float) -> Preconditioned:
+    """A tensor in units of `size`, entry by entry."""
+    unit = size.float()
+    return Preconditioned(origin.float(), lambda u: unit * u, lr)
+
+
+def output_rms(C: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """Return the rms (out,) of each output of x̂ W."""
+    return (W * (C @ W)).sum(0).clamp_min(1e-30).sqrt()
 
 
 def _scales(values: torch.Tensor, power: float) -> torch.Tensor:
@@ -94,39 +137,6 @@ def _scales(values: torch.Tensor, power: float) -> torch.Tensor:
     return ((values.clamp_min(0) + DAMPING * mean) / mean) ** -power / mean.sqrt()
 
 
-def output_rms(C: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    """Return the rms (out,) of each output of x̂ W."""
-    return (W * (C @ W)).sum(0).clamp_min(1e-30).sqrt()
-
-
-def key_parameter(W_K: torch.Tensor, C: torch.Tensor, rope: Rope, *, power: float, lr: float) -> Parameter:
-    """W_K (D, G*K), moved in the eigenbasis of C in units of its group's key."""
-    basis, size = eigenbasis(C, power), _group_size(output_rms(C, W_K), rope)
-    return Parameter(W_K, lambda u: basis @ u * size, lr)
-
-
-def diagonal_key_parameter(
-    W_K: torch.Tensor, variances: torch.Tensor, rope: Rope, *, power: float, lr: float
-) -> Parameter:
-    """Do as `key_parameter` does in the eigenbasis of C, where C is the diagonal of `variances` (D,)."""
-    rms = (W_K.square() * variances.clamp_min(0)[:, None]).sum(0).clamp_min(1e-30).sqrt()
-    scales, size = _scales(variances, power)[:, None], _group_size(rms, rope)
-    return Parameter(W_K, lambda u: scales * u * size, lr)
-
-
 def _group_size(rms: torch.Tensor, rope: Rope) -> torch.Tensor:
     """Return the rms (G*K,) of each key's group from that of its channels."""
     return rms.view(rope.n_kv_heads, -1).square().mean(1).sqrt().repeat_interleave(rope.d_head)
-
-
-def mix_parameter(
-    A: torch.Tensor, W_Q: torch.Tensor, W_K: torch.Tensor, C: torch.Tensor, rope: Rope, *, lr: float
-) -> Parameter:
-    """A (H, K, K), moved in the whitened basis of its keys in units of the query it makes."""
-    whiteners = []
-    for W in W_K.split(rope.d_head, dim=1):
-        values, vectors = torch.linalg.eigh(W.T @ C @ W)
-        whiteners.append(vectors * (values.clamp_min(0) + DAMPING * values.mean()).clamp_min(1e-30).rsqrt())
-    whitener = torch.stack(whiteners).repeat_interleave(rope.per_group, 0)
-    size = output_rms(C, W_Q).view(len(A), -1).square().mean(1).sqrt()[:, None, None]
-    return Parameter(A, lambda u: whitener @ u * size, lr)

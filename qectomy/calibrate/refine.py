@@ -17,12 +17,11 @@ from torch import nn
 from qectomy.calibrate.at_once import ROWS_A_STEP, ROWS_STRIDE, TOKENS_A_PART
 from qectomy.calibrate.attention_kl import MeanAttentionKL
 from qectomy.calibrate.hidden_states import WindowFile, batches
-from qectomy.calibrate.preconditioning import Parameter, adam, key_parameter, mix_parameter, output_rms
-from qectomy.calibrate.projections import Start
-from qectomy.calibrate.rope import Rope
+from qectomy.calibrate.preconditioning import Preconditioned, adam
+from qectomy.calibrate.problem import QueryKeyParams
 from qectomy.distributed.window_shard import Share, whole
 
-Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (heads (B, *, R, K), positions (R,)) -> turned
+Rotate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (heads (B, *, R, K), positions (R,)) -> rotated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,7 @@ class RefineSettings:
 
 @dataclass(frozen=True)
 class FitData:
-    """What the fit sees: the student's x̂ (N, T, D), the teacher's turned and scaled queries (N, H, T, K) and keys.
+    """What the fit sees: the student's x̂ (N, T, D), the teacher's rotated and scaled queries (N, H, T, K) and keys.
 
     These are the windows of this process; without `share` it has all.
     """
@@ -58,7 +57,7 @@ class FitData:
     teacher_key: torch.Tensor | WindowFile
     allowed: torch.Tensor  # (T, T) bool, True where a query may look
     scaling: float
-    turn: Turn
+    rotate: Rotate
     share: Share | None = None
 
     @property
@@ -68,27 +67,24 @@ class FitData:
 
 
 def refine(
-    start: Start,
+    params: QueryKeyParams,
+    parameters: dict[str, Preconditioned],
     query_module: nn.Module,
     data: FitData,
-    C: torch.Tensor,
-    W_Q: torch.Tensor,
-    rope: Rope,
     settings: RefineSettings,
     generator: torch.Generator,
-) -> Start:
-    """Return the start moved to a lower mean KL(teacher || student) over heads and rows.
+) -> QueryKeyParams:
+    """Return the params moved to a lower mean KL(teacher || student) over heads and rows.
 
-    `C` is E[x̂ᵀx̂] and `W_Q` the original projection: they set the units in which each tensor moves.
+    `parameters` are those of their tensors that move, by field, the query map's as `query.NAME`.
     """
-    parameters = _parameters(start, C.float(), W_Q.float(), rope, settings)
-    fixed = {name: tensor for name, tensor in start.query.items() if f"query.{name}" not in parameters}
+    fixed = {name: tensor for name, tensor in params.query.items() if f"query.{name}" not in parameters}
     draws = _Batches(data, settings, generator)
 
     def loss(values: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         named = dict(zip(parameters, values, strict=True))
         for part in draws.draw():
-            yield _loss(named, fixed, query_module, data, rope, *part)
+            yield _loss(named, fixed, query_module, data, *part)
 
     adam(
         list(parameters.values()),
@@ -100,8 +96,8 @@ def refine(
     )
     with torch.no_grad():
         values = {name: parameter.value() for name, parameter in parameters.items()}
-    query = {name: values.get(f"query.{name}", tensor) for name, tensor in start.query.items()}
-    return Start(values["W_K"], query, values.get("b_K"), values.get("norm_gain"), values.get("norm_shift"))
+    query = {name: values.get(f"query.{name}", tensor) for name, tensor in params.query.items()}
+    return QueryKeyParams(values["W_K"], query, values.get("b_K"), values.get("norm_gain"), values.get("norm_shift"))
 
 
 class _Batches:
@@ -147,7 +143,6 @@ def _loss(
     fixed: dict[str, torch.Tensor],
     query_module: nn.Module,
     data: FitData,
-    rope: Rope,
     chosen: list[int],
     rows: torch.Tensor,
     temperature: torch.Tensor,
@@ -169,60 +164,7 @@ def _loss(
         seen = seen + values["norm_shift"]
     stored = {name.removeprefix("query."): value for name, value in values.items() if name.startswith("query.")}
     query = torch.func.functional_call(query_module, {**fixed, **stored}, (seen, key[:, rows]))  # (B, R, H*K)
-    query = data.turn(query.unflatten(-1, (-1, rope.d_head)).transpose(1, 2), rows) * (temperature * data.scaling)
-    positions = torch.arange(hidden.shape[1], device=hidden.device)
-    key = data.turn(key.unflatten(-1, (-1, rope.d_head)).transpose(1, 2), positions)
+    query, key = (heads.unflatten(-1, (-1, teacher[1].shape[-1])).transpose(1, 2) for heads in (query, key))
+    query = data.rotate(query, rows) * (temperature * data.scaling)
+    key = data.rotate(key, torch.arange(hidden.shape[1], device=hidden.device))
     return MeanAttentionKL.apply(query, key, teacher, allowed, weight)
-
-
-def _parameters(
-    start: Start,
-    C: torch.Tensor,
-    W_Q: torch.Tensor,
-    rope: Rope,
-    settings: RefineSettings,
-) -> dict[str, Parameter]:
-    """Set up every free tensor with the units in which it moves."""
-    lr, limit = settings.lr_query, math.log(settings.max_gain_change)
-    fixed_channels = not {"mix", "down"} & start.query.keys()
-    lr_key = settings.lr_key_fixed_channels if fixed_channels else settings.lr_key
-    W_K = start.W_K.float()
-    parameters = {"W_K": key_parameter(W_K, C, rope, power=0.125, lr=lr_key)}
-
-    def scaled(origin: torch.Tensor, size: torch.Tensor, rate: float = lr) -> Parameter:
-        return Parameter(origin.float(), lambda u: size * u, rate)
-
-    if start.b_K is not None:
-        parameters["b_K"] = scaled(start.b_K, output_rms(C, W_K), lr_key)
-    if start.norm_gain is not None:
-        gain = start.norm_gain.float()
-        parameters["norm_gain"] = Parameter(
-            gain, lambda u: gain * (torch.exp(u.clamp(-limit, limit)) - 1), settings.lr_gain
-        )
-    if start.norm_shift is not None:
-        parameters["norm_shift"] = scaled(start.norm_shift, C.diagonal().sqrt())
-    for name, tensor in start.query.items():
-        if name == "mix":
-            parameters["query.mix"] = mix_parameter(tensor.float(), W_Q, W_K, C, rope, lr=lr)
-        elif name == "gain":
-            typical = tensor.float().abs()
-            parameters["query.gain"] = scaled(tensor, typical.clamp_min(0.1 * float(typical.mean())), settings.lr_gain)
-        elif name == "down":
-            parameters["query.down"] = scaled(tensor, tensor.float().square().mean().sqrt())
-        elif name == "up":
-            parameters["query.up"] = scaled(tensor, tensor.float().square().mean().sqrt())
-        elif name == "bias":
-            parameters["query.bias"] = scaled(tensor, _query_size(start.query, C, W_Q))
-    return parameters
-
-
-def _query_size(query: dict[str, torch.Tensor], C: torch.Tensor, W_Q: torch.Tensor) -> torch.Tensor:
-    """Return the rms (H*K,) of each query channel at the start, whose coordinates need not be those of W_Q."""
-    if "index" in query and "gain" not in query:  # chosen channels as they are
-        return C.diagonal().sqrt()[query["index"].long()]
-    if "down" in query:
-        W = (query["up"] @ query["down"]).T.float()
-        columns = torch.arange(W.shape[1], device=W.device)
-        W[columns % len(W), columns] += query["gain"].float()
-        return output_rms(C, W)
-    return output_rms(C, W_Q)

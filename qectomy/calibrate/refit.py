@@ -39,25 +39,25 @@ TURNED = RefitSettings(mlp_readers=0.01)  # in a turned stream, whose embedding 
 
 
 class Regression:
-    """Gram matrix of what a projection reads, and its product with what the student lacks.
+    """Gram matrix of what a projection reads, and its product with the residual: teacher's stream less student's.
 
     With a bias both are taken about the first batch's means: products of low precision would lose a small spread about
     a large mean. Every process takes in its own windows, about the means of the first one.
     """
 
-    def __init__(self, inputs: torch.Tensor, lack: torch.Tensor, with_bias: bool, share: Share):
-        n_in, n_out, device = inputs.shape[-1], lack.shape[-1], inputs.device
+    def __init__(self, inputs: torch.Tensor, residual: torch.Tensor, with_bias: bool, share: Share):
+        n_in, n_out, device = inputs.shape[-1], residual.shape[-1], inputs.device
         self.gram = torch.zeros(n_in, n_in, device=device)
         self.right = torch.zeros(n_in, n_out, device=device)
         self.with_bias = with_bias
-        self.origin = [part.flatten(0, 1).mean(0) for part in (inputs, lack)]
-        self.sums = [torch.zeros(part.shape[-1], dtype=torch.float64, device=device) for part in (inputs, lack)]
+        self.origin = [part.flatten(0, 1).mean(0) for part in (inputs, residual)]
+        self.sums = [torch.zeros(part.shape[-1], dtype=torch.float64, device=device) for part in (inputs, residual)]
         self.count, self.share = 0, share
         share.together.take_first_(*self.origin)
 
-    def add(self, inputs: torch.Tensor, lack: torch.Tensor) -> None:
+    def add(self, inputs: torch.Tensor, residual: torch.Tensor) -> None:
         """Take in a batch, (B, T, in) and (B, T, D)."""
-        parts = [inputs.flatten(0, 1), lack.flatten(0, 1)]
+        parts = [inputs.flatten(0, 1), residual.flatten(0, 1)]
         if self.with_bias:
             parts = [part - origin for part, origin in zip(parts, self.origin, strict=True)]
             for part, total in zip(parts, self.sums, strict=True):
@@ -78,12 +78,12 @@ class Regression:
         if not self.with_bias:
             return ridge_(gram, self.right, strength), None
         (count,) = self.share.sum_numbers(self.count)
-        inputs, lack = (total / count for total in self.sums)
+        inputs, residual = (total / count for total in self.sums)
         gram.addr_(self.sums[0], inputs, alpha=-1)
-        self.right.addr_(self.sums[0].float(), lack.float(), alpha=-1)
+        self.right.addr_(self.sums[0].float(), residual.float(), alpha=-1)
         change = ridge_(gram, self.right, strength)
-        inputs, lack = (mean + origin for mean, origin in zip((inputs, lack), self.origin, strict=True))
-        return change, (lack - inputs @ change.double()).float()
+        inputs, residual = (mean + origin for mean, origin in zip((inputs, residual), self.origin, strict=True))
+        return change, (residual - inputs @ change.double()).float()
 
 
 def refit_layer(runner: LayerRunner, student: nn.Module, streams: Streams, settings: RefitSettings) -> None:
@@ -101,22 +101,22 @@ def refit_layer(runner: LayerRunner, student: nn.Module, streams: Streams, setti
 
 
 def _refit_writer(runner: LayerRunner, student: nn.Module, streams: Streams, view: LinearView, strength: float) -> None:
-    """Refit W_O, or W_down once W_O stands, on what the student's stream lacks after it."""
+    """Refit W_O, or W_down once W_O stands, on the residual after it."""
     after_mlp = view is runner.family.roles.mlp_out
     wanted = streams.teacher_after if after_mlp else streams.teacher_mid
     linear = student.get_submodule(view.module)
     sums: Regression | None = None
     for start, stop in batches(0, streams.fitted, streams.batch):
-        ours = streams.student[start:stop].to(runner.device)
+        states = streams.student[start:stop].to(runner.device)
         with fast_math(runner.device):
-            ours, inputs = runner.attend(student, ours)
+            states, inputs = runner.attend(student, states)
             if after_mlp:
-                ours, inputs = runner.think(student, ours)
-        lack = wanted[start:stop].to(runner.device) - ours
+                states, inputs = runner.think(student, states)
+        residual = wanted[start:stop].to(runner.device) - states
         sums = sums or Regression(
-            inputs, lack, with_bias=getattr(linear, "bias", None) is not None, share=streams.share
+            inputs, residual, with_bias=getattr(linear, "bias", None) is not None, share=streams.share
         )
-        sums.add(inputs, lack)
+        sums.add(inputs, residual)
     assert sums is not None
     change, bias = sums.change(strength)
     streams.share.together.take_first_(change, *(() if bias is None else (bias,)))
@@ -130,8 +130,8 @@ def _refit_readers(runner: LayerRunner, student: nn.Module, streams: Streams, st
     sums = MomentSums(runner.dims.d_model, runner.device)
     for start, stop in batches(0, streams.fitted, streams.batch):
         with fast_math(runner.device):
-            ours, _ = runner.attend(student, streams.student[start:stop].to(runner.device))
-        sums.add(norm(ours), norm(streams.teacher_mid[start:stop].to(runner.device)))
+            states, _ = runner.attend(student, streams.student[start:stop].to(runner.device))
+        sums.add(norm(states), norm(streams.teacher_mid[start:stop].to(runner.device)))
     moments = sums.moments(streams.share.together)
     change = ridge(moments.student, moments.cross - moments.student, strength)  # (D, D): x̂ + x̂ change ≈ x̂_teacher
     streams.share.together.take_first_(change)

@@ -1,6 +1,6 @@
-"""RoPE by pairs of channels: which turn slowly, and the rotation of a pair that queries and keys may share.
+"""RoPE (Su et al., arXiv 2104.09864) by pairs of channels: which rotate slowly, and the angle that a pair may add.
 
-Turning pair f of a head's query and of its key by the same angle changes no logit, with RoPE in between, so a
+Rotating pair f of a head's query and of its key by the same angle changes no logit, with RoPE in between, so a
 closed-form start is free to choose the angle. Weights here are (D, out), as in x̂ W. Pair f joins channels f and
 f + K/2 of a head (the rotate-half layout). Dimensions: D d_model, n heads, K d_head, F = K/2 pairs.
 """
@@ -14,7 +14,7 @@ import torch
 class Rope:
     """cos and sin of RoPE at positions 0 .. T-1, (T, K) float64, and the number of query heads a KV head serves.
 
-    A model without RoPE is one that turns nothing: cos is 1, sin is 0, and every channel is slow.
+    A model without RoPE is one that rotates nothing: cos is 1, sin is 0, and every channel is slow.
     """
 
     cos: torch.Tensor
@@ -27,7 +27,7 @@ class Rope:
         return self.cos.shape[1]
 
     def slow_channels(self, reach: int = 256, limit: float = 0.3) -> torch.Tensor:
-        """Return the channels of a head that turn by less than `limit` radians within `reach` positions."""
+        """Return the channels of a head that rotate by less than `limit` radians within `reach` positions."""
         pairs = self.d_head // 2
         angle = torch.atan2(self.sin[1], self.cos[1])[:pairs].abs()
         slow = (angle * reach < limit).nonzero()[:, 0]
@@ -35,7 +35,7 @@ class Rope:
 
 
 def rotate_pairs(weight: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-    """Return weight (D, n*K) with pair f of head h turned by angle[h, f]; angle is (n, F)."""
+    """Return weight (D, n*K) with pair f of head h rotated by angle[h, f]; angle is (n, F)."""
     heads = weight.view(weight.shape[0], *angle.shape[:1], 2, -1)  # (D, n, 2, F)
     first, second = heads[:, :, 0], heads[:, :, 1]
     cos, sin = angle.cos(), angle.sin()
@@ -52,14 +52,13 @@ def best_angles(scores: torch.Tensor, weights: torch.Tensor, rope: Rope, steps: 
     angles = torch.arange(steps, dtype=scores.dtype, device=scores.device) * torch.pi / steps
     found = []
     for angle in angles:
-        turned = rotate_pairs(scores, angle.expand(n_heads, rope.d_head // 2))
-        best = turned.abs().amax(0).view(n_heads, 2, -1).square().sum(1)  # (H, F)
+        rotated = rotate_pairs(scores, angle.expand(n_heads, rope.d_head // 2))
+        best = rotated.abs().amax(0).view(n_heads, 2, -1).square().sum(1)  # (H, F)
         found.append(best.view(rope.n_kv_heads, rope.per_group, -1).sum(1) * weights)
     return angles[torch.stack(found).argmax(0)]
 
 
-def pair_power(C: torch.Tensor, mean: torch.Tensor, W_K: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Return the variance (G, F) of each pair of each KV head's key."""
-    spread = C - torch.outer(mean, mean)
-    power = (W_K * (spread @ W_K)).sum(0).clamp_min(0)
+def pair_power(covariance: torch.Tensor, W_K: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Return the variance (G, F) of each pair of each KV head's key; `covariance` (D, D) is that of x̂."""
+    power = (W_K * (covariance @ W_K)).sum(0).clamp_min(0)
     return power.view(rope.n_kv_heads, 2, -1).sum(1)

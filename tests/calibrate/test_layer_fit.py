@@ -1,5 +1,7 @@
 """What a layer's fit hands over is the layer that was fitted: folding changes no query, key or value."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from attention_bench import AttentionBench, reference_kl
@@ -9,7 +11,7 @@ from tiny_models import tokens
 from qectomy.calibrate.hidden_states import Streams
 from qectomy.calibrate.layer_fit import attended_moments, fit_layer, fold
 from qectomy.calibrate.layer_runner import LayerRunner
-from qectomy.calibrate.projections import Start
+from qectomy.calibrate.problem import QueryKeyParams
 from qectomy.calibrate.refine import RefineSettings
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.models.linear_views import read_view
@@ -17,6 +19,7 @@ from qectomy.models.query_maps import parse_query_map
 from qectomy.surgery.stream_basis import random_basis
 
 CONTEXT, WINDOWS = 24, 8
+MAPS = ["identity", "select", "key-shared", "low-rank:3"]
 SHAPES = ["llama", "mqa", "biases", "wide-heads", "narrow-heads", "mistral"]
 SCALES = {  # of the logits, by GPT-2's shape and layer
     ("gpt2", 0): 8**-0.5,
@@ -56,7 +59,7 @@ def test_the_gain_of_identity_folds_exactly(shape, tiny_checkpoint):
     b_K = torch.randn(W_K.shape[1], generator=generator) if bias else None
     query = {"bias": torch.randn(n_query, generator=generator)} if bias else {}
     before = {name: tensor.clone() for name, tensor in made.tensors.items()}
-    out = fold(made.runner.family, made.tensors, Start(W_K, query, b_K, gain))
+    out = fold(made.runner.family, made.tensors, QueryKeyParams(W_K, query, b_K, gain))
     assert all(torch.equal(tensor, before[name]) for name, tensor in made.tensors.items())
     student = made.runner.build(0, out, reduced=True)
 
@@ -137,7 +140,7 @@ def test_the_shift_of_identity_folds_exactly(shape, layer, tiny_checkpoint):
     shift = 2 * torch.randn(d_model, generator=generator)
     W_K = torch.randn(d_model, d_model, generator=generator)
     before = {name: tensor.clone() for name, tensor in made.tensors.items()}
-    out = fold(made.runner.family, made.tensors, Start(W_K, {}, norm_shift=shift))
+    out = fold(made.runner.family, made.tensors, QueryKeyParams(W_K, {}, norm_shift=shift))
     assert all(torch.equal(tensor, before[name]) for name, tensor in made.tensors.items())
     changed = {name for name in out if name not in before or not torch.equal(out[name], before[name])}
     assert changed == {"ln_1.bias", "attn.c_attn.weight", "attn.c_proj.bias"}
@@ -165,7 +168,7 @@ def test_the_biases_of_keys_and_values_are_dropped_exactly(shape, layer, tiny_ch
     (W_Q, b_Q), (W_K, b_K), (W_V, b_V) = teacher_parts(made)
     query = {"gain": torch.zeros(32), "down": torch.eye(32), "up": W_Q.T, "bias": b_Q}
     before = {name: tensor.clone() for name, tensor in made.tensors.items()}
-    out = fold(made.runner.family, made.tensors, Start(W_K, query))
+    out = fold(made.runner.family, made.tensors, QueryKeyParams(W_K, query))
     assert all(torch.equal(tensor, before[name]) for name, tensor in made.tensors.items())
     assert "attn.c_attn.bias" not in out
     assert torch.equal(out["attn.c_attn.weight"], torch.cat([W_K, W_V], 1))
@@ -181,7 +184,7 @@ def test_the_biases_of_keys_and_values_are_dropped_exactly(shape, layer, tiny_ch
     assert relative(made.runner.forward(student, x), whole) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["identity", "select", "key-shared", "low-rank:3"])
+@pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize(
     "shape, turned",
     [*((shape, turned) for shape in SHAPES for turned in (False, True)), ("gpt2", False), ("gpt2-unscaled", False)],
@@ -215,6 +218,34 @@ def test_a_fitted_layer(shape, turned, name, tiny_checkpoint, tmp_path, monkeypa
         assert (theirs - ours).abs().max() > 0.1
         ours, theirs = ours @ W_O + b_student, theirs @ W_O + b_O
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("shape", ["llama", "biases", "gpt2"])
+def test_each_matrix_is_factored_once(shape, name, tiny_checkpoint, tmp_path, monkeypatch):
+    few_steps(monkeypatch, 2)
+    made, seen = Layer(tiny_checkpoint(shape), name), {"eigh": [], "lu_factor": []}
+
+    def counted(what):
+        factor = getattr(torch.linalg, what)
+
+        def count(matrix, **options):
+            if matrix.shape == (32, 32):
+                seen[what].append(matrix.double().clone())
+            return factor(matrix, **options)
+
+        monkeypatch.setattr(torch.linalg, what, count)
+
+    counted("eigh")
+    counted("lu_factor")
+    streams = Streams(tmp_path, made.x.shape, fitted=WINDOWS, batch=3)
+    streams.teacher[:], streams.student[:] = made.x, 0.9 * made.x
+    given = made.runner, 0, made.spec, made.tensors, made.tensors, made.teacher, streams
+    fit_layer(*given, RefineSettings(steps=2), torch.Generator().manual_seed(0))
+    assert seen["eigh"]
+    assert len(seen["lu_factor"]) == 1
+    for matrices in seen.values():
+        assert not any(torch.allclose(a, b) for a, b in combinations(matrices, 2))
 
 
 def test_key_shared_counts_on_no_bias_of_the_keys(tiny_checkpoint, tmp_path, monkeypatch):

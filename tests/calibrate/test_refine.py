@@ -6,9 +6,6 @@ import pytest
 import torch
 from attention_bench import AttentionBench
 
-from qectomy.calibrate.refine import RefineSettings, refine
-from qectomy.models.query_maps import parse_query_map
-
 MAPS = ["identity", "select", "key-shared", "low-rank:3"]
 SHAPES = {
     "gqa": dict(),
@@ -25,26 +22,13 @@ SHAPES = {
 }
 
 
-def run(bench, name, start, seed=0, steps=60, **settings):
-    return refine(
-        start,
-        bench.module(parse_query_map(name)),
-        bench.data,
-        bench.moments.student,
-        bench.W_Q,
-        bench.rope,
-        RefineSettings(steps=steps, **settings),
-        torch.Generator().manual_seed(seed),
-    )
-
-
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kl_goes_down(name, shape):
     bench = AttentionBench(**SHAPES[shape])
     start = bench.start(name)
     before = {key: tensor.clone() for key, tensor in start.query.items()}
-    found = run(bench, name, start)
+    found = bench.refined(name, start)
     assert bench.kl(name, found) < 0.95 * bench.kl(name, start)
     assert (found.b_K is None) == (not bench.bias or bench.gpt2)
     assert found.query.keys() == start.query.keys()
@@ -64,7 +48,7 @@ def test_kl_goes_down(name, shape):
 @pytest.mark.parametrize("name", MAPS)
 def test_the_same_seed_gives_the_same_fit(name):
     bench = AttentionBench(bias=True)
-    runs = [run(bench, name, bench.start(name, seed=5), seed, steps=8) for seed in (3, 3, 4)]
+    runs = [bench.refined(name, bench.start(name, seed=5), seed, steps=8) for seed in (3, 3, 4)]
     tensors = [{"W_K": found.W_K, "gain": found.norm_gain, "b_K": found.b_K, **found.query} for found in runs]
     for key, first in tensors[0].items():
         if first is not None:
@@ -79,7 +63,7 @@ def test_the_gain_of_identity_stays_away_from_zero(pull):
     start = bench.start("identity")
     assert start.norm_gain.abs().min() > 0.05 * start.norm_gain.abs().mean()
     wrong = replace(start, norm_gain=start.norm_gain * 20.0**pull)  # the best gain lies beyond the bound
-    found = run(bench, "identity", wrong, steps=150, lr_gain=0.3, max_gain_change=3.0)
+    found = bench.refined("identity", wrong, steps=150, lr_gain=0.3, max_gain_change=3.0)
     ratio = found.norm_gain / wrong.norm_gain.float()
     assert ratio.min() > 1 / 3.001
     assert ratio.max() < 3.001
@@ -90,7 +74,7 @@ def test_no_step_is_no_change(monkeypatch):
     monkeypatch.setattr("qectomy.calibrate.refine.adam", lambda *_, **__: None)
     bench = AttentionBench(bias=True)
     start = bench.start("low-rank:3")
-    found = run(bench, "low-rank:3", start)
+    found = bench.refined("low-rank:3", start)
     assert torch.equal(found.W_K, start.W_K.float())
     assert torch.equal(found.b_K, bench.b_K.float())
     assert all(torch.equal(found.query[key], start.query[key].float()) for key in start.query)
@@ -107,5 +91,5 @@ def test_the_answer_is_a_rest_point():
         query={"gain": torch.zeros(32).double(), "down": (U * S).T.contiguous(), "up": V.T.contiguous()},
     )
     assert bench.kl("low-rank:3", exact) < 1e-10
-    found = run(bench, "low-rank:32", exact, steps=20)
+    found = bench.refined("low-rank:32", exact, steps=20)
     assert bench.kl("low-rank:3", found) < 0.02

@@ -15,7 +15,7 @@ from conversions import convert_tiny, tensor_hashes
 from exchanges import hold, keep
 from launches import launched, several
 
-from qectomy.calibrate.preconditioning import Parameter, adam
+from qectomy.calibrate.preconditioning import Preconditioned, adam
 from qectomy.calibrate.refine import FitData, RefineSettings, _Batches
 from qectomy.distributed.together import Together
 from qectomy.distributed.window_shard import Share
@@ -125,7 +125,7 @@ def test_adam_adds_gradients_and_moves_as_the_first_does():
     def fit(together, own):
         # The second process measures its parameter in other units: only its gradient may count.
         unit = 1.0 + (together.rank if together else 0)
-        parameter = Parameter(torch.zeros(3, dtype=torch.float64), lambda u: unit * u, 0.1)
+        parameter = Preconditioned(torch.zeros(3, dtype=torch.float64), lambda u: unit * u, 0.1)
         loss = lambda values: ((values[0] - target).pow(4).sum() for target in targets[own])  # noqa: E731
         adam([parameter], loss, steps=20, warmup=3, betas=(0.9, 0.98), together=together)
         return parameter.value().detach()

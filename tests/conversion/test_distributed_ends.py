@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conversions import convert_tiny
@@ -52,13 +53,18 @@ def test_what_other_processes_solve_does_not_count(query, whole, raven, tmp_path
 
     def before(together):
         if together.rank == 1:
-            make_start, refine, solve = layer_fit.make_start, layer_fit.refine, refit.ridge_
+            fitted_map, refine, solve = layer_fit.fitted_map, layer_fit.refine, refit.ridge_
 
             def other(start):
                 query = {name: tensor.roll(1, 0) for name, tensor in start.query.items()}
                 return replace(start, W_K=1.01 * start.W_K, query=query)
 
-            layer_fit.make_start = lambda *arguments: other(make_start(*arguments))
+            def other_map(spec):
+                fit = fitted_map(spec)
+                init = lambda *arguments: other(fit.init(*arguments))  # noqa: E731
+                return SimpleNamespace(init=init, preconditioned=fit.preconditioned)
+
+            layer_fit.fitted_map = other_map
             layer_fit.refine = lambda *arguments: other(refine(*arguments))
             refit.ridge_ = lambda *arguments: 1.01 * solve(*arguments)
 

@@ -464,7 +464,7 @@ def test_ctrl_c_in_any_stage(tiny_checkpoint, raven, calm, tmp_path):
         raise KeyboardInterrupt
 
     early = ["calibrate.hidden_states.WindowFile.__setitem__", "conversion.fitted.SourceWatch"]
-    late = ["calibrate.layer_fit.make_start", "calibrate.layer_fit.refine"]
+    late = ["calibrate.layer_fit.fitted_map", "calibrate.layer_fit.refine"]
     late += ["conversion.layerwise.refit_layer", "conversion.layerwise.final_scores"]
     late += ["conversion.fitted.check_reload", "conversion.fitted.write_report"]
     for stage in early + late:

@@ -10,7 +10,7 @@ from conversions import QUICK
 
 from qectomy.calibrate import few_steps as few_steps_module
 from qectomy.calibrate.few_steps import FewSteps, few_steps
-from qectomy.calibrate.preconditioning import Parameter, adam
+from qectomy.calibrate.preconditioning import Preconditioned, adam
 from qectomy.checkpoint.checkpoint import expected_layer, open_checkpoint
 from qectomy.conversion.forecast import forecast as forecast_module
 from qectomy.conversion.forecast import seconds
@@ -80,7 +80,7 @@ def test_an_adam_is_timed_by_a_few_of_its_steps(monkeypatch):
 
     def run(steps):
         seen.clear()
-        adam([Parameter(torch.zeros(2), lambda u: u, 1.0)], loss, steps=steps, warmup=1, betas=(0.9, 0.9))
+        adam([Preconditioned(torch.zeros(2), lambda u: u, 1.0)], loss, steps=steps, warmup=1, betas=(0.9, 0.9))
         return len(seen)
 
     with few_steps(4) as few:

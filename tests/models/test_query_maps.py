@@ -1,6 +1,8 @@
-"""Reading --query: every valid recipe comes back as written, every other one is explained."""
+"""Reading --query: every valid recipe comes back as written, every other one is explained; and who names a map."""
 
+import ast
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -8,7 +10,9 @@ from hypothesis import strategies as st
 
 from qectomy.errors import QueryMapError
 from qectomy.models.family import Dimensions
-from qectomy.models.query_maps import NAMES, QueryMapSpec, any_of, parse_query_map, parse_recipe, refusal
+from qectomy.models.query_maps import MAPS, NAMES, QueryMapSpec, any_of, parse_query_map, parse_recipe, refusal
+
+PACKAGE = Path(__file__).parents[2] / "qectomy"
 
 
 def dimensions(n_layers=6, *, d_model=64, n_heads=4, n_kv_heads=2, d_head=16, attention_bias=False, **options):
@@ -180,3 +184,15 @@ def test_parameters_by_hand():
 )
 def test_maps_are_named_by_what_they_are(suits, named):
     assert any_of(suits) == named
+
+
+def test_a_map_has_its_file_and_is_named_nowhere_else():
+    """Beside `query_maps.py` and the modules: what the rest knows of a map are its properties."""
+    fitted = {path.stem.replace("_", "-") for path in (PACKAGE / "calibrate/maps").glob("*.py")} - {"--init--"}
+    assert fitted == set(MAPS)
+    named = set()
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name != "modeling" and path.name != "query_maps.py":
+            constants = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+            named |= {(path.name, node.value) for node in constants if node.value in MAPS}
+    assert named == {("nanogpt.py", "identity")}  # which is what a nanoGPT checkpoint says

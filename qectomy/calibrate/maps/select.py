@@ -1,26 +1,63 @@
 """`select`: which channel of x̂ each query channel takes, its gain, and the W_K that goes with the choice.
 
-Pairs that RoPE turns fast keep their own meaning: the best shared rotation of the pair, then the channel that
-correlates most. Slow channels hardly turn, so the key may mix them freely: there channels and key directions are
-chosen jointly, greedily and then by coordinate sweeps, to lower the sum over the group's heads h of
-|(C^½ W_Q^h W_Kᵀ - C^½ X[S_h] diag(g_h) K'ᵀ)|². Weights are (D, out). G n_kv_heads, r heads a group, n slow channels.
+Pairs that RoPE rotates fast keep their own meaning: the best shared rotation of the pair, then the channel that
+correlates most. Slow channels hardly rotate, so the key may mix them freely, as it may mix all channels without RoPE:
+there channels and key directions are chosen jointly, to lower the sum over the group's heads h of
+|(C^½ W_Q^h W_Kᵀ - C^½ X[S_h] diag(g_h) K'ᵀ)|². One slot after another takes the channels that explain most of what is
+left, and all solve again (orthogonal matching pursuit, Pati et al. 1993; for several heads at once, Tropp et al. 2006);
+then coordinate sweeps. Weights are (D, out). H n_heads, G n_kv_heads, K d_head, r heads a group, n slow channels.
 """
 
 import torch
 
+from qectomy.calibrate.channels import biases_in_basis, channel_rms, correlations
+from qectomy.calibrate.free_keys import per_head, regress_on_channels, roots
 from qectomy.calibrate.moments import ridge
-from qectomy.calibrate.rope import Rope, best_angles, pair_power, rotate_pairs
+from qectomy.calibrate.preconditioning import Preconditioned, output_rms, precondition_gain, precondition_keys, scaled
+from qectomy.calibrate.problem import LayerProblem, QueryKeyParams
+from qectomy.calibrate.refine import RefineSettings
+from qectomy.calibrate.rope import best_angles, pair_power, rotate_pairs
+from qectomy.models.query_maps import QueryMapSpec
 
 SWEEPS = 2
 DIRECTIONS = 5  # leading directions of the residual from which a slot's search starts
 RIDGE = 1e-4
 
 
-def choose_channels(
-    C: torch.Tensor, mean: torch.Tensor, W_Q: torch.Tensor, W_K: torch.Tensor, rope: Rope
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (index (H*K,), gain (H*K,), W_K' (D, G*K)) from the second moment C and the mean of x̂."""
-    angle = best_angles(correlations(C, W_Q), pair_power(C, mean, W_K, rope), rope)
+def init(problem: LayerProblem, spec: QueryMapSpec, generator: torch.Generator) -> QueryKeyParams:
+    index, gain, W_K = choose_channels(problem)
+    wanted, b_K = biases_in_basis(problem, W_K)
+    query = {"index": index.to(torch.int32), "gain": gain}
+    if wanted is not None:
+        query["bias"] = wanted - problem.moments.student_mean[index] * gain
+    return QueryKeyParams(W_K, query, b_K)
+
+
+def init_without_rope(problem: LayerProblem, spec: QueryMapSpec, generator: torch.Generator) -> QueryKeyParams:
+    assert problem.key_moments is not None
+    L = roots(problem.key_moments)
+    index = choose_free(problem.spread.student, problem.carried[0], L)
+    W_K, bias = regress_on_channels(problem, index, L)
+    return QueryKeyParams(W_K, {"index": index.flatten().to(torch.int32), "bias": bias.flatten()})
+
+
+def preconditioned(
+    params: QueryKeyParams, problem: LayerProblem, settings: RefineSettings
+) -> dict[str, Preconditioned]:
+    query, C = params.query, problem.moments.student
+    free = precondition_keys(params, problem, settings.lr_key_fixed_channels)
+    if "gain" in query:
+        free["query.gain"] = precondition_gain(query["gain"], settings.lr_gain)
+    if "bias" in query:  # in units of what it is added to: W_Q's queries, or channels as they are
+        size = output_rms(C, problem.teacher.W_Q) if "gain" in query else C.diagonal().sqrt()[query["index"].long()]
+        free["query.bias"] = scaled(query["bias"], size, settings.lr_query)
+    return free
+
+
+def choose_channels(problem: LayerProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (index (H*K,), gain (H*K,), W_K' (D, G*K))."""
+    C, covariance, rope, (W_Q, W_K) = problem.spread.student, problem.covariance(), problem.rope, problem.carried
+    angle = best_angles(correlations(C, W_Q), pair_power(covariance, W_K, rope), rope)
     W_K = rotate_pairs(W_K, angle)
     W_Q = rotate_pairs(W_Q, angle.repeat_interleave(rope.per_group, 0))
     scores, rms = correlations(C, W_Q), channel_rms(C)
@@ -30,9 +67,8 @@ def choose_channels(
     for g in range(rope.n_kv_heads if len(slow) else 0):
         columns = g * rope.d_head + slow
         own = [(g * rope.per_group + i) * rope.d_head + slow for i in range(rope.per_group)]
-        spread = C - torch.outer(mean, mean)
         K = W_K[:, columns]
-        values, vectors = torch.linalg.eigh(K.T @ spread @ K)
+        values, vectors = torch.linalg.eigh(K.T @ covariance @ K)
         root = values.clamp_min(1e-6 * values.max()).clamp_min(1e-30).sqrt()
         choice = JointChoice(C, [C @ (W_Q[:, c] @ (vectors * root)) for c in own])
         channels, gains, directions = choice.run()
@@ -42,15 +78,10 @@ def choose_channels(
     return index, gain, W_K
 
 
-def channel_rms(C: torch.Tensor) -> torch.Tensor:
-    """Return the rms (D,) of each channel of x̂; one that is always 0 counts as tiny, not as 0."""
-    power = C.diagonal()
-    return power.clamp_min(1e-12 * power.mean()).sqrt()
-
-
-def correlations(C: torch.Tensor, W_Q: torch.Tensor) -> torch.Tensor:
-    """Return (D, H*K): covariance of each channel, taken to unit rms, with each query channel."""
-    return (C @ W_Q) / channel_rms(C)[:, None]
+def choose_free(C: torch.Tensor, W_Q: torch.Tensor, roots: torch.Tensor) -> torch.Tensor:
+    """Return the channels (H, K) that together explain each head's logits best; C is centred."""
+    queries = per_head(W_Q, len(roots))
+    return torch.stack([JointChoice(C, [C @ (Q @ L)]).run()[0][0] for Q, L in zip(queries, roots, strict=True)])
 
 
 class JointChoice:

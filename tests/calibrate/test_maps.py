@@ -1,5 +1,7 @@
 """Closed-form starts find the answer where a query map can express W_Q, and keep what must not change."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,34 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from qectomy.calibrate.init import carry_over
-from qectomy.calibrate.key_shared import least_squares_mix, mean_turn
-from qectomy.calibrate.low_rank import low_rank
+from qectomy.calibrate.maps.key_shared import least_squares_mix, mean_rotation
+from qectomy.calibrate.maps.low_rank import factors
 from qectomy.calibrate.moments import Moments, MomentSums, ridge
-from qectomy.calibrate.projections import Start
-from qectomy.calibrate.refine import RefineSettings, refine
+from qectomy.calibrate.problem import QueryKeyParams
 from qectomy.calibrate.rope import rotate_pairs
-from qectomy.models.query_maps import parse_query_map
 
 SHAPES = [dict(), dict(n_kv_heads=4), dict(n_kv_heads=1), dict(d_head=12), dict(d_head=6)]
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def refined(bench, name, start, steps=60):
-    """The start after a short refinement."""
-    return refine(
-        start,
-        bench.module(parse_query_map(name)),
-        bench.data,
-        bench.moments.student,
-        bench.W_Q,
-        bench.rope,
-        RefineSettings(steps=steps),
-        generator(),
-    )
 
 
 # A teacher that the map can express: attention KL goes to (nearly) nothing.
@@ -86,7 +71,7 @@ def test_select_expresses_scaled_channels(shape, bias):
     assert bench.kl("select", start) < 1e-6
 
 
-def turned_pairs(bench):
+def rotate_teacher(bench):
     """Turn each pair of channels of the teacher's heads, those of a KV head by one angle; biases stay as they are."""
     angle = torch.randint(16, (bench.n_kv_heads, bench.d_head // 2), generator=bench.generator) * torch.pi / 16
     angle = angle.double()
@@ -99,11 +84,11 @@ def test_biases_turn_with_their_pairs(shape):
     """What the start turns in W_Q and W_K it turns in their biases too, or keys and queries miss each other."""
     bench = AttentionBench(bias=True, **shape)
     expressible_by_select(bench)
-    turned_pairs(bench)
+    rotate_teacher(bench)
     assert bench.kl("select", bench.start("select")) < 1e-5
     if bench.n_heads * bench.d_head <= bench.d_model:
         bench.W_Q = torch.eye(bench.d_model, dtype=torch.float64)[:, : bench.W_Q.shape[1]]
-        turned_pairs(bench)
+        rotate_teacher(bench)
         assert bench.kl("identity", bench.start("identity")) < 1e-5
 
 
@@ -114,8 +99,8 @@ def test_select_chooses_slow_channels_jointly(shape):
     expressible_by_select(bench)
     assert len(bench.rope.slow_channels())
     start = bench.start("select")
-    found = refined(bench, "select", start)
-    nothing = Start(bench.W_K, {**start.query, "gain": torch.zeros_like(start.query["gain"])})
+    found = bench.refined("select", start)
+    nothing = QueryKeyParams(bench.W_K, {**start.query, "gain": torch.zeros_like(start.query["gain"])})
     assert bench.kl("select", found) < 0.05 * bench.kl("select", nothing)
 
 
@@ -143,19 +128,19 @@ def test_no_gain_of_identity_is_near_zero():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_low_rank_at_full_rank_is_W_Q(shape):
     bench = AttentionBench(**shape)
-    query = low_rank(bench.moments.student, bench.W_Q, min(bench.W_Q.shape))
+    query = factors(bench.moments, bench.W_Q, min(bench.W_Q.shape))
     channels = torch.arange(bench.W_Q.shape[1]) % bench.d_model
     rebuilt = query["down"].T @ query["up"].T
     rebuilt[channels, torch.arange(len(channels))] += query["gain"]
     torch.testing.assert_close(rebuilt, bench.W_Q, rtol=1e-9, atol=1e-9)
-    assert bench.kl("low-rank:1", Start(bench.W_K, query)) < 1e-10
+    assert bench.kl("low-rank:1", QueryKeyParams(bench.W_K, query)) < 1e-10
 
 
 def test_low_rank_is_the_best_of_its_rank():
     """By Eckart and Young, no pair of factors leaves a smaller error under C (beside the same diagonal)."""
     bench = AttentionBench()
     C, rank = bench.moments.student, 3
-    query = low_rank(C, bench.W_Q, rank)
+    query = factors(bench.moments, bench.W_Q, rank)
     rest = bench.W_Q - torch.diag(query["gain"])
     root = torch.from_numpy(np.linalg.cholesky(C.numpy()))
     error = (root.T @ (rest - query["down"].T @ query["up"].T)).square().sum()
@@ -175,7 +160,7 @@ def test_a_start_that_cannot_express_the_teacher_is_not_exact(name):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_carry_over_is_exact_for_a_linear_image(seed, monkeypatch):
-    monkeypatch.setattr("qectomy.calibrate.init.SHRINKAGE", 1e-10)
+    monkeypatch.setattr("qectomy.calibrate.problem.SHRINKAGE", 1e-10)
     bench = AttentionBench(seed=seed)
     image = torch.eye(32, dtype=torch.float64) + 0.2 * bench.normal(32, 32)
     theirs = bench.hidden
@@ -183,7 +168,7 @@ def test_carry_over_is_exact_for_a_linear_image(seed, monkeypatch):
     sums = MomentSums(32, torch.device("cpu"))
     for i in range(len(ours)):  # batch by batch
         sums.add(ours[i : i + 1], theirs[i : i + 1])
-    W = carry_over(sums.moments(), bench.W_Q)
+    W, _ = replace(bench.problem("identity"), moments=sums.moments()).carried
     expected = theirs.double() @ bench.W_Q
     assert (ours.double() @ W - expected).abs().max() < 1e-3 * expected.abs().max()
     assert (ours.double() @ bench.W_Q - expected).abs().max() > 0.1 * expected.abs().max()
@@ -191,7 +176,9 @@ def test_carry_over_is_exact_for_a_linear_image(seed, monkeypatch):
 
 def test_carry_over_leaves_an_undisturbed_stream_alone():
     bench = AttentionBench()
-    assert torch.equal(carry_over(bench.moments, bench.W_Q), bench.W_Q)
+    W_Q, W_K = bench.problem("identity").carried
+    assert torch.equal(W_Q, bench.W_Q)
+    assert torch.equal(W_K, bench.W_K)
 
 
 def test_moments_match_numpy():
@@ -241,13 +228,13 @@ def test_rotating_pairs_changes_no_logit(shape):
     assert (logits(before[0], query_alone) - expected).abs().max() > 0.1 * expected.abs().max()
 
 
-def test_the_mean_turn_is_that_of_ropes_offsets():
+def test_the_mean_rotation_is_that_of_ropes_offsets():
     """Against transformers' RoPE, offset by offset; one offset may come twice."""
     bench = AttentionBench()
     K, offsets = bench.d_head, torch.tensor([0, 3, 17, 3])
     root = bench.normal(3, 2 * K, 2 * K)
     matrix = root @ root.mT
-    found = mean_turn(matrix, offsets, bench.rope)
+    found = mean_rotation(matrix, offsets, bench.rope)
     expected = torch.zeros_like(matrix)
     for offset in offsets:
         cos, sin = bench.cos[:, offset].double(), bench.sin[:, offset].double()

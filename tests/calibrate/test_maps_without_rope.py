@@ -6,10 +6,13 @@ import pytest
 import torch
 from attention_bench import AttentionBench
 
-from qectomy.calibrate import init_without_rope
-from qectomy.calibrate.init_without_rope import choose_free, per_head, roots, slices, turned_for_slices
-from qectomy.calibrate.low_rank import low_rank
-from qectomy.calibrate.projections import Start
+from qectomy.calibrate import free_keys
+from qectomy.calibrate.channels import slices
+from qectomy.calibrate.free_keys import per_head, roots
+from qectomy.calibrate.maps import select
+from qectomy.calibrate.maps.low_rank import factors, near_slices
+from qectomy.calibrate.maps.select import choose_free
+from qectomy.calibrate.problem import QueryKeyParams
 
 # D d_model, H n_heads, K d_head; H*K = D
 SHAPES = [dict(), dict(d_head=12), dict(d_head=5), dict(n_heads=2, d_head=16)]
@@ -79,7 +82,7 @@ def test_a_mix_of_channels_is_expressed(shape, name, monkeypatch):
     assert start.norm_gain is None
     assert (start.norm_shift is None) == (name == "select")
     assert bench.kl(name, start) < 0.02
-    monkeypatch.setattr(init_without_rope, "DAMPING", 1e-10)
+    monkeypatch.setattr(free_keys, "DAMPING", 1e-10)
     exact = bench.start(name)
     assert bench.kl(name, exact) < 1e-6
     bias = exact.norm_shift if name == "identity" else exact.query["bias"]
@@ -90,7 +93,7 @@ def test_a_mix_of_channels_is_expressed(shape, name, monkeypatch):
 
 def test_a_start_that_cannot_express_the_teacher_is_not_exact(monkeypatch):
     """The bounds above can fail, also without damping."""
-    monkeypatch.setattr(init_without_rope, "DAMPING", 1e-10)
+    monkeypatch.setattr(free_keys, "DAMPING", 1e-10)
     bench = bench_of({})
     for name in ("identity", "select", "low-rank:3"):
         assert bench.kl(name, bench.start(name)) > 0.1
@@ -128,7 +131,7 @@ def test_a_start_does_not_depend_on_the_gauge(shape, name, spread):
 
 def test_without_the_keys_weights_it_does(monkeypatch):
     """The check above can fail: errors that are not weighed by the keys belong to one gauge."""
-    monkeypatch.setattr(init_without_rope, "roots", lambda grams: torch.eye(8, dtype=torch.float64).expand(4, 8, 8))
+    monkeypatch.setattr(select, "roots", lambda grams: torch.eye(8, dtype=torch.float64).expand(4, 8, 8))
     bench = bench_of({})
     before = bench.start("select").query["index"]
     kl = bench.kl("select", bench.start("select"))
@@ -196,8 +199,8 @@ def test_channels_are_chosen_for_what_the_keys_see():
 def test_a_bias_that_no_key_sees_is_not_chased(monkeypatch):
     """A teacher's bias in a direction that its keys do not see moves no channel; undamped, it would move them far."""
     sizes = []
-    for damping in (init_without_rope.DAMPING, 1e-12):
-        monkeypatch.setattr(init_without_rope, "DAMPING", damping)
+    for damping in (free_keys.DAMPING, 1e-12):
+        monkeypatch.setattr(free_keys, "DAMPING", damping)
         bench = bench_of({})
         expressible(bench, "identity")
         bench.W_K[:, 3] *= 1e-3
@@ -216,7 +219,7 @@ def test_a_bias_that_no_key_sees_is_not_chased(monkeypatch):
 def test_turned_queries_and_keys_give_the_same_logits(shape):
     bench = bench_of(shape)
     C, C_k = bench.moments.centred().student, bench.normal(bench.n_heads, bench.d_model, bench.d_model)
-    W_Q, W_K, changes = turned_for_slices(C, bench.W_Q, bench.W_K, key_roots(bench.W_K, C_k @ C_k.mT))
+    W_Q, W_K, changes = near_slices(C, bench.W_Q, bench.W_K, key_roots(bench.W_K, C_k @ C_k.mT))
     torch.testing.assert_close(W_Q, changed(bench, bench.W_Q, changes), rtol=1e-9, atol=1e-9)
     expected = head_logits(bench, bench.W_Q, bench.W_K)
     torch.testing.assert_close(head_logits(bench, W_Q, W_K), expected, rtol=1e-9, atol=1e-9)
@@ -235,7 +238,7 @@ def test_no_rotation_brings_the_queries_nearer_to_their_slices():
     bench = bench_of({})
     C = bench.moments.centred().student
     rms = C.diagonal().sqrt()
-    W_Q, _, _ = turned_for_slices(C, bench.W_Q, bench.W_K, key_roots(bench.W_K, C.expand(4, 32, 32)))
+    W_Q, _, _ = near_slices(C, bench.W_Q, bench.W_K, key_roots(bench.W_K, C.expand(4, 32, 32)))
 
     def nearness(W):
         """Sum over query channels of the covariance with the slice's own channel, of unit rms."""
@@ -255,6 +258,6 @@ def test_turning_lets_a_low_rank_map_hold_more(seed):
     expressible(bench, "identity")
     found = bench.kl("low-rank:3", bench.start("low-rank:3"))
     moments = bench.moments
-    mean, query = moments.student_mean, low_rank(moments.centred().student, bench.W_Q, 3)
+    mean, query = moments.student_mean, factors(moments.centred(), bench.W_Q, 3)
     query["bias"] = mean @ bench.W_Q + bench.b_Q - mean * query["gain"] - query["up"] @ (query["down"] @ mean)
-    assert found < 0.7 * bench.kl("low-rank:3", Start(bench.W_K, query))
+    assert found < 0.7 * bench.kl("low-rank:3", QueryKeyParams(bench.W_K, query))
