@@ -1,4 +1,4 @@
-"""Qectomy takes the query projection W_Q out of pretrained GPT-2, Llama and Mistral models and says what that cost.
+"""Qectomy takes W_Q out of pretrained GPT-2, Llama, Mistral and Qwen 2 models and says what that cost.
 
 After `import qectomy`, `AutoModelForCausalLM.from_pretrained(reduced_folder)` needs no trust flag. The reduced
 classes are registered when transformers first asks for one of their model types, so importing this package

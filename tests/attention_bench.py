@@ -80,6 +80,7 @@ class AttentionBench:
             n_positions=self.context,
             tied=False,
             attention_bias=self.bias,
+            output_bias=self.bias,
             mlp_bias=False,
             rope=not self.gpt2,
             norm_shift=self.gpt2,
@@ -100,6 +101,7 @@ class AttentionBench:
             num_key_value_heads=self.n_kv_heads,
             head_dim=self.d_head,
             attention_bias=self.bias,
+            output_bias=self.bias,
             num_hidden_layers=1,
             rope_parameters=dict(rope_type="default", rope_theta=self.theta),
         )

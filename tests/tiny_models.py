@@ -20,6 +20,8 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -87,6 +89,8 @@ LLAMA_SHAPES: dict[str, dict[str, Any]] = {
     "fp16": dict(dtype="float16"),
     "sharded": dict(max_shard_size="12KB"),
     "mistral": dict(model_type="mistral", sliding_window=5),
+    "qwen2": dict(model_type="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen2-full": dict(model_type="qwen2", tie_word_embeddings=True),
     "mistral-full": dict(model_type="mistral", sliding_window=None, tie_word_embeddings=True),
 }
 
@@ -166,6 +170,7 @@ def tiny_model(name: str = "llama", **overrides: Any) -> torch.nn.Module:
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "mistral": (MistralConfig, MistralForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "gpt2": (GPT2Config, GPT2LMHeadModel),
     }[model_type]
     model = model_class(config_class(**options))

@@ -113,7 +113,7 @@ def _collected(runner: LayerRunner, teacher: nn.Module, streams: Streams) -> Ite
         stores = {name: _store(stack, runner.device, streams, name, *shape) for name, shape in shapes.items()}
         data = FitData(
             **stores,
-            allowed=runner.causal(),
+            allowed=runner.causal(teacher),
             scaling=runner.scaling(teacher),
             rotate=runner.rotate,
             share=streams.share,

@@ -39,20 +39,20 @@ class LayerRunner:
         with torch.no_grad():
             rotary = self.family.rotary(self.config)
             self.rotary = rotary and rotary.to(self.device)(torch.zeros(1, device=self.device), positions)
-        self.mask = self._mask()
 
-    def _mask(self) -> torch.Tensor | None:
-        """(1, 1, T, T) bool, True where a query may look, if it is more than plain causal; else None."""
-        window = self.family.sliding_window(self.config)
+    def mask(self, module: nn.Module) -> torch.Tensor | None:
+        """(1, 1, T, T) bool, True where a layer's query may look, if it is more than plain causal; else None."""
+        attention: Any = module.get_submodule(self.family.roles.attention)
+        window = self.family.sliding_window(self.config, attention.layer_idx)
         if window is None or window >= self.context:
             return None
         distance = torch.arange(self.context)[:, None] - torch.arange(self.context)[None, :]
         return ((distance >= 0) & (distance < window))[None, None].to(self.device)
 
-    def causal(self) -> torch.Tensor:
-        """(T, T) bool, True where a query may look."""
-        if self.mask is not None:
-            return self.mask[0, 0]
+    def causal(self, module: nn.Module) -> torch.Tensor:
+        """(T, T) bool, True where a layer's query may look."""
+        if (mask := self.mask(module)) is not None:
+            return mask[0, 0]
         return torch.ones(self.context, self.context, dtype=torch.bool, device=self.device).tril()
 
     def build(self, layer: int, tensors: dict[str, torch.Tensor], reduced: bool = False) -> nn.Module:
@@ -113,7 +113,7 @@ class LayerRunner:
         attention = module.get_submodule(roles.attention)
         with captured_input(module.get_submodule(roles.output.module)) as heads:
             angles = {} if self.rotary is None else {"position_embeddings": self.rotary}
-            out, _ = attention(self.read(module, x), attention_mask=self.mask, **angles)
+            out, _ = attention(self.read(module, x), attention_mask=self.mask(module), **angles)
         return x + out, heads[0]
 
     def think(self, module: nn.Module, x_mid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

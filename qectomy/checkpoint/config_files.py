@@ -150,7 +150,7 @@ def copy_companions(source: Path, folder: Path, patterns: tuple[str, ...] = CARR
 
 
 def tokenizer_class(folder: Path, model: Path | None = None) -> str | None:
-    """Return the name of transformers' class for a tokenizer whose files name none; None where they do.
+    """Return the name of transformers' class for a tokenizer, where its files name none or are not asked; else None.
 
     `model`: the folder whose config.json says what it is a tokenizer of, if not this one. Llama's class is for
     sentencepiece's own file: a tokenizer.json says all of itself, and may be of any kind.
@@ -158,7 +158,7 @@ def tokenizer_class(folder: Path, model: Path | None = None) -> str | None:
     config = _fields((model or folder) / "config.json")
     said = [fields.get("tokenizer_class") for fields in (config, _fields(folder / TOKENIZER_CONFIG))]
     family = FAMILIES.get(str(config.get("model_type")).removeprefix("qectomy_"))
-    if family is None or any(said):
+    if family is None or (any(said) and family.keeps_tokenizer_class):
         return None
     vocabulary = next((name for name in VOCABULARIES if (folder / name).is_file()), None)
     return family.tokenizer_class if vocabulary in family.vocabularies else None

@@ -310,7 +310,7 @@ class LayerPass:
                 for module, states in ((teacher, streams.teacher), (student, streams.student)):
                     hidden = self.runner.read(module, states[start : start + 1].to(self.runner.device))
                     pair.append(self.runner.queries_keys(module, hidden))
-                values[window] = attention_kl(pair[0], pair[1], self.runner.causal()).mean()
+                values[window] = attention_kl(pair[0], pair[1], self.runner.causal(teacher)).mean()
             share.together.sum_(values)
             result[name] = float(values.mean())
         return result

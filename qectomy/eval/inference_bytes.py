@@ -56,9 +56,11 @@ def kv_bytes_in_cache(cache: Any) -> float:
 
 def cached_tokens(config: Any, prompt: int, new: int) -> float:
     """Return how many tokens a step of decoding attends to, on average over `new` steps after a prompt."""
-    window = getattr(config, "sliding_window", None)
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    sliding = kinds.count("sliding_attention") / len(kinds) if kinds else 1.0  # share of the layers
     lengths = [prompt + step for step in range(1, new + 1)]
-    return sum(min(length, window) if window else length for length in lengths) / new
+    seen = [sliding * min(length, window) + (1 - sliding) * length if window else length for length in lengths]
+    return sum(seen) / new
 
 
 class OperationCount(TorchDispatchMode):

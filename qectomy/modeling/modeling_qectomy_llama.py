@@ -1,4 +1,4 @@
-"""Llama and Mistral without W_Q: the model code that travels beside a reduced checkpoint's weights.
+"""Llama, Mistral and Qwen 2 without W_Q: the model code that travels beside a reduced checkpoint's weights.
 
 This file stands alone: it imports only torch and transformers, so a folder that holds it loads with
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` where qectomy is not installed.
@@ -45,6 +45,13 @@ from transformers.models.mistral.modeling_mistral import (
     MistralForCausalLM,
     MistralModel,
     MistralPreTrainedModel,
+)
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2DecoderLayer,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen2PreTrainedModel,
 )
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):
@@ -330,7 +337,7 @@ class GaugedValue(nn.Module):
     """x̂ (B, T, D) -> values (B, T, G*K), whose heads have an identity block each.
 
     `pivots` (G, K): the channels at which a head's block of K x K is the identity. `weight` (G*K, D - K): its columns
-    at the other channels, ascending. W_O holds its bias: where the config calls for one, that is zeros.
+    at the other channels, ascending. W_O holds its bias, if that has one (written out, it is zeros then); else `bias`.
     """
 
     def __init__(self, config):
@@ -338,10 +345,15 @@ class GaugedValue(nn.Module):
         self.d_model, d_head, heads = config.hidden_size, config.head_dim, config.num_key_value_heads
         self.pivots = nn.Buffer(torch.arange(d_head, dtype=torch.int32).repeat(heads, 1))
         self.weight = nn.Parameter(torch.empty(heads * d_head, self.d_model - d_head))
+        self.bias = None
+        if config.attention_bias and isinstance(config, Qwen2Config):
+            self.bias = nn.Parameter(torch.zeros(len(self.weight)))
         self.attention_bias = config.attention_bias
 
     def reset_parameters(self, std: float) -> None:
         nn.init.normal_(self.weight, std=std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
         if not is_loaded(self.pivots):
             with torch.no_grad():
                 self.pivots.copy_(torch.arange(self.pivots.shape[1]).expand_as(self.pivots))
@@ -364,12 +376,14 @@ class GaugedValue(nn.Module):
             dense = nn.Linear(self.d_model, len(self.weight), bias=self.attention_bias)
         dense = dense.to(self.weight.dtype).train(self.training)
         dense.weight.copy_(self.dense_weight())
-        if dense.bias is not None:
+        if self.bias is not None:
+            dense.bias.copy_(self.bias)
+        elif dense.bias is not None:
             nn.init.zeros_(dense.bias)
         return dense
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(hidden, self.dense_weight())
+        return nn.functional.linear(hidden, self.dense_weight(), self.bias)
 
 
 class ReducedAttention(LlamaAttention):
@@ -377,6 +391,13 @@ class ReducedAttention(LlamaAttention):
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
+        self.window = {}  # what attention functions are told of it
+        if isinstance(config, MistralConfig):
+            self.window = {"sliding_window": config.sliding_window}
+        elif isinstance(config, Qwen2Config):
+            slides = config.layer_types[layer_idx] == "sliding_attention"
+            self.window = {"sliding_window": config.sliding_window if slides else None}
+            self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
         self.query = build_query(config, layer_idx)
         if self.query is not None:
             del self.q_proj
@@ -431,8 +452,6 @@ class ReducedAttention(LlamaAttention):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if isinstance(self.config, MistralConfig):
-            kwargs["sliding_window"] = self.config.sliding_window
         attn_output, attn_weights = attend(
             self,
             query_states,
@@ -441,6 +460,7 @@ class ReducedAttention(LlamaAttention):
             attention_mask,
             dropout=0.0 if not self.training else self.attention_dropout,
             scaling=self.scaling,
+            **self.window,
             **kwargs,
         )
         return self.o_proj(attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()), attn_weights
@@ -697,7 +717,51 @@ class QectomyMistralForCausalLM(QectomyMistralPreTrainedModel, MistralForCausalL
         self.post_init()
 
 
-for _family in ("Llama", "Mistral"):
+class QectomyQwen2Config(Qwen2Config):
+    """Qwen2Config plus the fields of QectomyLlamaConfig."""
+
+    model_type = "qectomy_qwen2"
+    query_maps: list[str] | None = None
+    value_maps: list[str] | None = None
+    output_maps: list[str] | None = None
+    index_sha256: list[str | None] | None = None
+    norms: bool = True
+    attention_skip: bool = True
+    mlp_skip: bool = True
+    shared_layers: bool = False
+    head_dim: int | None = None  # ReducedAttention builds on Llama's, which asks for these
+    attention_bias: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.attention_bias = True  # of queries, keys and values; W_O has none
+        check_layers(self)
+
+
+class ReducedQwen2DecoderLayer(ReducedLayer, Qwen2DecoderLayer):
+    pass
+
+
+class QectomyQwen2PreTrainedModel(ReducedPreTrained, Qwen2PreTrainedModel):
+    config: QectomyQwen2Config
+    _no_split_modules = ["ReducedQwen2DecoderLayer"]
+    _can_record_outputs = {"hidden_states": ReducedQwen2DecoderLayer, "attentions": ReducedAttention}
+
+
+class QectomyQwen2Model(ReducedModel, QectomyQwen2PreTrainedModel, Qwen2Model):
+    layer_class = ReducedQwen2DecoderLayer
+
+
+class QectomyQwen2ForCausalLM(QectomyQwen2PreTrainedModel, Qwen2ForCausalLM):
+    def __init__(self, config: QectomyQwen2Config):
+        with no_layers(config):
+            super().__init__(config)
+        self.model = QectomyQwen2Model(config)
+        self.post_init()
+
+
+for _family in ("Llama", "Mistral", "Qwen2"):
     _config, _base, _causal = (globals()[f"Qectomy{_family}{kind}"] for kind in ("Config", "Model", "ForCausalLM"))
     _config.register_for_auto_class("AutoConfig")
     _base.register_for_auto_class("AutoModel")

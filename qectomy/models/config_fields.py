@@ -104,6 +104,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "residual_multiplier": (1,),
     "scale_emb": (1,),
     "use_parallel_residual": (False,),
+    "use_mrope": (False,),
     "use_qk_norm": (False,),
 }
 
@@ -114,7 +115,8 @@ def known_fields(config: dict[str, Any], known: Iterable[str], kind: str) -> tup
     Raises CheckpointError for one that makes another model of a `kind`'s.
     """
     listed = {*COMMON, *known}
-    _check_layer_types(config, kind)
+    if "layer_types" not in listed:
+        _check_layer_types(config, kind)
     for name, neutral in NEUTRAL.items():
         value = config.get(name)
         if name not in listed and value is not None and not _is_one_of(value, neutral):
@@ -129,7 +131,7 @@ def known_fields(config: dict[str, Any], known: Iterable[str], kind: str) -> tup
 
 
 def _check_layer_types(config: dict[str, Any], kind: str) -> None:
-    """Raise CheckpointError where layers are said to attend in several ways: all of these families' do alike."""
+    """Raise CheckpointError where layers are said to attend in several ways: the layers of this family do alike."""
     types = config.get("layer_types")
     if types is None:
         return

@@ -1,4 +1,4 @@
-"""What a model family has to say of itself; `architectures.py` says it for each.
+"""What a model family has to say of itself; each file of `families/` says it for one.
 
 Torch and transformers are imported only inside methods. D d_model, H n_heads, G n_kv_heads, K d_head.
 """
@@ -76,7 +76,8 @@ class Dimensions:
     d_head: int
     vocab_size: int
     tied: bool
-    attention_bias: bool
+    attention_bias: bool  # of queries, keys and values
+    output_bias: bool  # of W_O
     mlp_bias: bool
     n_positions: int  # that the model was made for: the rows of a learned table, or as far as RoPE was trained
     rope: bool = True
@@ -138,6 +139,7 @@ class Family:
     fields: tuple[str, ...]  # of config.json, beside those that all families have
     tokenizer_class: str  # of transformers, where the tokenizer's own files name none ...
     vocabularies: tuple[str, ...]  # ... and are these
+    keeps_tokenizer_class: bool = True  # transformers loads the one that the tokenizer's files name
     folds_kv_bias: bool = False  # a layer without W_Q stores no bias of W_K and W_V
     norm_name: str  # as in "RMSNorm"
 
@@ -252,8 +254,8 @@ class Family:
     def in_own_type_(self, model: Any) -> None:
         """Let a model's norms compute in the type of what they read, where transformers computes in float32."""
 
-    def sliding_window(self, config: Any) -> int | None:
-        """How many positions back a query may look, itself included; None: all."""
+    def sliding_window(self, config: Any, layer: int) -> int | None:
+        """How many positions back a layer's queries may look, themselves included; None: all."""
         return None
 
     def _stock_module(self) -> Any:

@@ -50,13 +50,13 @@ def without_views(tensors: Tensors, views: tuple[LinearView, ...]) -> dict[str, 
 
 def read_maps(tensors: Tensors, roles: LayerRoles, spec: QueryMapSpec, d_head: int) -> dict[str, Projection]:
     """Return W_K and W_V, and W_Q if it is dense or in the gauge, of a layer of these maps, all (d_model, out)."""
-    query_bias = f"{roles.gauge}.bias"  # not one of all the projections that the module holds
-    weights = {name: tensor for name, tensor in tensors.items() if not spec.gauged or name != query_bias}
+    of_first = f"{roles.gauge}.bias"  # not one of all the projections that the module holds
+    weights = {name: tensor for name, tensor in tensors.items() if not spec.gauged or name != of_first}
     found = {role: read_view(weights, view) for role, view in roles.views(spec).items()}
     for role in spec.gauged:
         (place, parts), rest = roles.views(spec)[role].part, split_heads(found[role][0], d_head)
         pivots = tensors[f"{roles.gauge}.pivots"].long().chunk(parts)[place]
-        bias = tensors.get(query_bias) if role == "query" else None
+        bias = tensors.get(of_first) if place == 0 else None
         found[role] = join_heads(unfold_pivots(rest, pivots)), bias
     return found
 

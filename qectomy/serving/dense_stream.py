@@ -55,6 +55,10 @@ def _as_engines_compute(config: Any, ours: dict[str, Any]) -> bool:
     if config.model_type == "gpt2":
         upcast = config.reorder_and_upcast_attn or config.scale_attn_by_inverse_layer_idx
         return config.scale_attn_weights and not upcast and config.activation_function in ("gelu_new", "gelu")
+    if config.model_type == "qwen2" and (
+        config.use_sliding_window or ours["head_dim"] * config.num_attention_heads != config.hidden_size
+    ):
+        return False
     rope = config.rope_parameters
     plain = rope["rope_type"] in ("default", "llama3") and rope.get("partial_rotary_factor", 1.0) == 1.0
     biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)

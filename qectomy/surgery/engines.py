@@ -89,6 +89,6 @@ def dropped_fields(model_type: str, config: Any) -> list[dict[str, Any]]:
             "does": one.does,
             "measured": one.measured,
         }
-        for one in DROPPED[model_type]
+        for one in DROPPED.get(model_type, ())
         if not one.kept(config)
     ]

@@ -177,14 +177,13 @@ def query_shift(b_Q: torch.Tensor, fold: QueryFold, dims: Dimensions) -> torch.T
 
 
 def _fold_value_bias(dims: Dimensions, spec: QueryMapSpec, parts: _Parts) -> None:
-    """Drop the keys' bias where softmax alone sees it, and put the values' into W_O's, where neither is stored."""
+    """Drop the keys' bias where softmax alone sees it, and put the values' into W_O's, where that has one."""
     (W_V, b_V), (W_O, b_O) = parts.value, parts.output
     if not dims.rope and spec.name != "dense":
         parts.key = parts.key[0], None
     leaves = spec.value == "gauge" or (not dims.rope and spec.name != "dense")
-    if b_V is None or not leaves:
+    if b_V is None or b_O is None or not leaves:
         return
-    assert b_O is not None
     parts.value = W_V, None
     b_V = b_V.view(-1, dims.d_head).repeat_interleave(dims.n_heads // dims.n_kv_heads, 0).flatten()
     parts.output = W_O, b_O + b_V @ W_O
@@ -207,7 +206,10 @@ def _gauge(dims: Dimensions, roles: LayerRoles, plan: LayerPlan, parts: _Parts) 
         parts.key = join_heads(split_heads(W_K, dims.d_head) @ inverse.mT), b_K
     if "value" in pivots:
         rest, inverse = fold_pivots(split_heads(parts.value[0], dims.d_head), pivots["value"])
-        parts.value = join_heads(rest), parts.value[1]
+        b_V = parts.value[1]
+        if b_V is not None:
+            b_V = torch.linalg.solve(inverse, b_V.view(-1, 1, dims.d_head), left=False).flatten()
+        parts.value = join_heads(rest), b_V
         rows = parts.output[0].unflatten(0, (-1, dims.d_head))  # (H, K, D)
         inverse = inverse.repeat_interleave(dims.n_heads // dims.n_kv_heads, 0)
         parts.output = (inverse @ rows).flatten(0, 1), parts.output[1]

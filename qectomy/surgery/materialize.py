@@ -81,12 +81,13 @@ def _balance_heads_(
     if "value" not in spec.gauged:
         return {}
     (W_V, b_V), (W_O, b_O) = maps["value"], read_view(tensors, roles.output)
-    assert b_V is None, "a gauged W_V has its bias in W_O's"
     shared = dims.n_heads // dims.n_kv_heads  # heads that read one value stand side by side
     rows = W_O.unflatten(0, (dims.n_kv_heads, shared, dims.d_head)).transpose(1, 2).flatten(2)  # (G, K, shared * D)
-    value, output = balance_heads(split_heads(W_V, dims.d_head), rows)
+    V = W_V if b_V is None else torch.cat([W_V, b_V[None]])
+    value, output = balance_heads(split_heads(V, dims.d_head), rows)
     W_O = output.unflatten(2, (shared, -1)).transpose(1, 2).flatten(0, 2)
-    maps["value"] = (join_heads(value), None)
+    V = join_heads(value)
+    maps["value"] = (V[: dims.d_model], None if b_V is None else V[-1])
     return store_views([(roles.output, (W_O, b_O))])
 
 

@@ -147,7 +147,7 @@ def structural_recipe(streams: Streams) -> tuple[tuple[QueryMapSpec, ...], Dimen
 def mergeable(streams: Streams) -> set[int]:
     """Return the layers whose W_O can be multiplied into the MLP: square, no norm between, a place for its bias."""
     dims = streams.dims
-    if dims.norms or dims.n_heads * dims.d_head != dims.d_model or dims.mlp_bias < dims.attention_bias:
+    if dims.norms or dims.n_heads * dims.d_head != dims.d_model or dims.mlp_bias < dims.output_bias:
         return set()
     return {stream.only_writer for stream in streams.streams if stream.only_writer is not None}
 

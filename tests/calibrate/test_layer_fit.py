@@ -20,7 +20,7 @@ from qectomy.surgery.stream_basis import random_basis
 
 CONTEXT, WINDOWS = 24, 8
 MAPS = ["identity", "select", "key-shared", "low-rank:3"]
-SHAPES = ["llama", "mqa", "biases", "wide-heads", "narrow-heads", "mistral"]
+SHAPES = ["llama", "mqa", "biases", "wide-heads", "narrow-heads", "mistral", "qwen2"]
 SCALES = {  # of the logits, by GPT-2's shape and layer
     ("gpt2", 0): 8**-0.5,
     ("gpt2-one-head", 1): 32**-0.5,
@@ -88,7 +88,7 @@ def written_attention(made, scale, query, key, value, shift=0.0):
     heads = []
     for q, k, v in zip(*(t.split(made.dims.d_head, -1) for t in (queries, keys, values)), strict=True):
         logits = q @ k.mT * scale
-        heads.append(logits.masked_fill(~made.runner.causal(), -torch.inf).softmax(-1) @ v)
+        heads.append(logits.masked_fill(~made.runner.causal(made.teacher), -torch.inf).softmax(-1) @ v)
     return torch.cat(heads, -1) @ W_O + b_O
 
 
@@ -208,7 +208,7 @@ def test_a_fitted_layer(shape, turned, name, tiny_checkpoint, tmp_path, monkeypa
     student = made.runner.build(0, out, reduced=True)
     pair = [made.runner.queries_keys(module, made.runner.read(module, x)) for module in (made.teacher, student)]
     blind = (torch.zeros_like(pair[0][0]), pair[0][1])
-    allowed = made.runner.causal()
+    allowed = made.runner.causal(made.teacher)
     found, uniform = (float(reference_kl(pair[0], other, allowed).mean()) for other in (pair[1], blind))
     assert 0 < found < uniform * (0.8 if name in ("key-shared", "low-rank:3") else 1.5)  # the weights are random
     _, _, theirs = made.projected(made.teacher, x)
@@ -263,7 +263,7 @@ def test_key_shared_counts_on_no_bias_of_the_keys(tiny_checkpoint, tmp_path, mon
 
     def kl():
         pair = [made.runner.queries_keys(m, made.runner.read(m, made.x)) for m in (made.teacher, student)]
-        return float(reference_kl(*pair, made.runner.causal()).mean())
+        return float(reference_kl(*pair, made.runner.causal(made.teacher)).mean())
 
     found = kl()
     assert found < 0.01

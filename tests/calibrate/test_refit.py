@@ -63,7 +63,7 @@ def layer(tiny_checkpoint, tmp_path):
     return lambda shape, name, **options: Layer(tiny_checkpoint(shape), tmp_path, name, **options)
 
 
-@pytest.mark.parametrize("shape", ["llama", "mqa", "biases", "wide-heads", "mistral", "gpt2"])
+@pytest.mark.parametrize("shape", ["llama", "mqa", "biases", "wide-heads", "mistral", "qwen2", "gpt2"])
 @pytest.mark.parametrize("drift", [0.0, 0.3])
 def test_the_error_goes_down_on_the_fitted_windows(layer, shape, drift):
     made = layer(shape, "key-shared", drift=drift)
@@ -174,7 +174,7 @@ def test_only_the_refitted_matrices_change_and_none_of_the_teachers(layer, reade
     assert changed == {f"{module}.weight" for module in (*writers, *also)} | {f"{module}.bias" for module in writers}
 
 
-@pytest.mark.parametrize("shape", ["llama", "biases", "mistral", "gpt2"])
+@pytest.mark.parametrize("shape", ["llama", "biases", "mistral", "qwen2", "gpt2"])
 def test_nothing_to_do_where_the_student_is_the_teacher(layer, shape):
     made = layer(shape, "dense")
     before = {name: tensor.clone() for name, tensor in made.student.named_parameters()}

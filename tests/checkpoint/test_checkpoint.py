@@ -55,7 +55,7 @@ def test_reads_rows(tiny_checkpoint):
     assert torch.equal(rows, whole[310:].float())
 
 
-@pytest.mark.parametrize("name", ["llama", "tied", "biases", "bf16", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "tied", "biases", "bf16", "mistral", "qwen2"])
 def test_reads_a_reduced_checkpoint(tiny_reduced, tiny_checkpoint, name):
     reduced = open_checkpoint(tiny_reduced(EVERY_MAP, name), reduced=True)
     source = open_checkpoint(tiny_checkpoint(name, num_hidden_layers=5))

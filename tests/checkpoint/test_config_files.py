@@ -23,7 +23,7 @@ from qectomy.runs.input_hashes import SourceWatch
 from qectomy.text.text import load_tokenizer
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith(("rope-", "mistral"))])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith(("rope-", "mistral", "qwen2"))])
 def test_reduced_config_keeps_every_field(tiny_checkpoint, tmp_path, name):
     checkpoint = open_checkpoint(tiny_checkpoint(name))
     recipe = (parse_query_map("select"), parse_query_map("low-rank:3"))
@@ -204,7 +204,7 @@ def test_a_link_to_elsewhere_can_be_read(tiny_copy, tmp_path):
         SourceWatch(open_checkpoint(folder))  # what copies says so before it begins
 
 
-@pytest.mark.parametrize("name", ["llama", "biases", "bf16", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "biases", "bf16", "mistral", "qwen2"])
 def test_planned_totals_are_what_is_written(tiny_checkpoint, tiny_reduced, name):
     source = open_checkpoint(tiny_checkpoint(name, num_hidden_layers=len(EVERY_MAP)))
     folder = tiny_reduced(EVERY_MAP, name)

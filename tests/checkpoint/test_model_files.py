@@ -59,14 +59,14 @@ def test_the_file_for_mlx_imports_what_mlx_lm_brings(tmp_path):
     assert {"mlx", "mlx_lm"} <= found <= standard | {"mlx", "mlx_lm", "transformers"}
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gpt2"])
 def test_the_config_names_our_file_and_no_other(tiny_copy, tmp_path, name):
     """A source's own model code is left behind, and so is its name: mlx-lm would run whatever is called that."""
     source = tiny_copy(name)
     (source / "evil.py").write_text("raise SystemExit('was run')")
     edit_config(source, model_file="evil.py")
     reduced = save_reduced(tmp_path / "reduced", source, ("key-shared", "dense"))
-    assert config_of(reduced).get("model_file") == (None if name == "gpt2" else MLX)
+    assert config_of(reduced).get("model_file") == (MLX if name in ("llama", "mistral") else None)
     materialize(open_checkpoint(reduced, reduced=True), tmp_path / "stock")
     fold_norms(open_checkpoint(source), tmp_path / "folded", ["gain"])
     for folder in (tmp_path / "stock", tmp_path / "folded"):
@@ -79,7 +79,7 @@ def test_folded_norms_of_a_class_of_ours_come_with_all_files(tmp_path, name):
     source = save_variant(tmp_path / "variant", name, mlp_skip=False)
     assert "model_file" not in config_of(source)
     fold_norms(open_checkpoint(source), tmp_path / "folded", ["gain"])
-    assert config_of(tmp_path / "folded").get("model_file") == (None if name == "gpt2" else MLX)
+    assert config_of(tmp_path / "folded").get("model_file") == (MLX if name in ("llama", "mistral") else None)
     assert {file.name for file in (tmp_path / "folded").glob("*.py")} == {
         file.name for file in model_files(FAMILIES[name])
     }

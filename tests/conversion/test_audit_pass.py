@@ -16,7 +16,7 @@ from qectomy.surgery.stream_basis import random_orthogonal
 from qectomy.text.text import read_source
 from qectomy.text.windows import make_windows
 
-SHAPES = ["llama", "biases", "wide-heads", "bf16", "sharded", "mistral", "rope-llama3", "gpt2", "gpt2-inverse"]
+SHAPES = ["llama", "biases", "wide-heads", "bf16", "sharded", "mistral", "qwen2", "rope-llama3", "gpt2", "gpt2-inverse"]
 WINDOWS = dict(tokens=640, context=32)  # 20 windows: more than a batch
 
 

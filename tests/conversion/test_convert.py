@@ -19,15 +19,14 @@ from qectomy.conversion.settings import ConvertSettings
 from qectomy.errors import CheckpointError
 from qectomy.eval.evaluate import evaluate
 from qectomy.eval.protocol import Protocol
-from qectomy.modeling.modeling_qectomy_gpt2 import QectomyGPT2Model
-from qectomy.modeling.modeling_qectomy_llama import QectomyLlamaModel, QectomyMistralModel
+from qectomy.models.architectures import FAMILIES
 from qectomy.models.query_maps import parse_recipe
 from qectomy.text.text import read_source
 
 MAPS = ["identity", "select", "key-shared", "low-rank:3", "dense"]
 MIXED = "0=identity,1=key-shared,2=select,3=dense,4=low-rank:3"
 SHAPES = ["mha", "llama", "mqa", "tied", "biases", "attention-bias", "mlp-bias", "wide-heads", "narrow-heads"]
-STORAGE = ["sharded", "bf16", "fp16", "mistral", "mistral-full"]
+STORAGE = ["sharded", "bf16", "fp16", "mistral", "qwen2", "mistral-full"]
 CASES = [
     *[(shape, "key-shared") for shape in [*SHAPES, *STORAGE]],
     *[(f"rope-{name}", "select") for name in ROPES],
@@ -120,7 +119,9 @@ def test_every_shape_and_map(shape, query, tiny_checkpoint, raven, tmp_path):
         assert report["perplexity"]["ratio"] < 5
 
 
-@pytest.mark.parametrize("shape", ["llama", "tied", "biases", "mistral", "gpt2", "gpt2-untied", "gpt2-inverse"])
+@pytest.mark.parametrize(
+    "shape", ["llama", "tied", "biases", "mistral", "qwen2", "gpt2", "gpt2-untied", "gpt2-inverse"]
+)
 def test_a_mixed_recipe(shape, tiny_checkpoint, raven, tmp_path):
     source = tiny_checkpoint(shape, num_hidden_layers=5)
     report = convert_tiny(source, tmp_path / "out", MIXED, raven)
@@ -284,10 +285,10 @@ def test_the_reload_check_ran_in_a_fresh_process(tiny_checkpoint, raven, tmp_pat
     assert report["reload_check"]["largest_relative_logit_error"] < 1e-4
 
 
-@pytest.mark.parametrize("shape", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("shape", ["llama", "mistral", "qwen2", "gpt2"])
 def test_the_reload_check_runs_the_models_own_forward(shape, tiny_checkpoint, raven, tmp_path, monkeypatch):
     """What lies outside the layers, and so outside what the pass runs, must be right too."""
-    whole = {"llama": QectomyLlamaModel, "mistral": QectomyMistralModel, "gpt2": QectomyGPT2Model}[shape]
+    whole = FAMILIES[shape].base_class(reduced=True)
     right = whole.forward
 
     def wrong(self, *arguments, **options):

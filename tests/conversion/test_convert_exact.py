@@ -28,7 +28,7 @@ def run(source, out, **settings):
     return convert_exact(open_checkpoint(source), out, ConvertSettings(**settings), kept)
 
 
-@pytest.mark.parametrize("shape", ["gpt2", "llama", "biases", "mistral", "sharded"])
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "biases", "mistral", "qwen2", "sharded"])
 def test_the_report_tells_what_lies_in_the_folder(shape, tiny_checkpoint, raven, tmp_path):
     source = tiny_checkpoint(shape)
     before = hashes(source)

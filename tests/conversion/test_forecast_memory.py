@@ -32,6 +32,7 @@ DIMS = Dimensions(
     vocab_size=7000,
     tied=False,
     attention_bias=False,
+    output_bias=False,
     mlp_bias=False,
     n_positions=2048,
 )

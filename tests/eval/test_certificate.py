@@ -52,7 +52,7 @@ def made(tiny_checkpoint, tmp_path_factory):
     return make
 
 
-SHAPES = ["gpt2", "gpt2-untied", "llama", "biases", "mistral", "bf16"]
+SHAPES = ["gpt2", "gpt2-untied", "llama", "biases", "mistral", "qwen2", "bf16"]
 SHAPES += [f"{family}/{variant}" for family in ("gpt2", "llama") for variant in VARIANTS]
 
 

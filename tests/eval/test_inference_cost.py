@@ -109,7 +109,7 @@ def test_the_clock_is_read_around_prefill_and_around_decoding():
     assert loop.run(*random_tokens(320, 2, 5, 3, 0)) == Timing(prefill=2.0, decode=7.0)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gpt2"])
 def test_the_loop_decodes_with_the_cache(name, monkeypatch):
     """Its last step gives the logits of the whole sequence in one forward; each step sees one token."""
     model = tiny_model(name)
@@ -238,6 +238,7 @@ def test_weights_in_memory_count_once():
 def test_cached_tokens_are_the_mean_over_the_steps():
     assert cached_tokens(tiny_model("llama").config, 10, 4) == (11 + 12 + 13 + 14) / 4
     assert cached_tokens(tiny_model("mistral").config, 3, 4) == (4 + 5 + 5 + 5) / 4  # a window of 5
+    assert cached_tokens(tiny_model("qwen2").config, 3, 4) == (19 + (4 + 5 + 6 + 7)) / 8  # in one of two layers
 
 
 def test_operations_are_counted_and_views_are_not():
@@ -252,7 +253,7 @@ def test_operations_are_counted_and_views_are_not():
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("name", ["llama", "mha", "biases", "mistral", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "mha", "biases", "mistral", "qwen2", "gpt2"])
 @pytest.mark.parametrize("query", MAPS)
 def test_no_map_takes_more_operations_than_w_q(tiny_reduced, name, query, batch):
     """On a GPU, where steps wait for launches, more of them would eat what the removed weights save."""

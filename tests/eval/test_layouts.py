@@ -34,7 +34,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 layouts = st.fixed_dictionaries(
     {
-        "family": st.sampled_from(("gpt2", "llama", "mistral")),
+        "family": st.sampled_from(("gpt2", "llama", "mistral", "qwen2")),
         "tied": st.booleans(),
         "stored": st.sampled_from(("embedding", "head", "both", "both, another head")),
         "prefix": st.sampled_from(("as it is", "none", "twice", "mixed")),

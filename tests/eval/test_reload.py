@@ -18,7 +18,7 @@ from qectomy.eval import reload
 from qectomy.eval.layerwise_model import StreamedModel
 from qectomy.modeling import modeling_qectomy_gpt2, modeling_qectomy_llama
 
-MODELING = {"llama": modeling_qectomy_llama, "mistral": modeling_qectomy_llama, "gpt2": modeling_qectomy_gpt2}
+MODELING = dict.fromkeys(("llama", "mistral", "qwen2"), modeling_qectomy_llama) | {"gpt2": modeling_qectomy_gpt2}
 # As if transformers handed layers their cache under a name that the model code passes by: from the second token on
 # each token sees only itself, and one pass over a text is right.
 LOST = "import {0} as m; m.take_cache = lambda named, given=None: (None, {{}}); "
@@ -32,7 +32,7 @@ def lose_caches(patch: pytest.MonkeyPatch, name: str) -> None:
     patch.setattr(module, "take_cache", lambda named, given=None: (None, {}))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen2"])
 def test_a_cache_that_is_lost_is_found_by_a_fresh_process(tiny_reduced, name, monkeypatch):
     folder, ids = tiny_reduced(EVERY_MAP, name), tokens(1, 40)
     model = StreamedModel(open_checkpoint(folder, reduced=True))
@@ -41,7 +41,7 @@ def test_a_cache_that_is_lost_is_found_by_a_fresh_process(tiny_reduced, name, mo
     assert found.error < 1e-5
     assert 0 < found.cached_error < 1e-5
     lose_caches(monkeypatch, name)
-    if name == "mistral":  # its window's mask has the length of the keys that the cache should hold
+    if name in ("mistral", "qwen2"):  # its window's mask has the length of the keys that the cache should hold
         with pytest.raises(Stopped, match=r"in a fresh process: RuntimeError: .*shape"):
             reload.check_reload(folder, ids, logits, folder, writes=False)
         return
@@ -81,7 +81,7 @@ def test_no_healing_ships_a_cache_that_is_lost(tiny_checkpoint, raven, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["llama", "tied", "mistral", "gpt2", "rope-longrope"])
+@pytest.mark.parametrize("name", ["llama", "tied", "mistral", "qwen2", "gpt2", "rope-longrope"])
 def test_decoding_layer_by_layer_is_the_models_own(tiny_reduced, name):
     """A text in pieces, each layer with its cache, gives the states of the whole model in one pass."""
     folder, ids = tiny_reduced(EVERY_MAP, name), tokens(2, 16)

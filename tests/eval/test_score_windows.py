@@ -115,7 +115,7 @@ class TestNonFinite:
 
 
 class TestStreamed:
-    @pytest.mark.parametrize("shape", ["gpt2", "llama", "biases", "mistral", "bf16", "tied", "mqa"])
+    @pytest.mark.parametrize("shape", ["gpt2", "llama", "biases", "mistral", "qwen2", "bf16", "tied", "mqa"])
     def test_gives_the_same_numbers(self, shape, tiny_checkpoint, monkeypatch):
         monkeypatch.setattr(layerwise_model, "STATES_BYTES", 40_000)  # several groups
         monkeypatch.setattr(layerwise_model, "STREAMED_TOKENS", 70)

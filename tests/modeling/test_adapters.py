@@ -15,9 +15,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 
 MAPS = ("identity", "select", "key-shared", "low-rank:3", "dense", "exact", "shared")
 EXPLICIT = {"gpt2": {"c_attn"}, "llama": {"k_proj", "v_proj", "o_proj"}, "mistral": {"k_proj", "v_proj", "o_proj"}}
+EXPLICIT["qwen2"] = EXPLICIT["llama"]
 EVERY = {"gpt2": {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}}
 EVERY["llama"] = {f"self_attn.{name}" for name in EXPLICIT["llama"]} | {f"mlp.{x}_proj" for x in ("gate", "up", "down")}
-EVERY["mistral"] = EVERY["llama"]
+EVERY["mistral"] = EVERY["qwen2"] = EVERY["llama"]
 IDS = tokens(2, 24)
 
 

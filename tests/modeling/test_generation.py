@@ -41,7 +41,7 @@ def test_cache_gives_the_same_text(tiny_reduced, name):
         assert relative(model(plain[:, 11:]).logits, whole[:, 11:]) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gpt2"])
 @pytest.mark.parametrize("query", ["identity", "select", "key-shared", "low-rank:3", "dense", "exact"])
 def test_cached_text_of_a_padded_batch_is_the_uncached_one(
     tiny_reduced, tiny_checkpoint, tmp_path, monkeypatch, name, query
@@ -107,7 +107,7 @@ def test_requests_that_are_served_together(tiny_reduced, name):
     assert len({tuple(text) for text in found.values()}) == 3
 
 
-@pytest.mark.parametrize("name", ["llama", "narrow-heads", "mistral", "gpt2", "gpt2-inverse"])
+@pytest.mark.parametrize("name", ["llama", "narrow-heads", "mistral", "qwen2", "gpt2", "gpt2-inverse"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_left_padding(tiny_reduced, name, attention):
     """Padded on the left and masked, each sequence of a batch has the logits it has alone, and goes on alike."""

@@ -11,6 +11,7 @@ from qectomy.modeling.modeling_qectomy_llama import (
     QectomyLlamaConfig,
     QectomyLlamaForCausalLM,
     QectomyMistralConfig,
+    QectomyQwen2Config,
     QueryMap,
 )
 
@@ -31,7 +32,7 @@ def test_half_precision_runs(tiny_reduced, name):
     assert relative(logits.double(), exact) < 0.2
 
 
-@pytest.mark.parametrize("name", ["llama", "tied", "biases", "bf16", "mistral", "rope-llama3", "rope-yarn"])
+@pytest.mark.parametrize("name", ["llama", "tied", "biases", "bf16", "mistral", "qwen2", "rope-llama3", "rope-yarn"])
 def test_save_and_reload(tiny_reduced, tmp_path, name):
     """Loaded by the Auto classes, saved by transformers, loaded again: same logits, no trust flag."""
     folder, ids = tiny_reduced(EVERY_MAP, name), tokens(2, 60)
@@ -63,7 +64,7 @@ def test_outputs_are_recorded(tiny_reduced):
     torch.testing.assert_close(out.attentions[0].sum(-1), torch.ones(2, 4, 11))
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
 def test_a_training_step_with_gradient_checkpointing(tiny_reduced, name):
     model = load_reduced(tiny_reduced(EVERY_MAP, name, attention_dropout=0.1)).train()
     plain = load_reduced(tiny_reduced(EVERY_MAP, name, attention_dropout=0.1)).train()
@@ -87,7 +88,7 @@ def test_a_training_step_with_gradient_checkpointing(tiny_reduced, name):
     assert model(ids, labels=ids).loss.item() != before
 
 
-@pytest.mark.parametrize("config_class", [QectomyLlamaConfig, QectomyMistralConfig])
+@pytest.mark.parametrize("config_class", [QectomyLlamaConfig, QectomyMistralConfig, QectomyQwen2Config])
 def test_a_fresh_model_is_usable(config_class):
     """From a config alone, `_init_weights` leaves no uninitialised memory: finite, and small logits."""
     options = {

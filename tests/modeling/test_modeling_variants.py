@@ -277,7 +277,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("fields, message", BAD.values(), ids=BAD)
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2"])
 def test_configs_that_contradict_themselves(family, fields, message):
     with pytest.raises(ValueError, match=message):
         variant_model(family, **fields)

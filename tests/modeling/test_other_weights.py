@@ -34,7 +34,7 @@ def refusal(folder, **options) -> str:
 
 
 @pytest.mark.parametrize("resized", [False, True])
-@pytest.mark.parametrize("name", ["llama", "biases", "mistral", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "biases", "mistral", "qwen2", "gpt2"])
 @pytest.mark.parametrize("stored", EVERY_MAP)
 def test_a_query_map_that_is_not_the_stored_one(tiny_reduced, tmp_path, stored, name, resized):
     folder = tiny_reduced((stored, "dense"), name)

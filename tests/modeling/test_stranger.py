@@ -53,7 +53,7 @@ for name, folder in job["folders"].items():
 (out / "facts.json").write_text(json.dumps(facts))
 """
 STEMS = dict.fromkeys(("llama", "biases", "wide-heads", "tied", "bf16"), "Llama")
-STEMS |= {"mistral": "Mistral", "gpt2": "GPT2", "gpt2-untied": "GPT2"}
+STEMS |= {"mistral": "Mistral", "qwen2": "Qwen2", "gpt2": "GPT2", "gpt2-untied": "GPT2"}
 NAMES = tuple(STEMS)
 MANY = tokens(2, 24)
 # What it may import.

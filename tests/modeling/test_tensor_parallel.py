@@ -43,14 +43,14 @@ distributed.destroy_process_group()
 """
 RECIPES = {name: (name, name) for name in ("identity", "select", "key-shared", "low-rank:3", "dense")}
 RECIPES |= {"mixed": ("select", "key-shared", "identity")}
-NAMES = [*RECIPES, "exact", "mistral", "biases"]
+NAMES = [*RECIPES, "exact", "mistral", "qwen2", "biases"]
 IDS = tokens(2, 17)
 
 
 @pytest.fixture(scope="module")
 def folders(tiny_reduced, tiny_checkpoint, tmp_path_factory) -> dict[str, Path]:
     made = {name: tiny_reduced(recipe) for name, recipe in RECIPES.items()}
-    made |= {name: tiny_reduced(("key-shared", "select"), name) for name in ("mistral", "biases")}
+    made |= {name: tiny_reduced(("key-shared", "select"), name) for name in ("mistral", "qwen2", "biases")}
     made["exact"] = tmp_path_factory.mktemp("fold") / "exact"
     fold(tiny_checkpoint(), made["exact"])
     return made

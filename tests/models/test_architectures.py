@@ -58,7 +58,7 @@ def test_reduced_shapes(name, query_map):
 
 def test_parameters_of_query_modules():
     """parameters() counts every number the module holds, indices included."""
-    for name in ("llama", "mqa", "biases", "wide-heads", "narrow-heads", "mistral", "gpt2"):
+    for name in ("llama", "mqa", "biases", "wide-heads", "narrow-heads", "mistral", "qwen2", "gpt2"):
         family, raw = family_and_config(name, num_hidden_layers=len(EVERY_MAP))
         dims = family.dimensions(raw)
         config = load_config(family, {**raw, "query_maps": list(EVERY_MAP)}, reduced=True)
@@ -72,7 +72,7 @@ def test_parameters_of_query_modules():
             assert parse_query_map(query_map).parameters(dims) == held, (name, query_map)
 
 
-@pytest.mark.parametrize("name", ["llama", "wide-heads", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "wide-heads", "mistral", "qwen2"])
 def test_one_layer_runs_as_in_the_whole_model(name):
     """stock_layer, rotary and norm, put together by hand, give the stock model's own hidden states."""
     family, raw = family_and_config(name)
@@ -90,7 +90,8 @@ def test_one_layer_runs_as_in_the_whole_model(name):
     whole = model.model(torch.tensor([[5, 6, 7, 8]]), output_hidden_states=True).hidden_states[1]
     torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(norm(whole), model.model.norm(whole))
-    assert family.sliding_window(config) == raw.get("sliding_window")
+    windows = [None if name == "qwen2" else raw.get("sliding_window"), raw.get("sliding_window")]
+    assert [family.sliding_window(config, layer) for layer in range(2)] == windows
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-inverse"])
@@ -132,7 +133,9 @@ def test_apply_rotary_turns_pairs_of_channels():
 
 def test_unknown_type_lists_the_known():
     for model_type in ("gpt_neox", None, 7, ["llama"]):
-        with pytest.raises(UnsupportedArchitecture, match="is not supported; supported types: gpt2, llama, mistral"):
+        with pytest.raises(
+            UnsupportedArchitecture, match="is not supported; supported types: gpt2, llama, mistral, qwen2"
+        ):
             find_family({"model_type": model_type})
     with pytest.raises(UnsupportedArchitecture, match="model_type None"):
         find_family({})
@@ -140,7 +143,9 @@ def test_unknown_type_lists_the_known():
 
 @pytest.mark.parametrize("model_type", QK_NORM_TYPES)
 def test_qk_norm_is_refused(model_type):
-    with pytest.raises(UnsupportedArchitecture, match=f"{model_type}.*QK-norm.*Supported types: gpt2, llama, mistral"):
+    with pytest.raises(
+        UnsupportedArchitecture, match=f"{model_type}.*QK-norm.*Supported types: gpt2, llama, mistral, qwen2"
+    ):
         find_family({"model_type": model_type})
 
 

@@ -27,6 +27,7 @@ def dimensions(n_layers=6, *, d_model=64, n_heads=4, n_kv_heads=2, d_head=16, at
         n_positions=64,
         tied=False,
         attention_bias=attention_bias,
+        output_bias=attention_bias,
         mlp_bias=False,
         **options,
     )

@@ -40,7 +40,7 @@ def printed(request, monkeypatch, capsys):
     return lambda: " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("shape", ["llama", "biases", "bf16", "mistral"])
+@pytest.mark.parametrize("shape", ["llama", "biases", "bf16", "mistral", "qwen2"])
 def test_an_inspection(shape, tiny_checkpoint, printed):
     checkpoint = open_checkpoint(tiny_checkpoint(shape))
     found = inspect(checkpoint) | {"needs": NEEDS}

@@ -15,6 +15,7 @@ GAUGES = {  # family, query maps, value maps, what else differs
     "llama": ("llama", ["dense", "key-shared", "select"], ["gauge", "gauge", "dense"], {}),
     "llama-narrow": ("llama", ["low-rank:3", "dense"], ["gauge", "gauge"], {"head_dim": 6}),
     "mistral": ("mistral", ["identity", "dense"], ["dense", "gauge"], {}),
+    "qwen2": ("qwen2", ["identity", "dense"], ["gauge", "gauge"], {}),
     "gpt2": ("gpt2", ["gauge", "key-shared", "dense"], ["gauge", "gauge", "dense"], {}),
     "llama-shared": ("llama", ["key-shared"] * 3, ["gauge"] * 3, {"shared_layers": True}),
     "llama-biases": ("llama", ["dense"] * 3, ["gauge", "dense", "gauge"], {"attention_bias": True}),

@@ -34,7 +34,8 @@ def normal(*shape, seed=0):
 
 def dims(d_model, n_heads, n_kv_heads, d_head, rope):
     sizes = dict(d_model=d_model, n_heads=n_heads, n_kv_heads=n_kv_heads, d_head=d_head, rope=rope)
-    rest = dict(n_layers=1, d_mlp=1, vocab_size=1, tied=True, attention_bias=False, mlp_bias=False, n_positions=1)
+    rest = dict(n_layers=1, d_mlp=1, vocab_size=1, tied=True, attention_bias=False, n_positions=1)
+    rest |= dict(output_bias=False, mlp_bias=False)
     return Dimensions(**sizes, **rest)
 
 

@@ -86,12 +86,14 @@ def test_gpt2_stands_where_no_head_reads_another(tmp_path, name, make):
         assert f"transformer.h.{layer}.attn.c_attn.gauge.bias" not in shapes
 
 
-@pytest.mark.parametrize("name", ["llama", "mqa", "mha", "biases", "tied", "narrow-heads", "mistral", "rope-llama3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mqa", "mha", "biases", "tied", "narrow-heads", "mistral", "qwen2", "rope-llama3"]
+)
 @pytest.mark.parametrize("make", ["identity", "pairs", "pairs-of-each-head", "diagonal"])
 def test_llama_stands_where_each_channel_reads_itself(tmp_path, name, make):
     """What no pair of RoPE takes lies in the gain, and comes out of W_K and W_V."""
     model = tiny_model(name, num_hidden_layers=3).double()
-    d_head = model.config.head_dim
+    d_head = model.model.layers[0].self_attn.head_dim
     diagonal = {
         "identity": lambda: torch.ones(4 * d_head).double(),
         "pairs": lambda: pairs(model.config.num_key_value_heads, d_head=d_head),
@@ -179,7 +181,7 @@ def test_a_materialised_identity_goes_again(tmp_path, name):
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "mqa", "biases", "rope-yarn", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "mqa", "biases", "rope-yarn", "mistral", "qwen2"])
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_turn_passes_rmsnorm(tmp_path, name, layer):
     """diag(γ) W_Q = Θ times what RoPE lets through: that layer's W_Q goes, on an ordinary model with norms."""

@@ -171,6 +171,7 @@ def test_skipless_nets_lose_the_output_projection_too(tmp_path, family, tied, sh
         ("narrow-heads", 2 * (2 * 6 * 6 + 12 - 2 * 6)),
         ("wide-heads", 2 * (2 * 12 * 12 - 2 * 12)),
         ("mistral", 2 * (2 * 8 * 8 - 2 * 8)),
+        ("qwen2", 2 * (2 * 8 * 8 - 2 * 8)),  # W_O has no bias for the values'
         ("rope-yarn", 2 * (2 * 8 * 8 - 2 * 8)),
     ],
 )

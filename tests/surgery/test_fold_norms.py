@@ -19,7 +19,7 @@ PARTS = [("gain",), ("shift",), ("mean",), ("gain", "mean"), None]
 
 
 @pytest.mark.parametrize("only", PARTS, ids=str)
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "llama", "biases", "mistral", "mqa"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "llama", "biases", "mistral", "qwen2", "mqa"])
 @torch.no_grad()
 def test_the_logits_stay(name, only, tiny_checkpoint, tmp_path):
     source = tiny_checkpoint(name)

@@ -38,7 +38,7 @@ def edit(module, change):
         module.bias.copy_(bias)
 
 
-@pytest.mark.parametrize("name", ["gpt2-untied", "llama", "biases", "mqa", "mistral", "wide-heads"])
+@pytest.mark.parametrize("name", ["gpt2-untied", "llama", "biases", "mqa", "mistral", "qwen2", "wide-heads"])
 @torch.no_grad()
 def test_the_gain_goes_into_the_readers(name):
     """GPT-2's shift, which stands behind its gain, is divided by it first."""

@@ -25,6 +25,7 @@ OLD = b"raise SystemExit('the code of another version')\n"
 CODE = {
     "llama": "modeling_qectomy_llama.py",
     "mistral": "modeling_qectomy_llama.py",
+    "qwen2": "modeling_qectomy_llama.py",
     "gpt2": "modeling_qectomy_gpt2.py",
 }
 LLAMA = CODE["llama"]

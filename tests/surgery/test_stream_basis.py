@@ -9,7 +9,7 @@ from qectomy.models.architectures import FAMILIES
 from qectomy.surgery.stream_basis import FAR, StreamBasis, random_basis, random_orthogonal
 
 LLAMA = FAMILIES["llama"]
-SHAPES = ["llama", "mha", "mqa", "biases", "wide-heads", "narrow-heads", "mistral", "rope-yarn"]
+SHAPES = ["llama", "mha", "mqa", "biases", "wide-heads", "narrow-heads", "mistral", "qwen2", "rope-yarn"]
 
 
 class Float64Norm(nn.Module):
