@@ -7,7 +7,7 @@ from typing import Any
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.report.card_metadata import Origin, card_metadata, one_line, origin
 from qectomy.report.card_verdict import card_verdict
-from qectomy.report.moved_words import moved_meaning, moved_table
+from qectomy.report.moved_words import has_refitted_dense, moved_meaning, moved_table
 from qectomy.report.page.verdict import verdict
 from qectomy.report.query_share import kind_words, query_share
 from qectomy.report.text_words import read_as_words, text_doubt
@@ -17,7 +17,8 @@ FITTED = """The query projections of this {family} checkpoint{kept} were taken o
 {ending}"""
 HOW = "Query maps and W_K were fitted on calibration text layer by layer; "
 REFITTED = """W_O and W_down were
-refitted to them in closed form, also in layers that keep their W_Q (`dense`)."""
+refitted to them in closed form{dense}."""
+DENSE_TOO = ", also in layers that keep their W_Q (`dense`)"
 LEFT = "nothing else was fitted."
 HEALED = """ Then the model was healed, trained on {tokens:,} tokens{after} of {texts} to predict what the original
 predicts (`healing.png`)."""
@@ -131,7 +132,8 @@ def _licence(source: Checkpoint, known: Origin) -> str:
 
 def _ending(report: dict[str, Any]) -> str:
     healing = report.get("healing")
-    how = HOW + (REFITTED if report.get("calibration", {}).get("refit", True) else LEFT)
+    refitted = REFITTED.format(dense=DENSE_TOO if has_refitted_dense(report) else "")
+    how = HOW + (refitted if report.get("calibration", {}).get("refit", True) else LEFT)
     if healing is None:
         return f"No training from end to end. {how}"
     if not healing["best_step"]:

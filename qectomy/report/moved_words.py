@@ -14,8 +14,8 @@ MEANING = (
     "layer makes up for its query map, and may lie in other coordinates that give the same attention. {rest}"
 )
 REFITTED = (
-    "From the first reduced layer on W_O and W_down are refitted, of dense layers too, so that the stream returns to "
-    "the original's; with --no-refit they stay."
+    "From the first reduced layer on W_O and W_down are refitted{dense}, so that the stream returns to the original's; "
+    "with --no-refit they stay."
 )
 LEFT = "Nothing was refitted (--no-refit)."
 TAKES_IN = "b_O of a reduced layer also takes in the bias of its values, which loses nothing."
@@ -38,13 +38,20 @@ def moved_table(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str
 
 def moved_meaning(report: dict[str, Any]) -> str:
     """Say what the numbers of `moved_table` are."""
-    said = [REFITTED if report.get("calibration", {}).get("refit", True) else LEFT]
+    refitted = REFITTED.format(dense=", of dense layers too" if has_refitted_dense(report) else "")
+    said = [refitted if report.get("calibration", {}).get("refit", True) else LEFT]
     maps = {layer["map"] for layer in report["layers"]}
     if report.get("source", {}).get("model_type") == "gpt2":
         said += [TAKES_IN] if maps - {"dense"} else []
     elif maps & {name for name, query_map in MAPS.items() if query_map.plain}:
         said.append(TURNED)
     return MEANING.format(rest=" ".join([*said, HEALED] if "healing" in report else said))
+
+
+def has_refitted_dense(report: dict[str, Any]) -> bool:
+    """Whether a dense layer comes after a reduced one, so that a fit refits it."""
+    maps = [layer["map"] for layer in report["layers"]]
+    return "dense" in maps[next((i for i, name in enumerate(maps) if name != "dense"), len(maps)) :]
 
 
 def moved_summary(report: dict[str, Any]) -> list[str]:

@@ -44,7 +44,8 @@ def show_conversion(report: dict[str, Any]) -> None:
     show_doubt(report, perplexity["protocol"])
     seconds, forward = report["seconds"]["total"], report["forward_pass_seconds"]
     console.print(
-        f"{seconds:.0f} s, {seconds / forward:.1f} forward passes; peak memory {size(report['peak_memory_bytes'])}"
+        f"{seconds:.0f} s, as long as the original takes to read the same tokens {seconds / forward:.1f} times; peak "
+        f"memory {size(report['peak_memory_bytes'])}"
     )
 
 

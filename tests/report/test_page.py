@@ -207,8 +207,10 @@ def test_what_moved_is_told_of_each_layer(tmp_path):
     assert (
         "0 key-shared 61 % 0 % 0.80 % 0.46 % bO from 0 1 dense 0 % < 0.01 % 2.2 % 10 % the norm's gain 40 % 3 " in words
     )
-    assert "of dense layers too" in words
+    assert "are refitted, of dense layers too, so that" in words
     assert "before healing" not in words
+    all_reduced = page_folders.full_report()
+    assert "are refitted, so that" in section(page([make(tmp_path, all_reduced, "all")]), "moved").words
     assert "values" not in words  # which is GPT-2's
     assert "another basis" not in words
     report["layers"][3]["map"] = "identity"

@@ -200,7 +200,7 @@ def timing_section(folder: Folder, key: str) -> Section | None:
     facts = []
     if report.get("forward_pass_seconds"):
         times = numbers.plain(total / report["forward_pass_seconds"], 1)
-        facts.append(("As many plain forward passes of the same tokens", times))
+        facts.append(("Times as long as the original takes to read the same tokens", times))
     if "peak_memory_bytes" in report:
         facts.append(("Peak memory", numbers.bytes_(report["peak_memory_bytes"])))
     if "device" in report:
