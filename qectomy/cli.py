@@ -24,7 +24,7 @@ from qectomy.versions import check_transformers
 
 app = typer.Typer(
     name="qectomy",
-    help="Remove the query projection W_Q from pretrained GPT-2, Llama, Mistral and Qwen 2 models, and say what it cost.",
+    help="Remove the query projection W_Q from GPT-2, Llama, Mistral and Qwen 2 checkpoints, and say what it cost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -177,6 +177,11 @@ class Checkpoint:
         """Return the sha256 of each layer's channel numbers, as 32-bit integers; None where it stores none."""
         return [self._index_digest(self.dims.stored_layer(layer)) for layer in range(self.dims.n_layers)]
 
+    @property
+    def indices_told(self) -> bool:
+        """Whether config.json has the sha256 of the channel numbers, if there are any."""
+        return self.config.get("index_sha256") is not None or not any(map(self.family.is_index, self.tensors))
+
     def _index_digest(self, layer: int) -> str | None:
         places = (f"{self.family.roles.query_map}.index", f"{self.family.roles.gauge}.pivots")
         names = [name for place in places if (name := self.prefix(layer) + place) in self.tensors]

@@ -82,6 +82,7 @@ def verify(
         "tensors": len(reduced.tensors),
         "dtype": TORCH_NAMES[reduced.dtype],
         "code_as_shipped": has_model_code(reduced.family, reduced.folder),  # which is what was run here
+        "channel_numbers_told": reduced.indices_told,  # in config.json, so that loading notices other ones
         "bound": bound,
         **measured,
         "layers": layers,

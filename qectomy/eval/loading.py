@@ -9,7 +9,7 @@ from qectomy.checkpoint.checkpoint import MAX_LAYERS, Checkpoint, locate, open_c
 from qectomy.checkpoint.config_files import load_config
 from qectomy.checkpoint.headers import FLOAT_BYTES, TORCH_NAMES, read_headers
 from qectomy.checkpoint.stored_tensors import is_quantized
-from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, reason_of, shown
+from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, note, reason_of, shown
 from qectomy.models.architectures import FAMILIES
 
 COUNTS_OF_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -48,6 +48,11 @@ def load_model(name: str, dtype: str | None, device: str) -> tuple[Any, Path, st
         raise
     except Exception as error:  # transformers raises many kinds; the message is what the user needs
         raise _not_loaded(folder, config, error) from error
+    if opened is not None and not opened.indices_told:
+        note(
+            f"{folder}: config.json has no index_sha256, so it is not known whether the channel numbers (query.index "
+            f"or pivots) are those that were written. To add it: qectomy renew {folder}"
+        )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = [str(name) for name in info.get(kind) or ()]
         if kind == "unexpected_keys" and family is not None:

@@ -29,7 +29,9 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.llama import MLP
 from mlx_lm.models.rope_utils import initialize_rope
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging
 
+logger = logging.get_logger("transformers.models.qectomy_llama")
 MODEL_TYPES = ("qectomy_llama", "qectomy_mistral")
 
 # What a config may say of each RoPE type that mlx-lm computes as transformers does. It takes longrope's long factors at
@@ -335,13 +337,20 @@ def check_channels(name: str, channels: mx.array, d_model: int) -> None:
 
 
 def check_digests(weights: dict[str, mx.array], wanted: list[str | None] | None) -> None:
-    """Raise ValueError where a layer's channel numbers are not those of which `wanted` has the sha256, if any."""
+    """Raise ValueError where a layer's channel numbers are not those of which `wanted` has the sha256; tell of None."""
     numbers: dict[int, bytes] = {}
     for part in (r"query\.index", r"v_proj\.pivots"):  # in this order
         for name, tensor in weights.items():
             if found := re.fullmatch(rf"model\.layers\.(\d+)\.self_attn\.{part}", name):
                 flat, layer = tensor.flatten().tolist(), int(found[1])
                 numbers[layer] = numbers.get(layer, b"") + struct.pack(f"<{len(flat)}i", *flat)
+    if wanted is None and numbers:
+        logger.warning_once(
+            f"config.json has no index_sha256, so it is not known whether the channel numbers of layers "
+            f"{', '.join(map(str, sorted(numbers)))} (query.index or pivots) are those that were written; with others, "
+            "the model would compute something else. `qectomy renew FOLDER` adds it where qectomy.json tells of the "
+            "tensors"
+        )
     for layer, digest in enumerate(wanted or ()):
         if digest is not None and layer in numbers and hashlib.sha256(numbers[layer]).hexdigest() != digest:
             raise ValueError(

@@ -42,10 +42,12 @@ from transformers.models.gpt2.modeling_gpt2 import (
     eager_attention_forward,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):
     raise ImportError(f"this model's code needs transformers 5.4 or newer; {transformers.__version__} is installed")
 
+logger = logging.get_logger("transformers.models.qectomy_gpt2")  # as loud as the caller has transformers
 CACHE_NAMES = ("past_key_values", "cache")  # of transformers before 5.24, and from it on
 
 
@@ -196,13 +198,20 @@ def check_indices_(attention: nn.Module) -> None:
     """Hold a layer's channel numbers against the config's `index_sha256`, once. Raises ValueError for other ones.
 
     Engines that load parameters alone leave them as they were drawn, and tools that average checkpoints average them.
-    What has no values, on the meta device or in a FakeTensorMode, is not checked.
+    Where the config of a folder tells of none, that is told once. What has no values, on the meta device or in a
+    FakeTensorMode, is not checked.
     """
     wanted, indices = attention.config.index_sha256, attention.indices()
     if detect_fake_mode(indices) is not None or any(tensor.is_meta for tensor in indices):
         return
     if any(tensor.is_cuda for tensor in indices) and torch.cuda.is_current_stream_capturing():
         return
+    if wanted is None and indices and attention.config.name_or_path:
+        logger.warning_once(
+            f"{attention.config.name_or_path}: config.json has no index_sha256, so it is not known whether the channel "
+            "numbers that were loaded (query.index or pivots) are those that were written; with others, the model "
+            "would compute something else. `qectomy renew FOLDER` adds it where qectomy.json tells of the tensors"
+        )
     if wanted is not None and indices and wanted[attention.layer_idx] not in (None, index_digest(indices)):
         raise ValueError(
             f"layer {attention.layer_idx}: the channel numbers in memory (query.index or pivots) are not those that "

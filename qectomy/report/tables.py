@@ -188,10 +188,18 @@ def show_certificate(result: dict[str, Any]) -> None:
         console.print(f"- {reason}", markup=False)
     if result["bound"] is not None and result["bound"] > 1:
         console.print(f"the layers' bounds add up to more than the logits: in {dtype} only the measure says how close")
+    renew = clean(shlex.join(["qectomy", "renew", result["reduced"]]))
     if not result["code_as_shipped"]:
         console.print(
             "not covered: the model code beside the weights, which is missing or not this version's; to put this "
-            f"version's there: {clean(shlex.join(['qectomy', 'renew', result['reduced']]))}",
+            f"version's there: {renew}",
+            markup=False,
+            soft_wrap=True,
+        )
+    if not result["channel_numbers_told"]:
+        console.print(
+            "not covered: config.json has no index_sha256, so a program that loads the folder does not notice other "
+            f"channel numbers than were written (query.index or pivots); to add it: {renew}",
             markup=False,
             soft_wrap=True,
         )

@@ -15,6 +15,7 @@ from qectomy.conversion.settings import ConvertSettings
 from qectomy.errors import CheckpointError
 from qectomy.eval.certificate import verify
 from qectomy.eval.protocol import Protocol, scoring_windows
+from qectomy.report.tables import show_certificate
 from qectomy.surgery.choice import choose_folds
 from qectomy.text.text import load_tokenizer, read_source
 
@@ -198,6 +199,21 @@ def test_it_says_when_other_code_lies_beside_the_weights(made, tmp_path):
         file.write("raise SystemExit\n")
     found = certificate(tmp_path / "other", source)
     assert (found["verdict"], found["code_as_shipped"]) == ("exact", False)
+
+
+@pytest.mark.parametrize("untold", [lambda c: c.pop("index_sha256"), lambda c: c.update(index_sha256=None)])
+def test_it_says_when_the_config_does_not_tell_of_channel_numbers(made, tmp_path, capsys, untold):
+    folder, source = made("llama")
+    assert certificate(folder, source)["channel_numbers_told"]
+    shutil.copytree(folder, tmp_path / "untold")
+    edit_json(tmp_path / "untold/config.json", untold)
+    found = certificate(tmp_path / "untold", source)
+    assert (found["verdict"], found["channel_numbers_told"]) == ("exact", False)
+    for result, said in ((found, True), ({**found, "channel_numbers_told": True}, False)):
+        show_certificate(result)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert ("not covered: config.json has no index_sha256, so a program that loads the folder" in shown) is said
+        assert (f"to add it: qectomy renew {tmp_path / 'untold'}" in shown) is said
 
 
 def test_nearly_orthogonal_is_not_orthogonal(tmp_path):

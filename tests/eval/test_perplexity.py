@@ -1,6 +1,7 @@
 """Perplexity of whole checkpoints, against a loop of our own over the stock classes of transformers."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -190,13 +191,21 @@ class TestReference:
 
 
 def test_a_reduced_checkpoint_is_evaluated_by_the_code_that_is_installed(tiny_reduced, tmp_path):
-    import shutil
-
     folder = shutil.copytree(tiny_reduced(("select", "key-shared")), tmp_path / "reduced")
     code, marker = folder / "modeling_qectomy_llama.py", tmp_path / "ran"
     code.write_text(f"open({str(marker)!r}, 'w')\n" + code.read_text())
     assert evaluate(str(folder), SOURCE, Protocol(context=32))["perplexity"] > 1
     assert not marker.exists()
+
+
+def test_a_folder_that_does_not_tell_of_its_channel_numbers_is_named(tiny_reduced, tmp_path, capsys):
+    folder = shutil.copytree(tiny_reduced(("select", "key-shared")), tmp_path / "untold")
+    assert evaluate(str(folder), SOURCE, Protocol(context=32))["perplexity"] > 1
+    assert "index_sha256" not in capsys.readouterr().err
+    edit_json(folder / "config.json", lambda config: config.pop("index_sha256"))
+    assert evaluate(str(folder), SOURCE, Protocol(context=32))["perplexity"] > 1
+    said = f"note: {folder}: config.json has no index_sha256, so it is not known whether the channel numbers"
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_the_dtype_is_that_of_the_checkpoint_or_the_one_given(tiny_checkpoint):

@@ -1,7 +1,10 @@
 """When a model in memory is held against config.json's sha256 of its channel numbers, and when it cannot be."""
 
+import shutil
+
 import pytest
 import torch
+from damage import edit_json
 from foldings import fold
 from tiny_models import tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -58,6 +61,25 @@ def test_they_can_be_checked_without_a_pass(tiny_reduced, tiny_checkpoint, tmp_p
         with pytest.raises(ValueError, match=OTHER):
             part.check_indices()
     AutoModelForCausalLM.from_pretrained(folder).check_indices()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("absent", [True, False])
+def test_a_folder_that_tells_of_none_is_told_once(tiny_reduced, tmp_path, caplog, name, absent):
+    """By its name; a model that is built from a config in memory has no numbers that could be others."""
+    folder = shutil.copytree(tiny_reduced(("select", "select"), name), tmp_path / "untold")
+    edit_json(folder / "config.json", lambda c: c.pop("index_sha256") if absent else c.update(index_sha256=None))
+    with caplog.at_level("WARNING"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model(tokens())
+    (told,) = [record.getMessage() for record in caplog.records if "index_sha256" in record.getMessage()]
+    assert told.startswith(f"{folder}: config.json has no index_sha256, so it is not known whether the channel numbers")
+    assert "`qectomy renew FOLDER` adds it" in told
+    caplog.clear()
+    config = type(model.config)(**{**model.config.to_dict(), "_name_or_path": ""})
+    AutoModelForCausalLM.from_config(config)(tokens())
+    AutoModelForCausalLM.from_pretrained(tiny_reduced(("select", "select"), name))(tokens())
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
