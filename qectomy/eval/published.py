@@ -24,7 +24,7 @@ import torch
 from qectomy.errors import QectomyError, TextError
 from qectomy.eval.protocol import Protocol, ScoringWindows, protocol_record, scoring_windows
 from qectomy.text.documents import JOIN, Documents, Reading
-from qectomy.text.text import Source
+from qectomy.text.text import Source, token_ids
 from qectomy.text.windows import Span, cut, stacked
 
 WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1:test"
@@ -139,7 +139,7 @@ def rolling_spans(n: int, context: int, at: int = 0) -> list[Span]:
 def _encoded(tokenizer: Any, text: str, prefix: int) -> list[int]:
     """Tokenize as the harness does: with special tokens, but for a text that is written with its BOS already."""
     special = not text.startswith(tokenizer.decode(prefix))
-    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return token_ids(tokenizer, text, add_special_tokens=special, verbose=False)["input_ids"]
 
 
 def detokenized(page: str) -> str:

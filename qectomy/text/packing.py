@@ -140,13 +140,14 @@ def pack(
             file.flush()
             os.fsync(file.fileno())
     packed = Packed(folder / "train.bin", folder / "validation.bin", report, spans.record() if spans else {})
-    record = {"texts": report, "files": packed.digests(), "spans": packed.spans}
-    if (folder / RECORD).is_file() and read_record(folder / RECORD) != json.loads(json.dumps(record)):
+    content = {"texts": report, "files": packed.digests()}
+    earlier = read_record(folder / RECORD) if (folder / RECORD).is_file() else content
+    if any(earlier.get(name) != json.loads(json.dumps(found)) for name, found in content.items()):
         raise QectomyError(
             f"{', '.join(names)}: packed again, this is not the text that the run in {folder} began with, as a dataset "
             "may change. Remove the folder to start anew"
         )
-    write_record(folder / RECORD, record)
+    write_record(folder / RECORD, content | {"spans": packed.spans})
     return packed
 
 

@@ -12,7 +12,7 @@ from lm_eval.tasks.wikitext import preprocess_wikitext
 from tiny_models import RAVEN, bos_tokenizer
 from transformers import AutoModelForCausalLM
 
-from qectomy.errors import QectomyError, TextError
+from qectomy.errors import CheckpointError, QectomyError, TextError
 from qectomy.eval.evaluate import Measure, evaluate, evaluate_all, settle
 from qectomy.eval.protocol import Protocol
 from qectomy.eval.published import PUBLISHED, detokenized, read_text, rolling_spans
@@ -165,6 +165,24 @@ def test_what_a_model_or_a_share_of_the_text_cannot_do(tiny_checkpoint, tmp_path
 def test_what_a_published_protocol_does_not_leave_open(arguments, message, tiny_checkpoint):
     with pytest.raises(QectomyError, match=message):
         settle(*arguments, None, [str(tiny_checkpoint())])
+
+
+@pytest.mark.parametrize("name", ["rolling", "wikitext2-1024"])
+def test_a_tokenizer_that_fails_is_a_fault_of_the_checkpoint(tmp_path, name):
+    class Failing:
+        bos_token_id = 0
+        is_fast = True
+
+        def __call__(self, text, **_):
+            raise ValueError("no merges")
+
+        def decode(self, ids):
+            return "<s>"
+
+    (tmp_path / "raven.txt").write_text(RAVEN)
+    text = read_text(str(tmp_path / "raven.txt"), name)
+    with pytest.raises(CheckpointError, match="tokenizer cannot read the text: no merges"):
+        PUBLISHED[name].windows(Failing(), text, Protocol(context=16, name=name), 320)
 
 
 def test_texts_that_cannot_be(tmp_path, model):

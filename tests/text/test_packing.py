@@ -11,7 +11,7 @@ from tiny_models import RAVEN, VOCAB_SIZE, bos_tokenizer, tiny_tokenizer
 
 from qectomy.checkpoint.checkpoint import sha256
 from qectomy.errors import CheckpointError, QectomyError, TextError
-from qectomy.runs.locked_folder import write_record
+from qectomy.runs.locked_folder import read_record, write_record
 from qectomy.text import documents as documents_module
 from qectomy.text import packing
 from qectomy.text.documents import JOIN
@@ -296,6 +296,9 @@ def test_a_packing_that_was_damaged_is_made_again_and_must_come_to_the_same(writ
         assert Packed.kept(tmp_path / "run") is None
         assert pack(tiny_tokenizer(), [path], tmp_path / "run", **told) == Packed.kept(tmp_path / "run") == found
         assert found.train.read_bytes() == before
+    record = read_record(tmp_path / "run/data.json")
+    write_record(tmp_path / "run/data.json", {**record, "spans": {"as": "another version sketched them"}})
+    assert pack(tiny_tokenizer(), [path], tmp_path / "run", **told) == found
     write(LINES[::-1])
     with pytest.raises(QectomyError, match=r"text.txt: packed again, this is not the text that the run in .*run began"):
         pack(tiny_tokenizer(), [path], tmp_path / "run", **told)
