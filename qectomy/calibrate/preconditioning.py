@@ -49,17 +49,17 @@ def adam(
     `loss` takes the parameters' values and yields the loss in parts; each is differentiated before the next is made.
     With `together` every process yields parts of its own, of one loss; what counts are the first process's parameters.
     """
-    slots = [(torch.zeros_like(p.u), torch.zeros_like(p.u)) for p in parameters]
-    for step in steps_of(steps):
-        gradients = _gradients(parameters, loss, together)
-        decay = 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / warmup)
-        with torch.no_grad():
-            for parameter, gradient, (first, second) in zip(parameters, gradients, slots, strict=True):
-                first.lerp_(gradient, 1 - betas[0])
-                second.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-                mean = first / (1 - betas[0] ** (step + 1))
-                scale = (second / (1 - betas[1] ** (step + 1))).sqrt_().add_(1e-12)
-                parameter.u.sub_(parameter.lr * decay * mean / scale)
+    # One tensor at a time: what a step takes besides is as large as the largest of them.
+    groups = [{"params": [parameter.u], "lr": parameter.lr} for parameter in parameters]
+    optimizer = torch.optim.Adam(groups, betas=betas, eps=1e-12, foreach=False)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / warmup)
+    )
+    for _ in steps_of(steps):
+        for parameter, gradient in zip(parameters, _gradients(parameters, loss, together), strict=True):
+            parameter.u.grad = gradient
+        optimizer.step()
+        schedule.step()
 
 
 def _gradients(

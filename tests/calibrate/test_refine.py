@@ -1,10 +1,14 @@
 """Refinement lowers the attention KL of every start, and does the same thing twice."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from attention_bench import AttentionBench
+
+from qectomy.calibrate.few_steps import few_steps
+from qectomy.calibrate.preconditioning import Preconditioned, adam
 
 MAPS = ["identity", "select", "key-shared", "low-rank:3"]
 SHAPES = {
@@ -93,3 +97,13 @@ def test_the_answer_is_a_rest_point():
     assert bench.kl("low-rank:3", exact) < 1e-10
     found = bench.refined("low-rank:32", exact, steps=20)
     assert bench.kl("low-rank:3", found) < 0.02
+
+
+@pytest.mark.parametrize("taken, moved", [(1, 1 / 4), (2, 1 / 4 + 2 / 4 * 0.5 * (1 + math.cos(math.pi / 10)))])
+def test_adam_warms_up_and_decays(taken, moved):
+    """Under one gradient every step of Adam is its rate, whatever the gradient's size."""
+    slope = torch.tensor([1e-6, -3.0, 2e4])
+    parameter = Preconditioned(torch.ones(3), lambda u: 2 * u, 0.1)
+    with few_steps(taken):
+        adam([parameter], lambda values: [(slope * values[0]).sum()], steps=10, warmup=4, betas=(0.9, 0.95))
+    torch.testing.assert_close(parameter.value().detach(), 1 - 2 * 0.1 * moved * slope.sign(), rtol=1e-5, atol=1e-6)
