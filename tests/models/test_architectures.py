@@ -113,7 +113,7 @@ def test_one_layer_of_gpt2_runs_as_in_the_whole_model(name):
         hidden = layer(hidden, attention_mask=mask)
     torch.testing.assert_close(norm(hidden), states[2], rtol=1e-5, atol=1e-5)  # the last is after the final norm
     assert family.rotary(config) is None
-    assert family.sliding_window(config) is None
+    assert family.sliding_window(config, 0) is None
 
 
 def test_apply_rotary_turns_pairs_of_channels():
