@@ -9,10 +9,11 @@ from attention_bench import AttentionBench
 from qectomy.calibrate import free_keys
 from qectomy.calibrate.channels import slices
 from qectomy.calibrate.free_keys import per_head, roots
-from qectomy.calibrate.maps import select
+from qectomy.calibrate.maps import key_shared, select
 from qectomy.calibrate.maps.low_rank import factors, near_slices
 from qectomy.calibrate.maps.select import choose_free
 from qectomy.calibrate.problem import QueryKeyParams
+from qectomy.models.query_maps import parse_query_map
 
 # D d_model, H n_heads, K d_head; H*K = D
 SHAPES = [dict(), dict(d_head=12), dict(d_head=5), dict(n_heads=2, d_head=16)]
@@ -261,3 +262,18 @@ def test_turning_lets_a_low_rank_map_hold_more(seed):
     mean, query = moments.student_mean, factors(moments.centred(), bench.W_Q, 3)
     query["bias"] = mean @ bench.W_Q + bench.b_Q - mean * query["gain"] - query["up"] @ (query["down"] @ mean)
     assert found < 0.7 * bench.kl("low-rank:3", QueryKeyParams(bench.W_K, query))
+
+
+def test_the_bias_of_key_shared_is_in_the_new_keys_coordinates():
+    """The mean query of head h is q Nᵀ where x̂ W' N is nearest to x̂ W_K under the teacher's attention."""
+    bench = bench_of({})
+    problem = bench.problem("key-shared")
+    attended = problem.key_moments.double()
+    start = key_shared.init_without_rope(problem, parse_query_map("key-shared"), torch.Generator().manual_seed(0))
+    mean = problem.moments.student_mean
+    wanted = (mean @ bench.W_Q + bench.b_Q).view(bench.n_heads, -1)
+    for h, own in enumerate(torch.arange(32).view(bench.n_heads, -1)):
+        root = torch.linalg.cholesky(attended[h]).mT
+        N = torch.linalg.lstsq(root @ start.W_K[:, own], root @ bench.W_K[:, own]).solution
+        query = mean @ start.W_K[:, own] @ start.query["mix"][h] + start.query["bias"][own]
+        torch.testing.assert_close(query, wanted[h] @ N.T, rtol=0.01, atol=0.01)

@@ -45,7 +45,8 @@ def init_without_rope(problem: LayerProblem, spec: QueryMapSpec, generator: torc
     W_K, mix = (part.double() for part in joint_init(problem, generator))
     assert problem.mean_query is not None
     assert problem.key_moments is not None
-    heads = (per_head(part, len(mix)) for part in (W_K, problem.carried[1], problem.mean_query))
+    V = problem.spread.eigen[1].double()  # in this basis C_k was left
+    heads = (per_head(part, len(mix)) for part in (V.T @ W_K, V.T @ problem.carried[1], problem.mean_query))
     parts = zip(*heads, problem.key_moments, strict=True)  # one head's moments in float64 at a time
     bias = torch.cat([mean @ key_change(own, K, C_k.double()).T for own, K, mean, C_k in parts])
     return QueryKeyParams(W_K, {"mix": mix, "bias": bias - mixed(problem.moments.student_mean @ W_K, mix)})
@@ -65,7 +66,7 @@ def preconditioned(
 def joint_init(
     problem: LayerProblem, generator: torch.Generator, steps: int = STEPS
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (W_K' (D, G*K), A (H, K, K)) that lower the error above. C_k, (G, D, D), is used up.
+    """Return (W_K' (D, G*K), A (H, K, K)) that lower the error above. C_k, (G, D, D), goes to the eigenbasis of C.
 
     It runs in the eigenbasis of C: there C is diagonal and so is the step of W_K, and C_k W is the one wide product
     left of a step. In bfloat16 it would be quicker, and cost perplexity (docs/LOG.md).
