@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Without a launcher the first process has the store of all, and torch warns at length when it is gone.
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 
 import shutil
 from collections.abc import Callable

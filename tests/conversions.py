@@ -70,7 +70,7 @@ def convert_tiny(
     resume: bool = False,
     clean: bool = False,
     progress: Any = None,
-    together: Any = None,
+    processes: Any = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Convert with QUICK settings; return the report, or None in all but the first of several processes."""
@@ -81,7 +81,7 @@ def convert_tiny(
         if not fresh_process:
             reload_here(patch)
         told = ConvertSettings(**{"texts": (str(text),), **QUICK, **settings})
-        return convert(checkpoint, out, recipe, told, progress, resume=resume, clean=clean, together=together)
+        return convert(checkpoint, out, recipe, told, progress, resume=resume, clean=clean, processes=processes)
 
 
 def hashes(folder: Path) -> dict[str, str]:

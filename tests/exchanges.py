@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qectomy import calibrate, conversion
-from qectomy.distributed.together import Together
+from qectomy.distributed.process_group import ProcessGroup
 
 FITS = [Path(room.__file__).parent for room in (calibrate, conversion)]
 ROUNDING = 2**8 * torch.finfo(torch.float32).eps  # 3e-5; see `apart`
@@ -25,25 +25,25 @@ FREE = {"refit.__init__"}  # about which point a regression's sums are taken: an
 
 @dataclass(frozen=True)
 class Exchange:
-    """One call of `sum_` or `take_first_`: who made it, and what came of it."""
+    """One call of `all_reduce_` or `broadcast_`: who made it, and what came of it."""
 
     kind: str
     caller: str
     values: list[Tensor]
 
 
-def keep(together: Together, kept: list[Exchange]) -> Together:
-    """Return `together`, which from now on puts every exchange of numbers into `kept`."""
-    for kind in ("sum_", "take_first_"):
-        setattr(together, kind, _keeping(kind, getattr(together, kind), kept))
-    return together
+def keep(processes: ProcessGroup, kept: list[Exchange]) -> ProcessGroup:
+    """Return `processes`, which from now on puts every exchange of numbers into `kept`."""
+    for kind in ("all_reduce_", "broadcast_"):
+        setattr(processes, kind, _keeping(kind, getattr(processes, kind), kept))
+    return processes
 
 
-def hold(together: Together, kept: list[Exchange]) -> None:
+def hold(processes: ProcessGroup, kept: list[Exchange]) -> None:
     """Let every exchange of numbers be the next one in `kept`, or raise AssertionError, and give what that one gave."""
     coming = iter(kept)
-    for kind in ("sum_", "take_first_"):
-        setattr(together, kind, _holding(kind, getattr(together, kind), lambda: next(coming)))
+    for kind in ("all_reduce_", "broadcast_"):
+        setattr(processes, kind, _holding(kind, getattr(processes, kind), lambda: next(coming)))
 
 
 def _keeping(kind: str, act: Callable[..., None], kept: list[Exchange]) -> Callable[..., None]:
@@ -62,8 +62,9 @@ def _holding(kind: str, act: Callable[..., None], coming: Callable[[], Exchange]
         assert (kind, caller) == (wanted.kind, wanted.caller)
         for number, (tensor, part, value) in enumerate(zip(tensors, own, wanted.values, strict=True)):
             if caller not in DURATIONS | FREE:
-                off = apart(tensor.detach(), part, value) if kind == "sum_" else float(not torch.equal(part, value))
-                assert off <= (ROUNDING if kind == "sum_" else 0), f"{kind} of {caller}, {number}: off by {off:.1e}"
+                summed = kind == "all_reduce_"
+                off = apart(tensor.detach(), part, value) if summed else float(not torch.equal(part, value))
+                assert off <= (ROUNDING if summed else 0), f"{kind} of {caller}, {number}: off by {off:.1e}"
             if caller not in DURATIONS:
                 tensor.detach().copy_(value)
 

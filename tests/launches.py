@@ -13,15 +13,15 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from conversions import convert_tiny
 
-from qectomy.distributed.together import Together, join
+from qectomy.distributed.process_group import ProcessGroup, join
 
 KILLED = "killed"
 
 
-def launched(count: int, act: Callable[[Together], Any], joined: bool = True, timeout: float = 60.0) -> list[Any]:
+def launched(count: int, act: Callable[[ProcessGroup], Any], joined: bool = True, timeout: float = 60.0) -> list[Any]:
     """Return what `act` returned in each of `count` processes, the exception that it raised, or KILLED.
 
-    Processes that have not ended after `timeout` seconds are killed. Unless `joined`, `act` has to find the others.
+    ProcessGroup that have not ended after `timeout` seconds are killed. Unless `joined`, `act` has to find the others.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -31,7 +31,7 @@ def launched(count: int, act: Callable[[Together], Any], joined: bool = True, ti
     return [_ended(child, pipe, until) for child, pipe in children]
 
 
-def _forked(rank: int, count: int, port: int, act: Callable[[Together], Any], joined: bool) -> tuple[int, int]:
+def _forked(rank: int, count: int, port: int, act: Callable[[ProcessGroup], Any], joined: bool) -> tuple[int, int]:
     """Start one process; return its id and the pipe through which it tells what came of it."""
     read, write = os.pipe()
     with warnings.catch_warnings():
@@ -49,9 +49,9 @@ def _forked(rank: int, count: int, port: int, act: Callable[[Together], Any], jo
         os._exit(0)
 
 
-def _outcome(act: Callable[[Together], Any], joined: bool) -> Any:
+def _outcome(act: Callable[[ProcessGroup], Any], joined: bool) -> Any:
     try:
-        return act(join("cpu") if joined else Together("cpu"))
+        return act(join("cpu") if joined else ProcessGroup("cpu"))
     except BaseException as error:
         return error.with_traceback(None)
 
@@ -73,13 +73,13 @@ def several(
     query: str,
     text: Path,
     count: int = 2,
-    before: Callable[[Together], object] = lambda together: None,
+    before: Callable[[ProcessGroup], object] = lambda processes: None,
     **options: Any,
 ) -> list[Any]:
     """Convert in several processes; return what came of each. `before` is called in each of them first."""
 
-    def act(together: Together) -> Any:
-        before(together)
-        return convert_tiny(source, out, query, text, together=together, **options)
+    def act(processes: ProcessGroup) -> Any:
+        before(processes)
+        return convert_tiny(source, out, query, text, processes=processes, **options)
 
     return launched(count, act)

@@ -1,8 +1,7 @@
 """`qectomy.convert`: a fit, that and healing, an exact folding, or the plan of one of these."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +21,7 @@ from qectomy.api.options import (
     Resume,
     ResumeOnly,
 )
+from qectomy.distributed.process_group import ProcessGroup, join
 from qectomy.errors import QectomyError, note
 from qectomy.models.query_maps import DEFAULT, WRITTEN
 from qectomy.progress import Progress, stage
@@ -29,7 +29,6 @@ from qectomy.progress import Progress, stage
 if TYPE_CHECKING:
     from qectomy.checkpoint.checkpoint import Checkpoint
     from qectomy.conversion.settings import ConvertSettings
-    from qectomy.distributed.together import Together
     from qectomy.models.query_maps import QueryMapSpec
     from qectomy.runs.locked_folder import GoOn
 
@@ -109,8 +108,9 @@ def convert(
         clean=clean,
         progress=progress,
     )
-    with _together(device) as together:
-        together.first_alone(lambda: check_out(asked.out, asked.resume, clean))
+    processes = join(device)
+    with processes.collective():
+        processes.on_main(lambda: check_out(asked.out, asked.resume, clean))
         source = open_checkpoint(os.fspath(checkpoint))
         settings = ConvertSettings(
             texts=texts,
@@ -133,13 +133,13 @@ def convert(
                 "with `qectomy heal --train query-key`"
             )
         if (kept := parse_exact(query, source.dims)) is None:
-            return _fit(source, tuple(parse_recipe(query, source.dims)), settings, asked, together) or {}
+            return _fit(source, tuple(parse_recipe(query, source.dims)), settings, asked, processes) or {}
         if heal is not None:
             raise QectomyError("--query exact loses nothing: there is nothing to heal; leave --heal out")
         if no_refit:
             raise QectomyError("--query exact fits nothing: there is nothing to refit; leave --no-refit out")
         # it fits nothing: there is nothing to share
-        return _exact(source, settings, kept, asked) if together.is_first else {}
+        return _exact(source, settings, kept, asked) if processes.is_main else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,46 +156,30 @@ class _Asked:
     progress: bool | Progress
 
 
-@contextmanager
-def _together(device: str) -> Iterator["Together"]:
-    """Yield this process among those that torchrun started, or alone; an error ends all, the first one last."""
-    from qectomy.distributed.together import join
-
-    together = join(device)
-    try:
-        with together.one_end():
-            yield together
-    except (QectomyError, OSError, KeyboardInterrupt):
-        if not together.is_first:
-            together.wait_for_first()  # at once, where no end of all has been found
-        raise
-    together.leave()
-
-
 def _fit(
     source: "Checkpoint",
     recipe: "tuple[QueryMapSpec, ...]",
     settings: "ConvertSettings",
     asked: _Asked,
-    together: "Together",
+    processes: ProcessGroup,
 ) -> dict[str, Any] | None:
     """Run a conversion with a recipe: its plan, its fit, or that and healing."""
     if asked.dry_run:
-        if not together.is_first:
+        if not processes.is_main:
             return None
         plan = _plan(source, recipe, settings, asked.probe)
         _note_what_stops_it(settings, asked)
         return plan
     if asked.self_generated:
         wanted = settings
-        settings = together.first_alone(lambda: _self_generated(source, wanted, asked))
+        settings = processes.on_main(lambda: _self_generated(source, wanted, asked))
     if asked.heal is not None:
         return _fit_and_heal(source, recipe, settings, asked.heal, asked)
     from qectomy.conversion.fitted import convert as run
 
-    with stage(asked.progress, "converting") if together.is_first else nullcontext() as progress:
+    with stage(asked.progress, "converting") if processes.is_main else nullcontext() as progress:
         return run(
-            source, asked.out, recipe, settings, progress, resume=asked.resume, clean=asked.clean, together=together
+            source, asked.out, recipe, settings, progress, resume=asked.resume, clean=asked.clean, processes=processes
         )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from qectomy.checkpoint.checkpoint import BYTES_A_READ
 from qectomy.checkpoint.shards import write_all
-from qectomy.distributed.window_shard import Share, whole
+from qectomy.distributed.window_shard import WindowShard, whole
 from qectomy.errors import OutputError
 
 KEPT = 3  # layers whose states are there: the one that is being written, and two to go on from
@@ -101,7 +101,9 @@ class Streams:
     These are the windows of this process; `share` says which of the run's they are.
     """
 
-    def __init__(self, folder: Path, shape: Sequence[int], *, fitted: int, batch: int, share: Share | None = None):
+    def __init__(
+        self, folder: Path, shape: Sequence[int], *, fitted: int, batch: int, share: WindowShard | None = None
+    ):
         self.scratch, self.fitted, self.batch = folder, fitted, batch  # batch: windows handled at a time
         self.share = share or whole(fitted, shape[0] - fitted)
         with ExitStack() as stack:

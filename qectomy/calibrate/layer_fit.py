@@ -17,7 +17,7 @@ from qectomy.calibrate.precision import fast_dtype, fast_math
 from qectomy.calibrate.problem import LayerProblem, Projections, QueryKeyParams
 from qectomy.calibrate.refine import FitData, RefineSettings, refine
 from qectomy.checkpoint.memory import release_freed
-from qectomy.distributed.window_shard import Share
+from qectomy.distributed.window_shard import WindowShard
 from qectomy.models.family import Family
 from qectomy.models.linear_views import add_through, read_view, store_views, without_views
 from qectomy.models.query_maps import QueryMapSpec
@@ -50,12 +50,12 @@ def fit_layer(
         release_freed()
         init = fitted.init if dims.rope else fitted.init_without_rope
         params = init(problem, spec, generator)
-        _take_first_(params, streams.share)
+        _broadcast_(params, streams.share)
         problem = replace(problem, key_moments=None)  # without what the start alone derived
         release_freed()
         parameters = fitted.preconditioned(params, problem, settings)
         params = refine(params, parameters, query_module, data, settings, generator)
-        _take_first_(params, streams.share)
+        _broadcast_(params, streams.share)
     return fold(runner.family, base, params)
 
 
@@ -91,10 +91,10 @@ def fold(family: Family, tensors: dict[str, torch.Tensor], fitted: QueryKeyParam
     return {name: tensor.cpu().contiguous() for name, tensor in out.items()}
 
 
-def _take_first_(params: QueryKeyParams, share: Share) -> None:
+def _broadcast_(params: QueryKeyParams, share: WindowShard) -> None:
     """Let all processes have the first one's: rounding alone may make another choose other channels."""
     parts = (params.W_K, *params.query.values(), params.b_K, params.norm_gain, params.norm_shift)
-    share.together.take_first_(*(part for part in parts if part is not None))
+    share.processes.broadcast_(*(part for part in parts if part is not None))
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def _collect(runner: LayerRunner, teacher: nn.Module, streams: Streams, data: Fi
         data.hidden[start:stop] = student
         data.teacher_query[start:stop] = query
         data.teacher_key[start:stop] = key
-    return sums.moments(streams.share.together)
+    return sums.moments(streams.share.processes)
 
 
 def attended_moments(
@@ -173,7 +173,7 @@ def attended_moments(
             mean = p[g] @ seen
             spread = (seen * p[g].sum(0)[:, None]).T @ seen - mean.T @ mean
             total[g] += spread / len(p[g])
-    data.windows.together.sum_(total)
+    data.windows.processes.all_reduce_(total)
     for own in total:  # one at a time: a float64 copy of all of them would outweigh the layer
         own /= len(chosen)
         least = 1e-3 * own.diagonal().mean()

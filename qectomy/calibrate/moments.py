@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 
 from qectomy.calibrate.at_once import COLUMNS
-from qectomy.distributed.together import Together
+from qectomy.distributed.process_group import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class MomentSums:
         self._means += torch.stack([s.sum(0), t.sum(0)]).double()
         self._count += s.shape[0]
 
-    def moments(self, together: Together | None = None) -> Moments:
+    def moments(self, processes: ProcessGroup | None = None) -> Moments:
         """Return the moments of all that was taken in, by every process if there are several."""
         count = torch.tensor(self._count, dtype=torch.float64)
-        if together:
-            together.sum_(self._student, self._cross, self._means, count)
+        if processes:
+            processes.all_reduce_(self._student, self._cross, self._means, count)
         n = float(count)
         return Moments(self._student / n, self._cross / n, self._means[0] / n, self._means[1] / n)
 

@@ -14,7 +14,7 @@ import torch
 from qectomy.calibrate.few_steps import steps_of
 from qectomy.calibrate.problem import LayerProblem, QueryKeyParams
 from qectomy.calibrate.rope import Rope
-from qectomy.distributed.together import Together
+from qectomy.distributed.process_group import ProcessGroup
 
 DAMPING = 0.03  # of the mean eigenvalue: directions in which x̂ hardly moves are not stretched further
 
@@ -42,12 +42,12 @@ def adam(
     steps: int,
     warmup: int,
     betas: tuple[float, float],
-    together: Together | None = None,
+    processes: ProcessGroup | None = None,
 ) -> None:
     """Run Adam (Kingma & Ba, arXiv 1412.6980) with linear warm-up and cosine decay to 0, in place.
 
     `loss` takes the parameters' values and yields the loss in parts; each is differentiated before the next is made.
-    With `together` every process yields parts of its own, of one loss; what counts are the first process's parameters.
+    With `processes` every process yields parts of its own, of one loss; what counts are the first process's parameters.
     """
     # One tensor at a time: what a step takes besides is as large as the largest of them.
     groups = [{"params": [parameter.u], "lr": parameter.lr} for parameter in parameters]
@@ -56,7 +56,7 @@ def adam(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / warmup)
     )
     for _ in steps_of(steps):
-        for parameter, gradient in zip(parameters, _gradients(parameters, loss, together), strict=True):
+        for parameter, gradient in zip(parameters, _gradients(parameters, loss, processes), strict=True):
             parameter.u.grad = gradient
         optimizer.step()
         schedule.step()
@@ -65,21 +65,21 @@ def adam(
 def _gradients(
     parameters: Sequence[Preconditioned],
     loss: Callable[[list[torch.Tensor]], Iterable[torch.Tensor]],
-    together: Together | None,
+    processes: ProcessGroup | None,
 ) -> tuple[torch.Tensor, ...]:
     """Return the gradient of the sum of the loss's parts for each u."""
     values = [parameter.value() for parameter in parameters]
     leaves = [value.detach() for value in values]
-    if together:
+    if processes:
         # All differentiate at the same point, whatever their rounding: the bases of two devices may differ.
-        together.take_first_(*leaves)
+        processes.broadcast_(*leaves)
     leaves = [leaf.requires_grad_() for leaf in leaves]
     totals = [torch.zeros_like(leaf) for leaf in leaves]
     for part in loss(leaves):
         for total, gradient in zip(totals, torch.autograd.grad(part, leaves), strict=True):
             total += gradient
-    if together:
-        together.sum_(*totals)
+    if processes:
+        processes.all_reduce_(*totals)
     return torch.autograd.grad(values, [parameter.u for parameter in parameters], totals)
 
 

@@ -19,7 +19,7 @@ from qectomy.calibrate.attention_kl import MeanAttentionKL
 from qectomy.calibrate.hidden_states import WindowFile, batches
 from qectomy.calibrate.preconditioning import Preconditioned, adam
 from qectomy.calibrate.problem import QueryKeyParams
-from qectomy.distributed.window_shard import Share, whole
+from qectomy.distributed.window_shard import WindowShard, whole
 
 Rotate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (heads (B, *, R, K), positions (R,)) -> rotated
 
@@ -58,10 +58,10 @@ class FitData:
     allowed: torch.Tensor  # (T, T) bool, True where a query may look
     scaling: float
     rotate: Rotate
-    share: Share | None = None
+    share: WindowShard | None = None
 
     @property
-    def windows(self) -> Share:
+    def windows(self) -> WindowShard:
         """Which of all fitted windows these are."""
         return self.share or whole(self.hidden.shape[0])
 
@@ -92,7 +92,7 @@ def refine(
         steps=settings.steps_for(data.windows.n_fitted * data.hidden.shape[1]),
         warmup=settings.warmup,
         betas=(0.9, 0.98),
-        together=data.windows.together,
+        processes=data.windows.processes,
     )
     with torch.no_grad():
         values = {name: parameter.value() for name, parameter in parameters.items()}

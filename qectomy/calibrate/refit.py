@@ -21,7 +21,7 @@ from qectomy.calibrate.layer_runner import LayerRunner
 from qectomy.calibrate.moments import MomentSums, ridge, ridge_
 from qectomy.calibrate.precision import fast_dtype, fast_math
 from qectomy.checkpoint.memory import release_freed
-from qectomy.distributed.window_shard import Share
+from qectomy.distributed.window_shard import WindowShard
 from qectomy.models.family import LinearView
 from qectomy.models.linear_views import oriented
 
@@ -45,7 +45,7 @@ class Regression:
     a large mean. Every process takes in its own windows, about the means of the first one.
     """
 
-    def __init__(self, inputs: torch.Tensor, residual: torch.Tensor, with_bias: bool, share: Share):
+    def __init__(self, inputs: torch.Tensor, residual: torch.Tensor, with_bias: bool, share: WindowShard):
         n_in, n_out, device = inputs.shape[-1], residual.shape[-1], inputs.device
         self.gram = torch.zeros(n_in, n_in, device=device)
         self.right = torch.zeros(n_in, n_out, device=device)
@@ -53,7 +53,7 @@ class Regression:
         self.origin = [part.flatten(0, 1).mean(0) for part in (inputs, residual)]
         self.sums = [torch.zeros(part.shape[-1], dtype=torch.float64, device=device) for part in (inputs, residual)]
         self.count, self.share = 0, share
-        share.together.take_first_(*self.origin)
+        share.processes.broadcast_(*self.origin)
 
     def add(self, inputs: torch.Tensor, residual: torch.Tensor) -> None:
         """Take in a batch, (B, T, in) and (B, T, D)."""
@@ -70,8 +70,8 @@ class Regression:
 
     def change(self, strength: float) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return ΔW (in, D) and Δb (D,), float32. Uses up the Gram matrix, which may weigh as much as the layer."""
-        together = self.share.together
-        together.sum_(self.gram, self.right, *self.sums)
+        processes = self.share.processes
+        processes.all_reduce_(self.gram, self.right, *self.sums)
         gram = self.gram.double()
         del self.gram
         release_freed()
@@ -119,7 +119,7 @@ def _refit_writer(runner: LayerRunner, student: nn.Module, streams: Streams, vie
         sums.add(inputs, residual)
     assert sums is not None
     change, bias = sums.change(strength)
-    streams.share.together.take_first_(change, *(() if bias is None else (bias,)))
+    streams.share.processes.broadcast_(change, *(() if bias is None else (bias,)))
     _add(linear, view, change, bias)
 
 
@@ -132,9 +132,9 @@ def _refit_readers(runner: LayerRunner, student: nn.Module, streams: Streams, st
         with fast_math(runner.device):
             states, _ = runner.attend(student, streams.student[start:stop].to(runner.device))
         sums.add(norm(states), norm(streams.teacher_mid[start:stop].to(runner.device)))
-    moments = sums.moments(streams.share.together)
+    moments = sums.moments(streams.share.processes)
     change = ridge(moments.student, moments.cross - moments.student, strength)  # (D, D): x̂ + x̂ change ≈ x̂_teacher
-    streams.share.together.take_first_(change)
+    streams.share.processes.broadcast_(change)
     for view in roles.mlp_readers:
         linear = student.get_submodule(view.module)
         W = oriented(linear.get_parameter("weight"), view).double()

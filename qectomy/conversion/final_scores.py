@@ -72,10 +72,10 @@ def final_scores(
         seconds += (time.perf_counter() - begun) / 2  # two heads
         if not parts[-1].finite():
             raise NonFiniteError(f"logits are NaN or Inf on evaluation windows {start} to {stop - 1}")
-    everyone = streams.share.together.gather(join_scores(parts))
+    everyone = streams.share.processes.all_gather(join_scores(parts))
     (seconds,) = streams.share.sum_numbers(seconds)
     after = join_scores(everyone)
-    expected = _expected(reduced, streams, held) if streams.share.together.is_first else None
+    expected = _expected(reduced, streams, held) if streams.share.processes.is_main else None
     return FinalScores(after.of_reference(), after, expected, seconds)
 
 

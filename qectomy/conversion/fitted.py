@@ -26,7 +26,7 @@ from qectomy.conversion.layerwise import LayerPass
 from qectomy.conversion.settings import ConvertSettings, check_context
 from qectomy.conversion.shared_run import check_alike, shared_folder
 from qectomy.conversion.stopwatch import Stopwatch
-from qectomy.distributed.together import Together
+from qectomy.distributed.process_group import ProcessGroup
 from qectomy.errors import QectomyError, TextError, UnsupportedArchitecture
 from qectomy.eval.metrics import cost
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
@@ -55,11 +55,11 @@ def convert(
     *,
     resume: GoOn = False,
     clean: bool = False,
-    together: Together | None = None,
+    processes: ProcessGroup | None = None,
 ) -> dict[str, Any] | None:
     """Write the reduced checkpoint to `out` and return its report (also in `out`/qectomy.json).
 
-    Of several processes, which torchrun started and which `together` has joined, each calls this and fits on its share
+    Of several processes, which torchrun started and which `processes` has joined, each calls this and fits on its share
     of the windows; the first one writes, and the others return None.
 
     Until it is whole it lies in OUT.converting, whence `resume` goes on and which `clean` removes first. Raises a
@@ -68,22 +68,24 @@ def convert(
     after the last layer, as a result that a fresh process cannot reload, leave what was done; an error whose cause can
     pass is marked as `resumable`.
     """
-    together = together or Together(settings.device)
-    with together.one_end():
+    processes = processes or ProcessGroup(settings.device)
+    with processes.collective():
         if resume:
-            done = together.first_alone(lambda: _finished(source, out, recipe, settings, together))
+            done = processes.on_main(lambda: _finished(source, out, recipe, settings, processes))
             if done is not None:
-                return done if together.is_first else None
-        return _convert(source, out, recipe, settings, progress if together.is_first else None, together, resume, clean)
+                return done if processes.is_main else None
+        return _convert(
+            source, out, recipe, settings, progress if processes.is_main else None, processes, resume, clean
+        )
 
 
 def _finished(
-    source: Checkpoint, out: Path, recipe: tuple[QueryMapSpec, ...], settings: ConvertSettings, together: Together
+    source: Checkpoint, out: Path, recipe: tuple[QueryMapSpec, ...], settings: ConvertSettings, processes: ProcessGroup
 ) -> dict[str, Any] | None:
     """Return the report of this conversion if it is done. Raises QectomyError if another one is."""
 
     def told() -> dict[str, Any]:
-        given = fingerprint(recipe, settings, *_windows(source, settings)) | {"processes": together.count}
+        given = fingerprint(recipe, settings, *_windows(source, settings)) | {"processes": processes.world_size}
         return given | SourceWatch(source).fingerprint
 
     return finished(out, lambda: read_json(out / "qectomy.json"), told)
@@ -95,7 +97,7 @@ def _convert(
     recipe: tuple[QueryMapSpec, ...],
     settings: ConvertSettings,
     progress: Progress | None,
-    together: Together,
+    processes: ProcessGroup,
     resume: GoOn,
     clean: bool,
 ) -> dict[str, Any] | None:
@@ -103,22 +105,22 @@ def _convert(
     _check_stock(source)
     check_context(source, settings.context)
     settings.check_refit(source, recipe)
-    device = check_device(together.device)
+    device = check_device(processes.device)
     needed = totals(source, recipe, settings.stored_dtype)["bytes"]["after"]
     needed += scratch_bytes(source, settings.tokens, settings.eval_tokens)
-    together.first_alone(lambda: check_room(out, needed - WorkFolder(out).nbytes()))
-    fitted, held = together.first_alone(lambda: _windows(source, settings))
-    together.first_alone(lambda: check_range(source, settings.stored_dtype))
+    processes.on_main(lambda: check_room(out, needed - WorkFolder(out).nbytes()))
+    fitted, held = processes.on_main(lambda: _windows(source, settings))
+    processes.on_main(lambda: check_range(source, settings.stored_dtype))
     since = watch.add("text", watch.begun)
     runner = LayerRunner(source, recipe, settings.context, device)
-    unchanged = SourceWatch(source, together.first_alone)
+    unchanged = SourceWatch(source, processes.on_main)
     since = watch.add("hashing", since)
-    told = fingerprint(recipe, settings, fitted, held) | {"processes": together.count} | unchanged.fingerprint
-    check_alike(together, told)
-    with shared_folder(together, out, told, resume=resume, clean=clean) as work:
-        run = LayerPass(source, recipe, settings, runner, fitted, held, unchanged, work, watch, together)
+    told = fingerprint(recipe, settings, fitted, held) | {"processes": processes.world_size} | unchanged.fingerprint
+    check_alike(processes, told)
+    with shared_folder(processes, out, told, resume=resume, clean=clean) as work:
+        run = LayerPass(source, recipe, settings, runner, fitted, held, unchanged, work, watch, processes)
         scores, digests = run.run(progress)
-        together.meet()  # all have closed their files
+        processes.barrier()  # all have closed their files
         if scores.expected is None:
             return None
         report = _finish(run, scores, digests, fitted, unchanged)
@@ -167,7 +169,7 @@ def _finish(
         total_seconds=run.watch.total,
         forward_pass_seconds=run.forward_pass_seconds(scores.head_seconds),
         reload=reload,
-        processes=run.share.together.count,
+        processes=run.share.processes.world_size,
     )
     report |= {"tensors_sha256": digests, "fitted_spans": fitted.spans["fitted_spans"]}
     write_report(result, report, source)

@@ -28,8 +28,8 @@ from qectomy.conversion.moved import moved_by
 from qectomy.conversion.settings import ConvertSettings
 from qectomy.conversion.shared_run import SharedWriter, own_scratch
 from qectomy.conversion.stopwatch import Stopwatch
-from qectomy.distributed.together import Together
-from qectomy.distributed.window_shard import shared
+from qectomy.distributed.process_group import ProcessGroup
+from qectomy.distributed.window_shard import shard_windows
 from qectomy.errors import NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.models.query_maps import QueryMapSpec, turns_stream
@@ -62,13 +62,15 @@ class LayerPass:
         unchanged: FileWatch,
         work: WorkFolder,
         watch: Stopwatch,
-        together: Together | None = None,
+        processes: ProcessGroup | None = None,
         refine: RefineSettings | None = None,
     ):
         self.source, self.recipe, self.settings, self.runner = source, recipe, settings, runner
         self.held, self.unchanged, self.work, self.watch = held, unchanged, work, watch
         self.refine = refine or RefineSettings()
-        self.share = shared(together or Together(settings.device), fitted.tokens.shape[0], held.tokens.shape[0])
+        self.share = shard_windows(
+            processes or ProcessGroup(settings.device), fitted.tokens.shape[0], held.tokens.shape[0]
+        )
         own = self.share.fitted, self.share.held
         self.tokens = torch.cat([fitted.tokens[own[0]], held.tokens[own[1]]])  # of this process
         self.n_fitted = len(own[0])
@@ -88,10 +90,10 @@ class LayerPass:
         dims, tell = self.source.dims, progress or (lambda done, total, note: None)
         shape = (self.tokens.shape[0], self.settings.context, dims.d_model)
         with ExitStack() as stack, torch.no_grad():
-            scratch = own_scratch(self.work, self.share.together)
+            scratch = own_scratch(self.work, self.share.processes)
             streams = Streams(scratch, shape, fitted=self.n_fitted, batch=self.batch, share=self.share)
             stack.callback(streams.close)
-            writer = stack.enter_context(SharedWriter(self.share.together, self.work, self.specs, streams))
+            writer = stack.enter_context(SharedWriter(self.share.processes, self.work, self.specs, streams))
             if writer.steps:
                 self._go_on_from(writer.steps, streams)
                 tell(len(self.layers), dims.n_layers, "done before: going on from there")
@@ -124,7 +126,7 @@ class LayerPass:
         self.unchanged.check()
         self.layers += [record] if record else []
         writer.keep(
-            states=self.share.together.gather(streams.sync()),
+            states=self.share.processes.all_gather(streams.sync()),
             record=record,
             generator=self.generator.get_state().numpy().tobytes().hex(),
             drifted=self.drifted,
@@ -156,9 +158,9 @@ class LayerPass:
     def _write_config(self) -> None:
         """Write the reduced model's config.json, by the first process, for all to open."""
         dtype = self.settings.stored_dtype or self.source.dtype
-        if self.share.together.is_first:
+        if self.share.processes.is_main:
             write_reduced_config(self.work.result, reduced_config(self.source, self.recipe, dtype))
-        self.share.together.meet()
+        self.share.processes.barrier()
 
     def _score(self, streams: Streams) -> FinalScores:
         """Return the scores of both models on the evaluation windows."""
@@ -311,7 +313,7 @@ class LayerPass:
                     hidden = self.runner.read(module, states[start : start + 1].to(self.runner.device))
                     pair.append(self.runner.queries_keys(module, hidden))
                 values[window] = attention_kl(pair[0], pair[1], self.runner.causal(teacher)).mean()
-            share.together.sum_(values)
+            share.processes.all_reduce_(values)
             result[name] = float(values.mean())
         return result
 

@@ -11,7 +11,7 @@ import torch
 from qectomy.calibrate.hidden_states import Streams
 from qectomy.checkpoint.shards import TensorSpec
 from qectomy.conversion.pass_steps import is_whole
-from qectomy.distributed.together import Together
+from qectomy.distributed.process_group import ProcessGroup
 from qectomy.errors import QectomyError
 from qectomy.runs.locked_folder import GoOn, differences
 from qectomy.runs.step_writer import StepWriter
@@ -20,28 +20,28 @@ from qectomy.runs.work_folder import WorkFolder, work_folder
 
 @contextmanager
 def shared_folder(
-    together: Together, out: Path, fingerprint: dict[str, Any], *, resume: GoOn, clean: bool
+    processes: ProcessGroup, out: Path, fingerprint: dict[str, Any], *, resume: GoOn, clean: bool
 ) -> Iterator[WorkFolder]:
     """Yield the folder of a run to all processes; only the first one holds it, and says what is left of it at the end.
 
     Raises QectomyError where a process does not see the folder.
     """
-    if together.is_first:
-        with work_folder(out, fingerprint, resume=resume, clean=clean) as work, together.one_end():
-            together.meet()
-            _check_seen(together, work)
+    if processes.is_main:
+        with work_folder(out, fingerprint, resume=resume, clean=clean) as work, processes.collective():
+            processes.barrier()
+            _check_seen(processes, work)
             yield work
     else:
-        with together.one_end():
-            together.meet()
+        with processes.collective():
+            processes.barrier()
             work = WorkFolder(out)
-            _check_seen(together, work)
+            _check_seen(processes, work)
             yield work
 
 
-def _check_seen(together: Together, work: WorkFolder) -> None:
+def _check_seen(processes: ProcessGroup, work: WorkFolder) -> None:
     """Raise QectomyError, naming it, for a process that does not find the first one's folder in its place."""
-    seen = together.gather(work.record() if work.path.is_dir() else None)
+    seen = processes.all_gather(work.record() if work.path.is_dir() else None)
     for rank, record in enumerate(seen):
         if record != seen[0]:
             raise QectomyError(
@@ -50,17 +50,17 @@ def _check_seen(together: Together, work: WorkFolder) -> None:
             )
 
 
-def check_alike(together: Together, fingerprint: dict[str, Any]) -> None:
+def check_alike(processes: ProcessGroup, fingerprint: dict[str, Any]) -> None:
     """Raise QectomyError, naming it, for a process that was told something else than the first one."""
-    told = together.gather(fingerprint)
+    told = processes.all_gather(fingerprint)
     for rank, other in enumerate(told):
         if differing := differences(told[0], other):
             raise QectomyError(f"process {rank} works on something else than process 0: {'; '.join(differing)}")
 
 
-def own_scratch(work: WorkFolder, together: Together) -> Path:
+def own_scratch(work: WorkFolder, processes: ProcessGroup) -> Path:
     """Return the folder, made if need be, of a process's hidden states."""
-    folder = work.scratch / f"process-{together.rank}" if together.rank else work.scratch
+    folder = work.scratch / f"process-{processes.rank}" if processes.rank else work.scratch
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -71,17 +71,17 @@ class SharedWriter:
     A step of an earlier run counts where every process still has the states that follow it.
     """
 
-    def __init__(self, together: Together, work: WorkFolder, specs: dict[str, TensorSpec], streams: Streams):
-        self.together, self._streams = together, streams
+    def __init__(self, processes: ProcessGroup, work: WorkFolder, specs: dict[str, TensorSpec], streams: Streams):
+        self.processes, self._streams = processes, streams
         self._writer: StepWriter | None = None
-        if together.is_first:
+        if processes.is_main:
             self._writer = StepWriter(work, specs, holds=self._holds, whole=is_whole)
         with ExitStack() as opened:
             if self._writer:
                 opened.enter_context(self._writer)
             while (layer := self._asked(None)) is not None:
-                together.gather(streams.checksums_on_disk(layer))
-            self.steps: list[dict[str, Any]] = together.first_alone(self._known)
+                processes.all_gather(streams.checksums_on_disk(layer))
+            self.steps: list[dict[str, Any]] = processes.on_main(self._known)
             opened.pop_all()  # whoever has this closes it
 
     def _known(self) -> list[dict[str, Any]]:
@@ -92,11 +92,11 @@ class SharedWriter:
         """Whether all processes have the states after so many steps; the others answer in their `__init__`."""
         layer = self._asked(count - 1)
         assert layer is not None
-        return self.together.gather(self._streams.checksums_on_disk(layer)) == entry.get("states")
+        return self.processes.all_gather(self._streams.checksums_on_disk(layer)) == entry.get("states")
 
     def _asked(self, layer: int | None) -> int | None:
         """Return the layer before which the first process wants to know the states; None: it wants no more."""
-        return self.together.first_alone(lambda: layer)
+        return self.processes.on_main(lambda: layer)
 
     @property
     def writes(self) -> bool:
@@ -118,13 +118,13 @@ class SharedWriter:
         """End a step in all processes: none writes over what the step before needs until this one is kept."""
         if self._writer:
             self._writer.keep(**more)
-        self.together.meet()
+        self.processes.barrier()
 
     def finish(self) -> None:
         """Finish the shards; when this returns every process may read them."""
         if self._writer:
             self._writer.finish()
-        self.together.meet()
+        self.processes.barrier()
 
     def __enter__(self) -> "SharedWriter":
         return self

@@ -5,19 +5,19 @@ from dataclasses import dataclass
 
 import torch
 
-from qectomy.distributed.together import Together
+from qectomy.distributed.process_group import ProcessGroup
 from qectomy.errors import QectomyError
 
 
 @dataclass(frozen=True)
-class Share:
+class WindowShard:
     """The runs [start, stop) of a run's fitted and of its evaluation windows that this process holds.
 
     They are numbered over all processes. Sizes differ by one at most; where there are fewer evaluation windows than
     processes, the last ones hold none.
     """
 
-    together: Together
+    processes: ProcessGroup
     n_fitted: int  # over all processes
     n_held: int
 
@@ -30,7 +30,8 @@ class Share:
         return self._own(self.n_held)
 
     def _own(self, total: int) -> range:
-        start, stop = (-(-total * rank // self.together.count) for rank in (self.together.rank, self.together.rank + 1))
+        count, rank = self.processes.world_size, self.processes.rank
+        start, stop = (-(-total * first // count) for first in (rank, rank + 1))
         return range(start, stop)
 
     def fitted_here(self, windows: Sequence[int]) -> list[tuple[int, int]]:
@@ -48,20 +49,20 @@ class Share:
     def sum_numbers(self, *numbers: int | float) -> list[float]:
         """Return the sum over all processes of each number, float64."""
         sums = torch.tensor(numbers, dtype=torch.float64)
-        self.together.sum_(sums)
+        self.processes.all_reduce_(sums)
         return list(sums.tolist())
 
 
-def whole(n_fitted: int, n_held: int = 0) -> Share:
+def whole(n_fitted: int, n_held: int = 0) -> WindowShard:
     """Return the share of one process: all windows."""
-    return Share(Together("cpu"), n_fitted, n_held)
+    return WindowShard(ProcessGroup("cpu"), n_fitted, n_held)
 
 
-def shared(together: Together, n_fitted: int, n_held: int) -> Share:
+def shard_windows(processes: ProcessGroup, n_fitted: int, n_held: int) -> WindowShard:
     """Return the share of each process. Raises QectomyError where one would hold no window to fit on."""
-    if together.count > n_fitted:
+    if processes.world_size > n_fitted:
         raise QectomyError(
-            f"{together.count} processes, but only {n_fitted} window(s) to fit on, and each needs one: start no more "
-            "than that, or give more --tokens"
+            f"{processes.world_size} processes, but only {n_fitted} window(s) to fit on, and each needs one: start no "
+            "more than that, or give more --tokens"
         )
-    return Share(together, n_fitted, n_held)
+    return WindowShard(processes, n_fitted, n_held)

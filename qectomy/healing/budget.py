@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qectomy.distributed.processes import Processes
+from qectomy.distributed.process_group import ProcessGroup
 from qectomy.healing.models import Distillation
 from qectomy.healing.plan import STEPS, at_a_time, batches
 from qectomy.healing.settings import HealSettings
@@ -36,7 +36,7 @@ class Budget:
 
 
 def budget_of(
-    folder: RunFolder, settings: HealSettings, model: Any, criterion: Distillation, processes: Processes
+    folder: RunFolder, settings: HealSettings, model: Any, criterion: Distillation, processes: ProcessGroup
 ) -> Budget:
     """Return what a run spends on what, kept in its folder: one that is resumed keeps its own.
 
@@ -55,7 +55,7 @@ def budget_of(
     return budget
 
 
-def _in_time(settings: HealSettings, processes: Processes, rate: float, update: float, timing: float) -> Budget:
+def _in_time(settings: HealSettings, processes: ProcessGroup, rate: float, update: float, timing: float) -> Budget:
     """Return what the minutes are enough for, at `rate` tokens a second and `update` seconds a step besides."""
     assert settings.minutes is not None
     left = max(0.0, 60 * settings.minutes * MARGIN - timing)
@@ -67,7 +67,7 @@ def _in_time(settings: HealSettings, processes: Processes, rate: float, update: 
         tokens = max(settings.context, tokens * 99 // 100)
     told, enough = settings.tokens, None
     micro, accumulation = batches(settings, STEPS, processes)
-    step = micro * accumulation * processes.count * settings.context  # the least that one takes
+    step = micro * accumulation * processes.world_size * settings.context  # the least that one takes
     if tokens < STEPS * step and (told is None or tokens < told):
         whole = STEPS * (step / rate + update) / (1 - VALIDATION_SHARE) + timing
         enough = math.ceil(whole / MARGIN / 60)
@@ -82,10 +82,10 @@ def _validations(settings: HealSettings, affordable: float) -> tuple[int, int]:
     return evaluations, max(settings.context, tokens)
 
 
-def _steps(settings: HealSettings, tokens: int, processes: Processes) -> int:
+def _steps(settings: HealSettings, tokens: int, processes: ProcessGroup) -> int:
     windows = tokens // settings.context
     micro, accumulation = batches(settings, windows, processes)
-    return windows // (micro * accumulation * processes.count)
+    return windows // (micro * accumulation * processes.world_size)
 
 
 def spending(settings: HealSettings, budget: Budget, steps: int, tokens_a_step: int, scored: int) -> list[str]:
@@ -117,14 +117,14 @@ def too_few(minutes: float, enough: int, steps: int) -> str:
     )
 
 
-def _speed(settings: HealSettings, model: Any, criterion: Distillation, processes: Processes) -> tuple[float, float]:
+def _speed(settings: HealSettings, model: Any, criterion: Distillation, processes: ProcessGroup) -> tuple[float, float]:
     """Return (tokens a second of all processes, seconds that the optimizer takes a step); no weight is changed."""
-    rate = _tokens_a_second(settings, model, criterion, processes) * processes.count
+    rate = _tokens_a_second(settings, model, criterion, processes) * processes.world_size
     # Several processes may share out the optimizer's state, of which one holds no whole.
-    return rate, _seconds_of_an_update(model, processes.device) if processes.count == 1 else 0.0
+    return rate, _seconds_of_an_update(model, processes.device) if processes.world_size == 1 else 0.0
 
 
-def _tokens_a_second(settings: HealSettings, model: Any, criterion: Distillation, processes: Processes) -> float:
+def _tokens_a_second(settings: HealSettings, model: Any, criterion: Distillation, processes: ProcessGroup) -> float:
     """Return this process's speed, forwards and backwards, on random tokens.
 
     Batches grow from one window, the least that a step takes, until they are a run's or the next would take more than

@@ -10,8 +10,9 @@ from typing import Any
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.conversion.fitted import convert
 from qectomy.conversion.settings import ConvertSettings
-from qectomy.distributed.processes import Processes
+from qectomy.distributed.launch import launch
 from qectomy.errors import OutputError, QectomyError, Stopped, resumable
+from qectomy.healing.devices import only_visible
 from qectomy.healing.heal import heal
 from qectomy.healing.settings import HealSettings
 from qectomy.models.query_maps import QueryMapSpec
@@ -37,11 +38,10 @@ def convert_and_heal(
     `resume` and `clean` are those of `convert`, for the fit. What goes wrong in healing leaves OUT.fitted, and
     OUT.healing to resume from; the error says with which command.
     """
-    processes = Processes(settings.device)
-    if processes.count > 1:
+    if launch().count > 1:
         raise QectomyError("--heal in convert is for one process: convert first, then start `qectomy heal` on several")
-    settings = replace(settings, device=processes.device)
-    heal_settings = replace(heal_settings, device=processes.device)
+    device = only_visible(settings.device)
+    settings, heal_settings = replace(settings, device=device), replace(heal_settings, device=device)
     fitted = out.absolute().with_name(f"{out.absolute().name}.fitted")
     command = _heal_command(fitted, source, out, heal_settings)
     check_unhealed(out)

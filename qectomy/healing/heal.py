@@ -19,11 +19,12 @@ import torch
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.conversion.fitted import check_device
 from qectomy.conversion.settings import check_context
-from qectomy.distributed.processes import Processes
+from qectomy.distributed.process_group import ProcessGroup, join
 from qectomy.errors import CheckpointError, TextError, note
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.healing.budget import Budget, budget_of, spending
 from qectomy.healing.data import prepare
+from qectomy.healing.devices import only_visible
 from qectomy.healing.export import Outcome, export, teacher_perplexity
 from qectomy.healing.models import (
     Distillation,
@@ -59,14 +60,14 @@ class Job:
     student: Checkpoint
     original: Checkpoint
     settings: HealSettings
-    processes: Processes
+    processes: ProcessGroup
     folder: RunFolder
     progress: Progress | None
     unchanged: Unchanged
 
     def say(self, what: str) -> None:
         """Tell what is being done before there are steps to count."""
-        if self.progress and self.processes.is_first:
+        if self.progress and self.processes.is_main:
             self.progress(0, 1, what)
 
 
@@ -89,7 +90,7 @@ def heal(
     begun = time.perf_counter()
     if not resume:
         check_unhealed(out)
-    processes = Processes(settings.device)
+    processes = join(only_visible(settings.device))
     device = check_device(processes.device)
     student, original = open_pair(reduced, teacher)
     settings = settings.resolved()
@@ -101,18 +102,18 @@ def heal(
     def told() -> dict[str, Any]:
         return fingerprint(settings, unchanged)
 
-    if resume and (done := processes.first_alone(lambda: job.folder.finished(told))) is not None:
-        return done if processes.is_first else None
+    if resume and (done := processes.on_main(lambda: job.folder.finished(told))) is not None:
+        return done if processes.is_main else None
     check_absent(out)
     check_room(out, _bytes_needed(student, settings) - job.folder.nbytes())
     try:
-        resumed = processes.first_alone(lambda: job.folder.start(told(), resume))
+        resumed = processes.on_main(lambda: job.folder.start(told(), resume))
         if resume and not resumed:
             job.say(f"nothing to resume in {job.folder.path}: starting anew")
         with _signals(processes), explained(settings, job.folder), _undone_if_refused(job, resumed):
             outcome, packed, held = _run(job, device, resumed)
             _free_memory(device)
-            if not processes.is_first:
+            if not processes.is_main:
                 return None
             report = export(student, original, out, settings, outcome, packed, held, device, progress, begun, unchanged)
         job.folder.remove()
@@ -121,9 +122,9 @@ def heal(
         job.folder.release()
 
 
-def _signals(processes: Processes) -> AbstractContextManager[None]:
+def _signals(processes: ProcessGroup) -> AbstractContextManager[None]:
     """Treat the signals that end a process as Ctrl-C; one of several may be deep in a call that never returns then."""
-    return interruptible() if processes.count == 1 else nullcontext()
+    return interruptible() if processes.world_size == 1 else nullcontext()
 
 
 def _free_memory(device: str) -> None:
@@ -139,7 +140,7 @@ def _undone_if_refused(job: Job, resumed: bool) -> Iterator[None]:
     try:
         yield
     except (TextError, CheckpointError):
-        if job.processes.is_first and not resumed and "plan" not in job.folder.record():
+        if job.processes.is_main and not resumed and "plan" not in job.folder.record():
             job.folder.remove()
         raise
 
@@ -149,12 +150,12 @@ def _run(job: Job, device: str, resumed: bool) -> tuple[Outcome, Packed, Scoring
     settings, processes = job.settings, job.processes
     job.say("loading both models")
     teacher = load_teacher(job.original, settings.compute_dtype, device)
-    processes.first_alone(job.unchanged.check)  # what it writes is kept for other runs
+    processes.on_main(job.unchanged.check)  # what it writes is kept for other runs
     names = list(settings.texts)
     if settings.self_generated:
-        names = [processes.first_alone(lambda: _written_by(job, teacher))]
+        names = [processes.on_main(lambda: _written_by(job, teacher))]
     model = load_student(job.student)
-    processes.first_alone(job.unchanged.check)  # before a step from weights that another run would not have
+    processes.on_main(job.unchanged.check)  # before a step from weights that another run would not have
     if settings.activation_checkpointing:
         enable_checkpointing_(model)  # before a batch is timed, too
     chosen = is_trained(job.student, settings.train)
@@ -168,13 +169,13 @@ def _run(job: Job, device: str, resumed: bool) -> tuple[Outcome, Packed, Scoring
             compiled.base_model.compile()
     if settings.minutes is not None:
         job.say("timing a few batches")
-    budget = processes.first_alone(lambda: budget_of(job.folder, settings, model, criterion, processes))
+    budget = processes.on_main(lambda: budget_of(job.folder, settings, model, criterion, processes))
     settings = replace(settings, evaluations=budget.evaluations, validation_tokens=budget.validation_tokens)
-    packed, held = processes.first_alone(
+    packed, held = processes.on_main(
         lambda: prepare(job.folder.path, job.student, settings, names, budget.tokens or TOKENS, job.progress)
     )
-    plan = processes.first_alone(lambda: make_plan(job.folder, settings, budget.tokens, packed, processes))
-    if budget.tokens_a_second is not None and processes.is_first:
+    plan = processes.on_main(lambda: make_plan(job.folder, settings, budget.tokens, packed, processes))
+    if budget.tokens_a_second is not None and processes.is_main:
         for line in spending(settings, budget, plan.steps, plan.tokens_a_step, held.report["scored_tokens"]):
             note(line)
     outcome = _train(replace(job, settings=settings), model, criterion, plan, packed, resumed, budget)
@@ -233,10 +234,10 @@ def _train(
     processes, folder = job.processes, job.folder
     rate = job.settings.learning_rate(job.student.dims.d_model, plan.tokens_a_step)
     settings = replace(job.settings, lr=rate)
-    last = processes.first_alone(lambda: folder.last_checkpoint() if resumed else None)
+    last = processes.on_main(lambda: folder.last_checkpoint() if resumed else None)
     if last is None:
-        processes.first_alone(folder.check_may_begin)
-    ended = processes.first_alone(lambda: ended_at(last, folder, settings) if last is not None else None)
+        processes.on_main(folder.check_may_begin)
+    ended = processes.on_main(lambda: ended_at(last, folder, settings) if last is not None else None)
     steps = ended or plan.steps
     windows = PackedWindows(packed.train, settings.context)
     order = Shuffled(windows.stored, settings.seed)
@@ -258,11 +259,11 @@ def _train(
     losses = validation_losses(state.log_history)
     best = state.best_global_step if state.best_model_checkpoint else state.global_step
     original = 0.0
-    if processes.is_first:
+    if processes.is_main:
         folder.note(stopped_at=state.global_step, seconds=round(watch.seconds, 3))
         original = teacher_perplexity(criterion, packed, settings, processes.device)
     return Outcome(
-        weights={name: tensor.detach().cpu() for name, tensor in weights.items()} if processes.is_first else {},
+        weights={name: tensor.detach().cpu() for name, tensor in weights.items()} if processes.is_main else {},
         history=state.log_history,
         plan=plan,
         budget=budget,
@@ -271,7 +272,7 @@ def _train(
         seconds=watch.seconds,
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         original_perplexity=original,
-        processes=processes.count,
+        processes=processes.world_size,
         logs=folder.checkpoints / "runs",
         generated=None,
         lr=rate,

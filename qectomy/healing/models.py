@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qectomy.checkpoint.checkpoint import Checkpoint, differing_sizes, open_checkpoint
-from qectomy.distributed.processes import Processes
+from qectomy.distributed.process_group import ProcessGroup
 from qectomy.errors import CheckpointError
 from qectomy.healing.loss import head_loss, hidden_loss
 from qectomy.runs.input_hashes import SourceWatch
@@ -58,8 +58,8 @@ class Unchanged:
     original: SourceWatch
 
     @staticmethod
-    def since_now(student: Checkpoint, original: Checkpoint, processes: Processes) -> "Unchanged":
-        return Unchanged(*(SourceWatch(checkpoint, processes.first_alone) for checkpoint in (student, original)))
+    def since_now(student: Checkpoint, original: Checkpoint, processes: ProcessGroup) -> "Unchanged":
+        return Unchanged(*(SourceWatch(checkpoint, processes.on_main) for checkpoint in (student, original)))
 
     def check(self) -> None:
         """Raise Stopped, naming it, for a file whose content is another now."""

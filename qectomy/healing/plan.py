@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from qectomy.distributed.processes import Processes
+from qectomy.distributed.process_group import ProcessGroup
 from qectomy.errors import QectomyError
 from qectomy.healing.settings import HealSettings
 from qectomy.runs.run_folder import RunFolder
@@ -28,16 +28,16 @@ class Plan:
 
 
 def make_plan(
-    folder: RunFolder, settings: HealSettings, tokens: int | None, packed: Packed, processes: Processes
+    folder: RunFolder, settings: HealSettings, tokens: int | None, packed: Packed, processes: ProcessGroup
 ) -> Plan:
     """Return the plan of a run of so many tokens, kept in its folder: one that is resumed keeps its own."""
     kept = folder.record().get("plan")
     if kept is not None:
         plan = Plan(**kept)
         count = plan.windows_a_step // plan.micro_batch // plan.accumulation
-        if count != processes.count:
+        if count != processes.world_size:
             raise QectomyError(
-                f"{folder.path} holds a run of {count} process(es); go on with as many, not {processes.count}"
+                f"{folder.path} holds a run of {count} process(es); go on with as many, not {processes.world_size}"
             )
         a_step = plan.windows_a_step // count
         if settings.micro_batch is not None:  # another number of windows at a time makes the same steps
@@ -47,7 +47,7 @@ def make_plan(
     there = PackedWindows(packed.train, settings.context).stored
     windows = there if tokens is None else max(1, tokens // settings.context)
     micro, accumulation = batches(settings, windows, processes)
-    step = micro * accumulation * processes.count
+    step = micro * accumulation * processes.world_size
     # A given number of tokens is not exceeded, but one reading takes every window.
     steps = math.ceil(windows / step) if tokens is None else max(1, windows // step)
     plan = Plan(steps, micro, accumulation, step, step * settings.context)
@@ -55,16 +55,16 @@ def make_plan(
     return plan
 
 
-def batches(settings: HealSettings, windows: int, processes: Processes) -> tuple[int, int]:
+def batches(settings: HealSettings, windows: int, processes: ProcessGroup) -> tuple[int, int]:
     """Return (windows a device runs at a time, how often before a step) of a run of so many windows."""
     tokens = settings.batch_tokens or min(MOST_TOKENS_A_STEP, windows * settings.context // STEPS)
-    a_step = max(1, round(tokens / settings.context / processes.count))  # of one device
+    a_step = max(1, round(tokens / settings.context / processes.world_size))  # of one device
     most = at_a_time(settings, processes)
     accumulation = math.ceil(a_step / most)
     return math.ceil(a_step / accumulation), accumulation
 
 
-def at_a_time(settings: HealSettings, processes: Processes) -> int:
+def at_a_time(settings: HealSettings, processes: ProcessGroup) -> int:
     """Return how many windows a device runs at a time at most."""
     kind = torch.device(processes.device).type
     return settings.micro_batch or max(1, TOKENS_AT_A_TIME.get(kind, TOKENS_AT_A_TIME["cpu"]) // settings.context)

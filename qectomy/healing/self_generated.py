@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from qectomy.checkpoint.checkpoint import Checkpoint, sha256
-from qectomy.distributed.devices import multiplies_bfloat16
+from qectomy.healing.devices import multiplies_bfloat16
 from qectomy.healing.settings import GENERATED, VALIDATION
 from qectomy.models.family import Dimensions
 from qectomy.progress import Progress

@@ -88,6 +88,6 @@ class HealSettings:
     @property
     def compute_dtype(self) -> str:
         """The type of products: given, or bfloat16 where the device has instructions for it."""
-        from qectomy.distributed.devices import multiplies_bfloat16
+        from qectomy.healing.devices import multiplies_bfloat16
 
         return self.dtype or ("bfloat16" if multiplies_bfloat16(self.device) else "float32")

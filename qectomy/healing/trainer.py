@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalPrediction
 
-from qectomy.distributed.processes import Processes
+from qectomy.distributed.process_group import ProcessGroup
 from qectomy.errors import NonFiniteError
 from qectomy.healing.models import Distillation
 from qectomy.healing.settings import HealSettings
@@ -123,7 +123,7 @@ class Watch(TrainerCallback):
     def __init__(
         self,
         folder: RunFolder,
-        processes: Processes,
+        processes: ProcessGroup,
         tokens_a_step: int,
         settings: HealSettings,
         progress: Progress | None,
@@ -131,7 +131,7 @@ class Watch(TrainerCallback):
         self._folder, self._processes, self._tokens_a_step = folder, processes, tokens_a_step
         self._limit = None if settings.minutes is None else 60 * settings.minutes
         self._patience = settings.patience
-        self._progress = progress if processes.is_first else None
+        self._progress = progress if processes.is_main else None
         self.spent = float(folder.record().get("seconds", 0.0))
         self._since = self._saved = time.perf_counter()
         self._first = 0
@@ -146,7 +146,7 @@ class Watch(TrainerCallback):
         self._first = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        over, due = self._processes.first_alone(self._time)
+        over, due = self._processes.on_main(self._time)
         if over and state.global_step < state.max_steps:
             control.should_training_stop = True
         if over or state.global_step == state.max_steps:  # what the run ends with is a candidate, too

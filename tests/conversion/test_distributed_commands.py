@@ -31,7 +31,7 @@ def test_an_interruption_of_one_process_alone_ends_all(tiny_checkpoint, raven, t
         layer = LayerPass._run_student
 
         def run(self, index, *rest):
-            if index == 1 and not self.share.together.is_first:
+            if index == 1 and not self.share.processes.is_main:
                 os.kill(os.getpid(), signal.SIGINT)
             return layer(self, index, *rest)
 

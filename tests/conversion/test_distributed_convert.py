@@ -17,8 +17,8 @@ from launches import launched, several
 
 from qectomy.calibrate.preconditioning import Preconditioned, adam
 from qectomy.calibrate.refine import FitData, RefineSettings, _Batches
-from qectomy.distributed.together import Together
-from qectomy.distributed.window_shard import Share
+from qectomy.distributed.process_group import ProcessGroup
+from qectomy.distributed.window_shard import WindowShard
 
 RUNS = [  # key-shared with key moments, a turned stream with refitted readers, biases, indices, no RoPE
     ("llama", "key-shared", 2),
@@ -51,10 +51,10 @@ def test_several_processes_convert_as_one(shape, query, count, tiny_checkpoint, 
 def one_and_several(source, folder, query, text, count, **settings):
     """Return the report of one process, and that of several whose exchanges are held against its."""
     kept = []
-    one = convert_tiny(source, folder / "one", query, text, together=keep(Together("cpu"), kept), **settings)
+    one = convert_tiny(source, folder / "one", query, text, processes=keep(ProcessGroup("cpu"), kept), **settings)
     assert len(kept) > 20
     found, *others = several(
-        source, folder / "several", query, text, count, before=lambda together: hold(together, kept), **settings
+        source, folder / "several", query, text, count, before=lambda processes: hold(processes, kept), **settings
     )
     assert others == [None] * (count - 1)
     assert isinstance(found, dict), found
@@ -76,7 +76,7 @@ def test_a_process_without_evaluation_windows(tiny_checkpoint, raven, tmp_path):
 
 def test_shares_cover_all_windows_once():
     for count, total in [(1, 5), (2, 5), (3, 7), (4, 4), (5, 2)]:
-        owners = [Share(fake(count, rank), total, total + 1) for rank in range(count)]
+        owners = [WindowShard(fake(count, rank), total, total + 1) for rank in range(count)]
         assert [window for share in owners for window in share.fitted] == list(range(total))
         assert [window for share in owners for window in share.held] == list(range(total + 1))
         sizes = [len(share.fitted) for share in owners]
@@ -89,9 +89,9 @@ def test_shares_cover_all_windows_once():
 
 def fake(count, rank):
     """A process of several that is not connected to any."""
-    together = Together("cpu")
-    together.count, together.rank = count, rank
-    return together
+    processes = ProcessGroup("cpu")
+    processes.world_size, processes.rank = count, rank
+    return processes
 
 
 # The sums
@@ -112,7 +112,7 @@ def test_what_several_processes_draw_is_what_one_draws():
     def turn(heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return heads
 
-    ours = [draw(share, len(share.fitted)) for share in (Share(fake(3, rank), 11, 1) for rank in range(3))]
+    ours = [draw(share, len(share.fitted)) for share in (WindowShard(fake(3, rank), 11, 1) for rank in range(3))]
     whole = list(draw(None, 11))
     for step, parts in zip(whole, zip(*ours, strict=True), strict=True):
         assert len(step) == 8
@@ -122,25 +122,25 @@ def test_what_several_processes_draw_is_what_one_draws():
 def test_adam_adds_gradients_and_moves_as_the_first_does():
     targets = torch.arange(12, dtype=torch.float64).view(4, 3) / 7
 
-    def fit(together, own):
+    def fit(processes, own):
         # The second process measures its parameter in other units: only its gradient may count.
-        unit = 1.0 + (together.rank if together else 0)
+        unit = 1.0 + (processes.rank if processes else 0)
         parameter = Preconditioned(torch.zeros(3, dtype=torch.float64), lambda u: unit * u, 0.1)
         loss = lambda values: ((values[0] - target).pow(4).sum() for target in targets[own])  # noqa: E731
-        adam([parameter], loss, steps=20, warmup=3, betas=(0.9, 0.98), together=together)
+        adam([parameter], loss, steps=20, warmup=3, betas=(0.9, 0.98), processes=processes)
         return parameter.value().detach()
 
-    found = launched(2, lambda together: fit(together, slice(0, 1) if together.is_first else slice(1, 4)))
+    found = launched(2, lambda processes: fit(processes, slice(0, 1) if processes.is_main else slice(1, 4)))
     assert torch.allclose(found[0], fit(None, slice(0, 4)), rtol=1e-12, atol=0)
 
 
 def test_sums_and_the_first_ones_values_in_place():
-    def act(together):
-        mine = torch.arange(6, dtype=torch.float64).view(2, 3) + 10 * together.rank
-        turned, kept, flags = mine.T, mine.clone(), torch.tensor([together.rank + 4], dtype=torch.int32)
-        together.sum_(turned)
-        together.take_first_(kept, flags)
-        return mine.tolist(), kept.tolist(), flags.tolist(), together.gather(together.rank)
+    def act(processes):
+        mine = torch.arange(6, dtype=torch.float64).view(2, 3) + 10 * processes.rank
+        turned, kept, flags = mine.T, mine.clone(), torch.tensor([processes.rank + 4], dtype=torch.int32)
+        processes.all_reduce_(turned)
+        processes.broadcast_(kept, flags)
+        return mine.tolist(), kept.tolist(), flags.tolist(), processes.all_gather(processes.rank)
 
     summed = [[10.0, 12.0, 14.0], [16.0, 18.0, 20.0]]
     assert launched(2, act) == [(summed, [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], [4], [0, 1])] * 2

@@ -4,6 +4,8 @@ import errno
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,7 +17,6 @@ from launches import KILLED, launched, several
 
 from qectomy.calibrate import layer_fit, refit
 from qectomy.conversion.layerwise import LayerPass
-from qectomy.distributed.launched import Launched
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped
 from qectomy.runs.step_writer import StepWriter
 from qectomy.runs.work_folder import WorkFolder
@@ -34,11 +35,11 @@ def whole(tiny_checkpoint, raven, tmp_path_factory):
 def killed_after(steps, rank):
     """Let one process be killed when so many steps are kept, whatever the other one does by then."""
 
-    def before(together):
+    def before(processes):
         layer = LayerPass._run_student
 
         def run(self, index, *rest):
-            if index == steps - 1 and self.share.together.rank == rank:
+            if index == steps - 1 and self.share.processes.rank == rank:
                 os.kill(os.getpid(), signal.SIGKILL)
             return layer(self, index, *rest)
 
@@ -51,8 +52,8 @@ def killed_after(steps, rank):
 def test_what_other_processes_solve_does_not_count(query, whole, raven, tmp_path):
     """Their processors may round otherwise: they have their share of the sums, and the first one's solutions."""
 
-    def before(together):
-        if together.rank == 1:
+    def before(processes):
+        if processes.rank == 1:
             fitted_map, refine, solve = layer_fit.fitted_map, layer_fit.refine, refit.ridge_
 
             def other(start):
@@ -101,11 +102,11 @@ def test_a_killed_process_ends_the_run_which_goes_on(rank, whole, raven, tmp_pat
 def test_an_interruption_ends_all_and_the_run_goes_on(number, ranks, whole, raven, tmp_path):
     """As by a launcher, which sends SIGTERM, or by Ctrl-C, which all processes get."""
 
-    def before(together):
+    def before(processes):
         layer = LayerPass._run_student
 
         def run(self, index, *rest):
-            if index == 1 and together.rank in ranks:
+            if index == 1 and processes.rank in ranks:
                 os.kill(os.getpid(), number)
             return layer(self, index, *rest)
 
@@ -127,8 +128,8 @@ def test_an_interruption_ends_all_and_the_run_goes_on(number, ranks, whole, rave
 def killed_at(rank, seconds):
     """Let one process be killed after a while."""
 
-    def before(together):
-        if together.rank == rank:
+    def before(processes):
+        if processes.rank == rank:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_REAL, seconds)
 
@@ -157,7 +158,7 @@ def killed_when_kept(steps, written):
     It comes late, so that the other one could go on.
     """
 
-    def before(together):
+    def before(processes):
         keep = StepWriter.keep
 
         def kept(self, **more):
@@ -176,10 +177,10 @@ def killed_when_kept(steps, written):
 def resumed(source, out, text):
     """Resume in two processes; return what the first one said of it at once. The other one says nothing."""
 
-    def act(together):
+    def act(processes):
         said = []
         tell = lambda done, total, note: said.append((done, note))  # noqa: E731
-        convert_tiny(source, out, "key-shared", text, together=together, resume=True, progress=tell)
+        convert_tiny(source, out, "key-shared", text, processes=processes, resume=True, progress=tell)
         return said
 
     said, nothing = launched(2, act)
@@ -220,11 +221,11 @@ def test_states_of_one_process_that_are_damaged_cost_a_layer(whole, raven, tmp_p
     ],
 )
 def test_an_error_in_one_process_is_that_of_all(rank, error, kind, message, left, whole, raven, tmp_path):
-    def before(together):
+    def before(processes):
         layer = LayerPass._run_student
 
         def run(self, index, *rest):
-            if index == 1 and together.rank == rank:
+            if index == 1 and processes.rank == rank:
                 raise error
             return layer(self, index, *rest)
 
@@ -236,6 +237,35 @@ def test_an_error_in_one_process_is_that_of_all(rank, error, kind, message, left
     assert type(found[1]) in (kind, type(error))
     assert [path.name for path in tmp_path.iterdir()] == ["out.converting"] * left
     assert ("--resume" in str(found[0])) == left
+
+
+FAILING = """
+import os, sys
+from qectomy.conversion.layerwise import LayerPass
+from qectomy.errors import NonFiniteError
+
+def fail(self, *given):
+    raise NonFiniteError("a layer is no number")
+
+if os.environ["RANK"] == "1":
+    LayerPass._run_student = fail
+from qectomy.cli import main
+main()
+"""
+
+
+def test_torchrun_ends_all_with_the_error_of_one(whole, raven, tmp_path):
+    """Whatever a process has imported since it found the others, it can close its connections to them."""
+    script, out = tmp_path / "failing.py", tmp_path / "out"
+    script.write_text(FAILING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    command += ["convert", whole[0], "--out", out, "--query", "select", "--text", raven, "--tokens", "320"]
+    command += ["--context", "32", "--eval-tokens", "160"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if "error: " in line] == ["error: a layer is no number"]
+    assert "[c10d]" not in done.stderr
+    assert list(tmp_path.iterdir()) == [script]
 
 
 def test_an_error_before_and_after_the_pass_is_that_of_all(whole, raven, tmp_path, monkeypatch):
@@ -250,15 +280,15 @@ def test_an_error_before_and_after_the_pass_is_that_of_all(whole, raven, tmp_pat
 
 
 def test_processes_that_were_told_different_things(whole, raven, tmp_path):
-    def act(together):
-        return convert_tiny(whole[0], tmp_path / "out", "key-shared", raven, together=together, seed=together.rank)
+    def act(processes):
+        return convert_tiny(whole[0], tmp_path / "out", "key-shared", raven, processes=processes, seed=processes.rank)
 
     assert [str(error) for error in launched(2, act)] == [
         "process 1 works on something else than process 0: seed was 0, is 1"
     ] * 2
 
-    def elsewhere(together):
-        return convert_tiny(whole[0], tmp_path / f"out-{together.rank}", "key-shared", raven, together=together)
+    def elsewhere(processes):
+        return convert_tiny(whole[0], tmp_path / f"out-{processes.rank}", "key-shared", raven, processes=processes)
 
     found = launched(2, elsewhere)
     assert [type(error) for error in found] == [QectomyError] * 2
@@ -278,22 +308,25 @@ def test_more_processes_than_windows(whole, raven, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_connection_is_left_to_wait_for(tmp_path):
-    """Whoever waits for the first process, which has said what is wrong, waits until it is gone and no longer."""
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_main_process_ends_first(rank):
+    """A launcher ends all as soon as one has failed: the others wait until it is gone, and no longer."""
 
-    def act(together):
+    def act(processes):
         begun = time.monotonic()
-        with pytest.raises(QectomyError), together.one_end():
-            raise QectomyError("no")
-        if together.is_first:
-            time.sleep(0.5)
-            os.kill(os.getpid(), signal.SIGKILL)
-        assert isinstance(together, Launched)
-        together.wait_for_first()
-        return time.monotonic() - begun
+        try:
+            with processes.collective():
+                if processes.rank == rank:
+                    raise QectomyError("no")
+                processes.barrier()
+        except QectomyError as error:
+            if processes.is_main:
+                time.sleep(0.5)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return str(error), time.monotonic() - begun
 
-    first, waited = launched(2, act)
-    assert first == KILLED
+    main, (said, waited) = launched(2, act)
+    assert (main, said) == (KILLED, "no")
     assert 0.4 < waited < 20
 
 
@@ -301,11 +334,11 @@ def test_no_connection_is_left_to_wait_for(tmp_path):
 def test_an_error_of_the_system_keeps_its_file(rank):
     """In the process that met it, it is the one that was raised."""
 
-    def act(together):
+    def act(processes):
         met = FileNotFoundError(errno.ENOENT, "No such file or directory", "calibration.txt")
         try:
-            with together.one_end():
-                if together.rank == rank:
+            with processes.collective():
+                if processes.rank == rank:
                     raise met
         except OSError as error:
             return str(error), error is met

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from qectomy.distributed.launch import Launch, launch
-from qectomy.distributed.together import join
+from qectomy.distributed.process_group import join
 from qectomy.errors import QectomyError
 
 TORCHRUN = {"WORLD_SIZE": "4", "RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

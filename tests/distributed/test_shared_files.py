@@ -10,7 +10,7 @@ from qectomy.calibrate.hidden_states import Streams
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.shards import TensorSpec
 from qectomy.conversion import shared_run
-from qectomy.distributed.together import Together
+from qectomy.distributed.process_group import ProcessGroup
 from qectomy.errors import Stopped
 from qectomy.runs import input_hashes
 from qectomy.runs.input_hashes import SourceWatch
@@ -25,8 +25,8 @@ def sha256_of(path):
 def test_no_shard_stays_open_where_another_process_fails_first(tmp_path, monkeypatch):
     """The first one has its shards open when it hears of the failure."""
 
-    class Failing(Together):
-        def first_alone(self, act):
+    class Failing(ProcessGroup):
+        def on_main(self, act):
             raise Stopped("another one has failed")
 
     made = []
@@ -53,11 +53,11 @@ def test_the_source_is_read_by_one_process_for_all_that_see_it(tiny_checkpoint, 
     monkeypatch.setattr(input_hashes, "sha256", lambda path: read.append(path.name) or sha256_of(path))
     hashed = lambda folder: {path.name: sha256_of(path) for path in folder.iterdir()}  # noqa: E731
 
-    def act(together):
+    def act(processes):
         found = []
-        for folder in (source, source if together.is_first else copied):
+        for folder in (source, source if processes.is_main else copied):
             read.clear()
-            found.append((SourceWatch(open_checkpoint(folder), together.first_alone).hashes, len(read)))
+            found.append((SourceWatch(open_checkpoint(folder), processes.on_main).hashes, len(read)))
         return found
 
     first, other = launched(2, act)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
-from qectomy.distributed.processes import Processes
+from qectomy.distributed.process_group import ProcessGroup
 from qectomy.healing import budget as module
 from qectomy.healing.budget import Budget, budget_of, spending
 from qectomy.healing.models import Distillation, load_student, load_teacher
@@ -26,8 +26,8 @@ def told(**settings):
 
 
 def processes(count=1):
-    found = Processes("cpu")
-    found.count = count
+    found = ProcessGroup("cpu")
+    found.world_size = count
     return found
 
 

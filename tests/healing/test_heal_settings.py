@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from qectomy.distributed import devices
 from qectomy.errors import QectomyError
+from qectomy.healing import devices
 from qectomy.healing.settings import TRAINED, HealSettings
 
 

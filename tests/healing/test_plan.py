@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qectomy.distributed.processes import Processes
+from qectomy.distributed.process_group import ProcessGroup
 from qectomy.errors import QectomyError
 from qectomy.healing import budget as budget_module
 from qectomy.healing.budget import Budget, budget_of
@@ -22,8 +22,8 @@ def told(**settings):
 
 
 def processes(count=1):
-    found = Processes("cpu")
-    found.count = count
+    found = ProcessGroup("cpu")
+    found.world_size = count
     return found
 
 
