@@ -18,8 +18,9 @@ from qectomy.checkpoint.config_files import (
     write_reduced_config,
 )
 from qectomy.runs.input_hashes import SourceWatch
-from qectomy.runs.work_folder import work_folder
-from qectomy.surgery.checkpoint import ExactPlan, fold_checkpoint, plan_exact
+from qectomy.runs.produce import run_dir
+from qectomy.runs.step_writer import write_steps
+from qectomy.surgery.checkpoint import ExactPlan, folding_steps, plan_exact
 
 
 class Float64Norm(nn.Module):
@@ -54,9 +55,11 @@ def fold(source: Path, out: Path, dtype: str | None = None, kept: frozenset[int]
 
 def write_fold(source: Path, out: Path, plan: ExactPlan, dtype: str | None = None) -> None:
     checkpoint = open_checkpoint(source)
-    with work_folder(out, {}) as work:
-        fold_checkpoint(checkpoint, plan, work, dtype, SourceWatch(checkpoint))
-        work.publish({})
+    with run_dir(out, {}) as run:
+        write_steps(
+            run, plan.tensors(checkpoint, dtype), folding_steps(checkpoint, plan, dtype), SourceWatch(checkpoint)
+        )
+        run.publish()
     config = reduced_config(checkpoint, plan.recipe, dtype or checkpoint.dtype)
     write_reduced_config(out, {**config, "tie_word_embeddings": plan.dims.tied})
     copy_companions(source, out)

@@ -12,7 +12,7 @@ from qectomy.errors import UsageError
 from qectomy.versions import check_transformers
 
 if TYPE_CHECKING:
-    from qectomy.runs.locked_folder import GoOn
+    from qectomy.runs.run_dir import GoOn
 
 
 def begin(function: Callable[..., Any], given: Mapping[str, Any]) -> str:
@@ -58,21 +58,15 @@ def path_or_none(given: Name | None) -> Path | None:
     return None if given is None else Path(given)
 
 
-def go_on(resume: bool, only: bool) -> "GoOn":
-    """Return what the functions below take as `resume`."""
-    return "only" if only else resume
+def check_out(out: Path, resume: bool, only: bool, clean: bool, kind: str = "converting") -> "GoOn":
+    """Refuse an output that cannot be made before anything is loaded; return what a run takes as `resume`."""
+    from qectomy.runs.run_dir import check_out as check
 
-
-def check_out(out: Path, resume: "GoOn", clean: bool) -> None:
-    """Refuse an output that exists before anything is loaded; one that is resumed may be in its place already."""
-    from qectomy.runs.work_folder import WorkFolder, check_free
-
-    if resume and clean:
+    wanted: GoOn = "only" if only else resume
+    if wanted and clean:
         raise UsageError("--resume goes on with what --clean removes; give one or the other")
-    if not resume:
-        check_free(out)
-    elif resume == "only" and not out.exists():
-        WorkFolder(out).check_there()
+    check(out, wanted, kind)
+    return wanted
 
 
 def check_texts(given: Sequence[str | None], field: str | None, tokens: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from qectomy.api.arguments import begin, check_out, check_texts, go_on, name_or_none, names
+from qectomy.api.arguments import begin, check_out, check_texts, name_or_none, names
 from qectomy.api.options import (
     Argument,
     Clean,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qectomy.checkpoint.checkpoint import Checkpoint
     from qectomy.conversion.settings import ConvertSettings
     from qectomy.models.query_maps import QueryMapSpec
-    from qectomy.runs.locked_folder import GoOn
+    from qectomy.runs.run_dir import GoOn
 
 
 def convert(
@@ -98,19 +98,18 @@ def convert(
     from qectomy.conversion.settings import ConvertSettings, default_context
     from qectomy.models.query_maps import parse_exact, parse_recipe
 
-    asked = _Asked(
-        out=Path(out),
-        self_generated=self_generated,
-        heal=heal,
-        dry_run=dry_run,
-        probe=not no_probe,
-        resume=go_on(resume, resume_only),
-        clean=clean,
-        progress=progress,
-    )
     processes = join(device)
     with processes.collective():
-        processes.on_main(lambda: check_out(asked.out, asked.resume, clean))
+        asked = _Asked(
+            out=Path(out),
+            self_generated=self_generated,
+            heal=heal,
+            dry_run=dry_run,
+            probe=not no_probe,
+            resume=processes.on_main(lambda: check_out(Path(out), resume, resume_only, clean)),
+            clean=clean,
+            progress=progress,
+        )
         source = open_checkpoint(os.fspath(checkpoint))
         settings = ConvertSettings(
             texts=texts,
@@ -185,14 +184,14 @@ def _fit(
 
 def _note_what_stops_it(settings: "ConvertSettings", asked: _Asked) -> None:
     """Say on stderr what the conversion would refuse at once, beside what its plan has refused already."""
-    from qectomy.runs.work_folder import WorkFolder
+    from qectomy.runs.run_dir import RunDir
 
     if not settings.texts and not asked.self_generated:
         note("there is no --text yet to calibrate on")
     for name in filter(None, (*settings.texts, settings.eval_text)):
         if not os.path.exists(name):
             note(f"{name} is no file here; it will be looked for as a dataset")
-    if (left := WorkFolder(asked.out).path).exists() and not (asked.resume or asked.clean):
+    if (left := RunDir(asked.out).path).exists() and not (asked.resume or asked.clean):
         note(f"{left} is there: the conversion will want --resume, --clean or another --out")
 
 

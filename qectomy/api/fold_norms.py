@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from qectomy.api.arguments import begin, check_out, go_on, names
+from qectomy.api.arguments import begin, check_out, names
 from qectomy.api.options import Argument, Clean, Name, Names, Option, Out, Resume, ResumeOnly
 from qectomy.progress import Progress, stage
 
@@ -27,11 +27,11 @@ def fold_norms(
     note). Raises QectomyError.
     """
     begin(fold_norms, locals())
-    resumed, out = go_on(resume, resume_only), Path(out)
-    check_out(out, resumed, clean)
+    out = Path(out)
+    go_on = check_out(out, resume, resume_only, clean)
     from qectomy.checkpoint.checkpoint import open_checkpoint
     from qectomy.surgery.norm_fusion import fold_norms as run
 
     source = open_checkpoint(os.fspath(checkpoint))
     with stage(progress, "folding norms") as report:
-        return run(source, out, names(only), report, resume=resumed, clean=clean)
+        return run(source, out, names(only), report, resume=go_on, clean=clean)

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from qectomy.api.arguments import begin, check_texts, go_on, name_or_none, names
+from qectomy.api.arguments import begin, check_out, check_texts, name_or_none, names
 from qectomy.api.options import Argument, Context, Device, Field, Name, Names, Option, ResumeOnly
 from qectomy.progress import Progress, stage
 
@@ -90,6 +90,7 @@ def heal(
     ] = "none",
     resume: Annotated[bool, Option("Go on with the run in OUT.healing.")] = False,
     resume_only: ResumeOnly = False,
+    clean: Annotated[bool, Option("First remove what a run before left in OUT.healing.")] = False,
     device: Device = "cpu",
     seed: Annotated[int, Option("Seed of everything random.", min=0, max=2**31 - 1)] = 0,
     progress: bool | Progress = False,
@@ -108,15 +109,12 @@ def heal(
     from qectomy.conversion.settings import default_context
     from qectomy.healing.heal import heal as run
     from qectomy.healing.settings import HealSettings
-    from qectomy.runs.run_folder import RunFolder, check_unhealed
 
     reduced, out = os.fspath(reduced), Path(out)
-    if not (resume or resume_only):  # one that is resumed may be in its place already
-        check_unhealed(out)
-    elif resume_only and not out.exists():
-        RunFolder(out).check_there()
+    go_on = check_out(out, resume, resume_only, clean, "healing")
     given["texts"], given["eval_text"] = (*texts, *names(dataset)), held
     given["context"] = context or default_context(open_checkpoint(reduced, reduced=True))
     settings = HealSettings(**{setting.name: given[setting.name] for setting in fields(HealSettings)})
     with stage(progress, "healing") as report:
-        return run(reduced, os.fspath(teacher), out, settings, resume=go_on(resume, resume_only), progress=report) or {}
+        healed = run(reduced, os.fspath(teacher), out, settings, resume=go_on, clean=clean, progress=report)
+    return healed or {}

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from qectomy.api.arguments import begin, check_out, go_on
+from qectomy.api.arguments import begin, check_out
 from qectomy.api.options import Argument, Clean, Name, Option, Out, Resume, ResumeOnly
 
 
@@ -24,8 +24,8 @@ def import_nanogpt(
     The options are those of `qectomy import-nanogpt`. Raises QectomyError.
     """
     begin(import_nanogpt, locals())
-    resumed, out = go_on(resume, resume_only), Path(out)
-    check_out(out, resumed, clean)
+    out = Path(out)
+    go_on = check_out(out, resume, resume_only, clean)
     from qectomy.checkpoint.checkpoint import locate
     from qectomy.checkpoint.config_files import TOKENIZER_FILES
     from qectomy.surgery.nanogpt import import_nanogpt as run
@@ -34,4 +34,4 @@ def import_nanogpt(
     folder = locate(os.fspath(tokenizer), TOKENIZER_FILES) if tokenizer else None
     if folder is not None:
         load_tokenizer(folder)  # one that does not load is refused before anything is written
-    return run(Path(checkpoint), out, folder, resume=resumed, clean=clean)
+    return run(Path(checkpoint), out, folder, resume=go_on, clean=clean)

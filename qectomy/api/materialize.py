@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from qectomy.api.arguments import begin, check_out, go_on
+from qectomy.api.arguments import begin, check_out
 from qectomy.api.options import Argument, Clean, Name, Out, Resume, ResumeOnly
 from qectomy.progress import Progress, stage
 
@@ -27,8 +27,8 @@ def materialize(
     from qectomy.checkpoint.checkpoint import open_checkpoint
     from qectomy.surgery.materialize import materialize as run
 
-    resumed, out = go_on(resume, resume_only), Path(out)
-    check_out(out, resumed, clean)
+    out = Path(out)
+    go_on = check_out(out, resume, resume_only, clean)
     source = open_checkpoint(os.fspath(reduced), reduced=True)
     with stage(progress, "materializing") as report:
-        return run(source, out, report, resume=resumed, clean=clean)
+        return run(source, out, report, resume=go_on, clean=clean)

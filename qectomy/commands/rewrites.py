@@ -16,7 +16,9 @@ def materialize(as_json: bool, **given: Any) -> None:
     one_process()
     with usage_errors():
         result = run_materialize(**given, progress=True)
-    if not _told(result, as_json):
+    if as_json:
+        print_json(result)
+    else:
         typer.echo(f"wrote {result['out']}: {result['parameters']['after']:,} parameters; {result['note']}")
         for dropped in result["warnings"]:
             typer.echo(
@@ -31,7 +33,9 @@ def import_nanogpt(as_json: bool, **given: Any) -> None:
     one_process()
     with usage_errors():
         result = run_import_nanogpt(**given)
-    if not _told(result, as_json):
+    if as_json:
+        print_json(result)
+    else:
         typer.echo(
             f"wrote {result['out']}: {result['model_type']}, {result['parameters']:,} parameters, from queries of mode "
             f"{result['query_mode']!r}, softmax scale {result['softmax_scale']:.6g}"
@@ -46,15 +50,8 @@ def fold_norms(as_json: bool, **given: Any) -> None:
     one_process()
     with usage_errors():
         result = run_fold_norms(**given, progress=True)
-    if not _told(result, as_json):
-        left = f"; left as they are: {', '.join(result['left'])}" if result["left"] else ""
-        typer.echo(f"wrote {result['out']}: folded {', '.join(result['folded']) or 'nothing'}{left}")
-
-
-def _told(result: dict[str, Any], as_json: bool) -> bool:
-    """Print a report as JSON, or that it is lost; return whether that was all there is to say."""
     if as_json:
         print_json(result)
-    elif "lost" in result:
-        typer.echo(f"{result['out']}: {result['lost']}")
-    return as_json or "lost" in result
+    else:
+        left = f"; left as they are: {', '.join(result['left'])}" if result["left"] else ""
+        typer.echo(f"wrote {result['out']}: folded {', '.join(result['folded']) or 'nothing'}{left}")

@@ -28,11 +28,10 @@ from qectomy.models.query_maps import QueryMapSpec, ranges
 from qectomy.progress import Progress
 from qectomy.report.record import provenance, write_report
 from qectomy.runs.input_hashes import SourceWatch
-from qectomy.runs.locked_folder import GoOn
-from qectomy.runs.output import check_room
-from qectomy.runs.work_folder import WorkFolder, finished, work_folder
+from qectomy.runs.produce import produce
+from qectomy.runs.run_dir import GoOn, finished
 from qectomy.surgery.basis import usable_error
-from qectomy.surgery.checkpoint import ExactPlan, fold_checkpoint, plan_exact
+from qectomy.surgery.checkpoint import ExactPlan, folding_steps, plan_exact
 from qectomy.text.documents import Reading
 from qectomy.text.text import load_tokenizer, read_source
 
@@ -53,31 +52,27 @@ def convert_exact(
     it. Layers in `kept` stay whole; `resume` and `clean` are those of `convert`. Raises a QectomyError where nothing
     goes exactly or a layer is too ill-conditioned, and for what `convert` refuses, and leaves what that leaves.
     """
-    if resume and (done := _finished(source, out, settings, kept)) is not None:
-        return done
     watch = Stopwatch()
     if settings.device != "cpu":
         raise QectomyError(
             f"--device {settings.device}: exact folding computes in float64 on the processor; leave it out"
         )
     held = _windows(source, settings)
-    check_range(source, settings.stored_dtype)
     unchanged = SourceWatch(source)
+    told = _fingerprint(settings, kept, held) | unchanged.fingerprint
     since = watch.add("hashing", watch.begun)
+    if resume and finished(out, told):
+        return read_json(out / "qectomy.json")
+    check_range(source, settings.stored_dtype)
     plan = plan_exact(source, settings.stored_dtype, kept, progress)
     since = watch.add("planning", since)
-    needed = sum(spec.nbytes for spec in plan.tensors(source, settings.stored_dtype).values())
-    check_room(out, needed - WorkFolder(out).nbytes())
-    told = _fingerprint(settings, kept, held) | unchanged.fingerprint
-    with work_folder(out, told, resume=resume, clean=clean) as folder:
-        work = folder.result
-        digests = fold_checkpoint(source, plan, folder, settings.stored_dtype, unchanged, progress)
+
+    def finish(folder: Path, digests: dict[str, str]) -> dict[str, Any]:
         config = reduced_config(source, plan.recipe, settings.stored_dtype or source.dtype)
-        write_reduced_config(work, config | ({"tie_word_embeddings": False} if plan.choice.untied else {}))
-        copy_companions(source.folder, work)
-        copy_model_code(source.family, work)
-        since = watch.add("folding", since)
-        measured = _measure(source, work, held, watch, since)
+        write_reduced_config(folder, config | ({"tie_word_embeddings": False} if plan.choice.untied else {}))
+        copy_companions(source.folder, folder)
+        copy_model_code(source.family, folder)
+        measured = _measure(source, folder, held, watch, watch.add("folding", since))
         report = {
             **provenance(source, settings.command, unchanged.weights),
             "method": "exact",
@@ -90,19 +85,14 @@ def convert_exact(
             "peak_memory_bytes": max(peak_memory_bytes(), measured["reload_check"]["peak_memory_bytes"]),
             "tensors_sha256": digests,
         }
-        write_report(work, report, source)
-        unchanged.check()
-        folder.publish(report)
-    return report
+        write_report(folder, report, source)
+        return report
 
-
-def _finished(source: Checkpoint, out: Path, settings: ConvertSettings, kept: frozenset[int]) -> dict[str, Any] | None:
-    """Return the report of this folding if it is done. Raises QectomyError if another run is."""
-
-    def told() -> dict[str, Any]:
-        return _fingerprint(settings, kept, _windows(source, settings)) | SourceWatch(source).fingerprint
-
-    return finished(out, lambda: read_json(out / "qectomy.json"), told)
+    specs = plan.tensors(source, settings.stored_dtype)
+    steps = folding_steps(source, plan, settings.stored_dtype)
+    return produce(
+        out, told, specs, steps, finish, unchanged, resume=resume, clean=clean, progress=progress, doing="folding"
+    )
 
 
 def _fingerprint(settings: ConvertSettings, kept: frozenset[int], held: ScoringWindows | None) -> dict[str, Any]:

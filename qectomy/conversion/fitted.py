@@ -36,10 +36,9 @@ from qectomy.models.query_maps import QueryMapSpec, written
 from qectomy.progress import Progress
 from qectomy.report.record import conversion_report, write_report
 from qectomy.runs.input_hashes import SourceWatch
-from qectomy.runs.locked_folder import GoOn
 from qectomy.runs.output import check_room
+from qectomy.runs.run_dir import GoOn, RunDir, finished
 from qectomy.runs.step_writer import check_shards
-from qectomy.runs.work_folder import WorkFolder, finished
 from qectomy.text.documents import Reading
 from qectomy.text.overlap import FittedSpans, Sketch
 from qectomy.text.text import load_tokenizer, read_source
@@ -70,25 +69,8 @@ def convert(
     """
     processes = processes or ProcessGroup(settings.device)
     with processes.collective():
-        if resume:
-            done = processes.on_main(lambda: _finished(source, out, recipe, settings, processes))
-            if done is not None:
-                return done if processes.is_main else None
-        return _convert(
-            source, out, recipe, settings, progress if processes.is_main else None, processes, resume, clean
-        )
-
-
-def _finished(
-    source: Checkpoint, out: Path, recipe: tuple[QueryMapSpec, ...], settings: ConvertSettings, processes: ProcessGroup
-) -> dict[str, Any] | None:
-    """Return the report of this conversion if it is done. Raises QectomyError if another one is."""
-
-    def told() -> dict[str, Any]:
-        given = fingerprint(recipe, settings, *_windows(source, settings)) | {"processes": processes.world_size}
-        return given | SourceWatch(source).fingerprint
-
-    return finished(out, lambda: read_json(out / "qectomy.json"), told)
+        heard = progress if processes.is_main else None
+        return _convert(source, out, recipe, settings, heard, processes, resume, clean)
 
 
 def _convert(
@@ -108,15 +90,17 @@ def _convert(
     device = check_device(processes.device)
     needed = totals(source, recipe, settings.stored_dtype)["bytes"]["after"]
     needed += scratch_bytes(source, settings.tokens, settings.eval_tokens)
-    processes.on_main(lambda: check_room(out, needed - WorkFolder(out).nbytes()))
+    processes.on_main(lambda: check_room(out, needed - RunDir(out).nbytes()))
     fitted, held = processes.on_main(lambda: _windows(source, settings))
-    processes.on_main(lambda: check_range(source, settings.stored_dtype))
     since = watch.add("text", watch.begun)
-    runner = LayerRunner(source, recipe, settings.context, device)
     unchanged = SourceWatch(source, processes.on_main)
-    since = watch.add("hashing", since)
     told = fingerprint(recipe, settings, fitted, held) | {"processes": processes.world_size} | unchanged.fingerprint
     check_alike(processes, told)
+    if resume and processes.on_main(lambda: finished(out, told)):
+        return read_json(out / "qectomy.json") if processes.is_main else None
+    processes.on_main(lambda: check_range(source, settings.stored_dtype))
+    watch.add("hashing", since)
+    runner = LayerRunner(source, recipe, settings.context, device)
     with shared_folder(processes, out, told, resume=resume, clean=clean) as work:
         run = LayerPass(source, recipe, settings, runner, fitted, held, unchanged, work, watch, processes)
         scores, digests = run.run(progress)
@@ -125,7 +109,7 @@ def _convert(
             return None
         report = _finish(run, scores, digests, fitted, unchanged)
         unchanged.check()
-        work.publish(report)
+        work.publish()
     return report
 
 

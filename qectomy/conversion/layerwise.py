@@ -35,7 +35,7 @@ from qectomy.eval.protocol import ScoringWindows
 from qectomy.models.query_maps import QueryMapSpec, turns_stream
 from qectomy.progress import Progress
 from qectomy.runs.input_hashes import FileWatch
-from qectomy.runs.work_folder import WorkFolder
+from qectomy.runs.run_dir import RunDir
 from qectomy.surgery.audit import spectrum
 from qectomy.surgery.basis import read_query
 from qectomy.surgery.stream_basis import StreamBasis, random_basis
@@ -60,7 +60,7 @@ class LayerPass:
         fitted: Windows,
         held: ScoringWindows,
         unchanged: FileWatch,
-        work: WorkFolder,
+        work: RunDir,
         watch: Stopwatch,
         processes: ProcessGroup | None = None,
         refine: RefineSettings | None = None,

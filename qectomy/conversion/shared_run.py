@@ -13,33 +13,34 @@ from qectomy.checkpoint.shards import TensorSpec
 from qectomy.conversion.pass_steps import is_whole
 from qectomy.distributed.process_group import ProcessGroup
 from qectomy.errors import QectomyError
-from qectomy.runs.locked_folder import GoOn, differences
+from qectomy.runs.produce import run_dir
+from qectomy.runs.records import differences
+from qectomy.runs.run_dir import GoOn, RunDir
 from qectomy.runs.step_writer import StepWriter
-from qectomy.runs.work_folder import WorkFolder, work_folder
 
 
 @contextmanager
 def shared_folder(
     processes: ProcessGroup, out: Path, fingerprint: dict[str, Any], *, resume: GoOn, clean: bool
-) -> Iterator[WorkFolder]:
+) -> Iterator[RunDir]:
     """Yield the folder of a run to all processes; only the first one holds it, and says what is left of it at the end.
 
     Raises QectomyError where a process does not see the folder.
     """
     if processes.is_main:
-        with work_folder(out, fingerprint, resume=resume, clean=clean) as work, processes.collective():
+        with run_dir(out, fingerprint, resume=resume, clean=clean) as work, processes.collective():
             processes.barrier()
             _check_seen(processes, work)
             yield work
     else:
         with processes.collective():
             processes.barrier()
-            work = WorkFolder(out)
+            work = RunDir(out)
             _check_seen(processes, work)
             yield work
 
 
-def _check_seen(processes: ProcessGroup, work: WorkFolder) -> None:
+def _check_seen(processes: ProcessGroup, work: RunDir) -> None:
     """Raise QectomyError, naming it, for a process that does not find the first one's folder in its place."""
     seen = processes.all_gather(work.record() if work.path.is_dir() else None)
     for rank, record in enumerate(seen):
@@ -58,7 +59,7 @@ def check_alike(processes: ProcessGroup, fingerprint: dict[str, Any]) -> None:
             raise QectomyError(f"process {rank} works on something else than process 0: {'; '.join(differing)}")
 
 
-def own_scratch(work: WorkFolder, processes: ProcessGroup) -> Path:
+def own_scratch(work: RunDir, processes: ProcessGroup) -> Path:
     """Return the folder, made if need be, of a process's hidden states."""
     folder = work.scratch / f"process-{processes.rank}" if processes.rank else work.scratch
     folder.mkdir(exist_ok=True)
@@ -71,7 +72,7 @@ class SharedWriter:
     A step of an earlier run counts where every process still has the states that follow it.
     """
 
-    def __init__(self, processes: ProcessGroup, work: WorkFolder, specs: dict[str, TensorSpec], streams: Streams):
+    def __init__(self, processes: ProcessGroup, work: RunDir, specs: dict[str, TensorSpec], streams: Streams):
         self.processes, self._streams = processes, streams
         self._writer: StepWriter | None = None
         if processes.is_main:

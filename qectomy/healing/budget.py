@@ -11,7 +11,7 @@ from qectomy.distributed.process_group import ProcessGroup
 from qectomy.healing.models import Distillation
 from qectomy.healing.plan import STEPS, at_a_time, batches
 from qectomy.healing.settings import HealSettings
-from qectomy.runs.run_folder import RunFolder
+from qectomy.runs.run_dir import RunDir
 
 TIMING_SHARE, VALIDATION_SHARE = 0.05, 0.15  # of the minutes, at most
 MARGIN = 0.9  # of the minutes are planned for: checkpoints are written, and steps are not all equally fast
@@ -36,7 +36,7 @@ class Budget:
 
 
 def budget_of(
-    folder: RunFolder, settings: HealSettings, model: Any, criterion: Distillation, processes: ProcessGroup
+    folder: RunDir, settings: HealSettings, model: Any, criterion: Distillation, processes: ProcessGroup
 ) -> Budget:
     """Return what a run spends on what, kept in its folder: one that is resumed keeps its own.
 

@@ -2,7 +2,6 @@
 
 import shlex
 import shutil
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,13 @@ from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.conversion.fitted import convert
 from qectomy.conversion.settings import ConvertSettings
 from qectomy.distributed.launch import launch
-from qectomy.errors import OutputError, QectomyError, Stopped, resumable
+from qectomy.errors import QectomyError, Stopped, resumable
 from qectomy.healing.devices import only_visible
 from qectomy.healing.heal import heal
 from qectomy.healing.settings import HealSettings
 from qectomy.models.query_maps import QueryMapSpec
 from qectomy.progress import Progress
-from qectomy.runs.locked_folder import GoOn
-from qectomy.runs.run_folder import RunFolder, check_unhealed
-from qectomy.runs.work_folder import check_free
+from qectomy.runs.run_dir import HEALING, GoOn, RunDir, check_out
 
 
 def convert_and_heal(
@@ -44,12 +41,11 @@ def convert_and_heal(
     settings, heal_settings = replace(settings, device=device), replace(heal_settings, device=device)
     fitted = out.absolute().with_name(f"{out.absolute().name}.fitted")
     command = _heal_command(fitted, source, out, heal_settings)
-    check_unhealed(out)
+    check_out(out, False, HEALING)
     if fitted.exists():
-        with suppress(OutputError):
-            check_free(fitted)  # which removes what the fit left beside it
+        RunDir(fitted).remove_rest()
         raise QectomyError(f"{fitted} is there from a run before. Go on with it by\n  {command}\nor remove it")
-    if (run := RunFolder(out).path).exists():
+    if (run := RunDir(out, HEALING).path).exists():
         raise QectomyError(f"{run} holds a run that was not finished; remove it, or give another --out")
     convert(source, fitted, recipe, settings, progress, resume=resume, clean=clean)
     try:
@@ -57,8 +53,8 @@ def convert_and_heal(
     except (QectomyError, KeyboardInterrupt) as error:
         ended = error if isinstance(error, QectomyError) else resumable(Stopped("interrupted"))
         told = type(ended)(
-            f"{ended}\nThe fitted checkpoint is whole, in {fitted}. Go on with it, also with other settings once "
-            f"{RunFolder(out).path} is removed, by\n  {command}"
+            f"{ended}\nThe fitted checkpoint is whole, in {fitted}. Go on with it, with "
+            f"other settings by --clean in the place of --resume, by\n  {command}"
         )
         raise (resumable(told, command) if ended.resumable else told) from error
     assert report is not None, "one process"

@@ -3,6 +3,8 @@
 import platform
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from qectomy.checkpoint.finite import all_finite
 from qectomy.checkpoint.headers import TORCH_NAMES, read_json
 from qectomy.checkpoint.shards import ShardWriter, TensorSpec
 from qectomy.checkpoint.sizes import totals
-from qectomy.errors import NonFiniteError, QectomyError
+from qectomy.errors import NonFiniteError, OutputError, QectomyError
 from qectomy.eval.at_once import RELOAD_TOKENS
 from qectomy.eval.layerwise_model import StreamedModel, score_streamed
 from qectomy.eval.metrics import cost
@@ -33,8 +35,8 @@ from qectomy.progress import Progress
 from qectomy.report.page.reading import read_json as read_report
 from qectomy.report.page.shapes import REDUCED
 from qectomy.report.record import made, provenance, write_report
-from qectomy.runs.output import new_folder
-from qectomy.runs.run_folder import RunFolder
+from qectomy.runs.output import cause
+from qectomy.runs.run_dir import RunDir
 from qectomy.text.packing import Packed, PackedWindows
 
 MEASURED = ("original", "fitted", "healed")
@@ -60,9 +62,9 @@ class Outcome:
 
 
 def export(
+    run: RunDir,
     student: Checkpoint,
     original: Checkpoint,
-    out: Path,
     settings: HealSettings,
     outcome: Outcome,
     packed: Packed,
@@ -72,11 +74,11 @@ def export(
     begun: float,
     unchanged: Unchanged,
 ) -> dict[str, Any]:
-    """Write the healed checkpoint, its curve, report and card to `out`; return the report.
+    """Publish the healed checkpoint, its curve, report and card as the run's output; return the report.
 
     Raises Stopped, and leaves no output, if a file of either checkpoint is another by then.
     """
-    with new_folder(out, RunFolder(out).result) as work:
+    with _result(run) as work:
         digests = _write_weights(student, outcome, work)
         write_reduced_config(work, with_code(student.family, student.config, reduced=True))
         copy_companions(student.folder, work)
@@ -94,8 +96,23 @@ def export(
         name = report["source"].get("name")  # the hub's, where the fit knew it
         write_report(work, report, replace(original, name=name) if isinstance(name, str) else original)
         unchanged.check()
-        RunFolder(out).will_publish(work)
+        run.publish()
     return report
+
+
+@contextmanager
+def _result(run: RunDir) -> Iterator[Path]:
+    """Yield the folder that becomes the output, empty; it is so again after an error, as the disk may be full."""
+    run.begin()
+    try:
+        yield run.result
+    except BaseException as error:
+        if run.result.exists():  # it has not become the output
+            with suppress(OSError):
+                run.begin()
+        if isinstance(error, OSError):
+            raise OutputError(f"{run.out} could not be written: {cause(error)}") from error
+        raise
 
 
 def _write_weights(student: Checkpoint, outcome: Outcome, work: Path) -> dict[str, str]:

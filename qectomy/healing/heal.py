@@ -17,12 +17,14 @@ from typing import Any
 import torch
 
 from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.checkpoint.headers import read_json
 from qectomy.conversion.fitted import check_device
 from qectomy.conversion.settings import check_context
 from qectomy.distributed.process_group import ProcessGroup, join
 from qectomy.errors import CheckpointError, TextError, note
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.healing.budget import Budget, budget_of, spending
+from qectomy.healing.checkpoints import Checkpoints, step_of
 from qectomy.healing.data import prepare
 from qectomy.healing.devices import only_visible
 from qectomy.healing.export import Outcome, export, teacher_perplexity
@@ -43,9 +45,9 @@ from qectomy.healing.trainer import HealTrainer, Watch, ended_at, validation_los
 from qectomy.healing.training_arguments import reporters, training_arguments
 from qectomy.healing.translate_errors import explained
 from qectomy.progress import Progress
-from qectomy.runs.locked_folder import GoOn, read_record
-from qectomy.runs.output import check_absent, check_room, interruptible
-from qectomy.runs.run_folder import RunFolder, check_unhealed, step_of
+from qectomy.runs.output import check_room, interruptible
+from qectomy.runs.records import read_record
+from qectomy.runs.run_dir import HEALING, GoOn, RunDir, check_out, finished
 from qectomy.text.documents import own_hash
 from qectomy.text.packing import Packed, PackedWindows, Shuffled
 
@@ -61,7 +63,7 @@ class Job:
     original: Checkpoint
     settings: HealSettings
     processes: ProcessGroup
-    folder: RunFolder
+    folder: RunDir
     progress: Progress | None
     unchanged: Unchanged
 
@@ -78,6 +80,7 @@ def heal(
     settings: HealSettings,
     *,
     resume: GoOn = False,
+    clean: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any] | None:
     """Write the healed checkpoint to `out`; return its report (also in `out`/qectomy.json).
@@ -88,8 +91,7 @@ def heal(
     if either checkpoint has changed meanwhile, leaving the run.
     """
     begun = time.perf_counter()
-    if not resume:
-        check_unhealed(out)
+    check_out(out, resume, HEALING)
     processes = join(only_visible(settings.device))
     device = check_device(processes.device)
     student, original = open_pair(reduced, teacher)
@@ -97,17 +99,15 @@ def heal(
     check_context(student, settings.context)
     reporters(settings)
     unchanged = Unchanged.since_now(student, original, processes)
-    job = Job(student, original, settings, processes, RunFolder(out), progress, unchanged)
-
-    def told() -> dict[str, Any]:
-        return fingerprint(settings, unchanged)
-
-    if resume and (done := processes.on_main(lambda: job.folder.finished(told))) is not None:
-        return done if processes.is_main else None
-    check_absent(out)
+    job = Job(student, original, settings, processes, RunDir(out, HEALING), progress, unchanged)
+    told = processes.on_main(lambda: fingerprint(settings, unchanged))
+    if resume and processes.on_main(lambda: finished(out, told, HEALING)):
+        return read_json(out / "qectomy.json") if processes.is_main else None
     check_room(out, _bytes_needed(student, settings) - job.folder.nbytes())
     try:
-        resumed = processes.on_main(lambda: job.folder.start(told(), resume))
+        if clean:
+            processes.on_main(job.folder.clean)
+        resumed = processes.on_main(lambda: job.folder.start(told, resume))
         if resume and not resumed:
             job.say(f"nothing to resume in {job.folder.path}: starting anew")
         with _signals(processes), explained(settings, job.folder), _undone_if_refused(job, resumed):
@@ -115,9 +115,9 @@ def heal(
             _free_memory(device)
             if not processes.is_main:
                 return None
-            report = export(student, original, out, settings, outcome, packed, held, device, progress, begun, unchanged)
-        job.folder.remove()
-        return report
+            return export(
+                job.folder, student, original, settings, outcome, packed, held, device, progress, begun, unchanged
+            )
     finally:
         job.folder.release()
 
@@ -231,10 +231,10 @@ def _train(
     job: Job, model: Any, criterion: Distillation, plan: Plan, packed: Packed, resumed: bool, budget: Budget
 ) -> Outcome:
     """Train, and return the best weights by validation with the run's history."""
-    processes, folder = job.processes, job.folder
+    processes, folder, checkpoints = job.processes, job.folder, Checkpoints(job.folder)
     rate = job.settings.learning_rate(job.student.dims.d_model, plan.tokens_a_step)
     settings = replace(job.settings, lr=rate)
-    last = processes.on_main(lambda: folder.last_checkpoint() if resumed else None)
+    last = processes.on_main(lambda: checkpoints.last() if resumed else None)
     if last is None:
         processes.on_main(folder.check_may_begin)
     ended = processes.on_main(lambda: ended_at(last, folder, settings) if last is not None else None)
@@ -244,10 +244,10 @@ def _train(
     watch = Watch(folder, processes, plan.tokens_a_step, settings, job.progress)
     trainer = HealTrainer(
         criterion,
-        folder,
+        checkpoints,
         watch,
         model=model,
-        args=training_arguments(settings, plan, steps, folder, starts=last is None),
+        args=training_arguments(settings, plan, steps, checkpoints, starts=last is None),
         train_dataset=PackedWindows(packed.train, settings.context, order, steps * plan.windows_a_step),
         eval_dataset=PackedWindows(packed.validation, settings.context),
     )
@@ -273,7 +273,7 @@ def _train(
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         original_perplexity=original,
         processes=processes.world_size,
-        logs=folder.checkpoints / "runs",
+        logs=checkpoints.path / "runs",
         generated=None,
         lr=rate,
     )

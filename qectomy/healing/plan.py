@@ -8,7 +8,7 @@ import torch
 from qectomy.distributed.process_group import ProcessGroup
 from qectomy.errors import QectomyError
 from qectomy.healing.settings import HealSettings
-from qectomy.runs.run_folder import RunFolder
+from qectomy.runs.run_dir import RunDir
 from qectomy.text.packing import Packed, PackedWindows
 
 TOKENS_AT_A_TIME = {"cpu": 4096, "cuda": 16_384}
@@ -28,7 +28,7 @@ class Plan:
 
 
 def make_plan(
-    folder: RunFolder, settings: HealSettings, tokens: int | None, packed: Packed, processes: ProcessGroup
+    folder: RunDir, settings: HealSettings, tokens: int | None, packed: Packed, processes: ProcessGroup
 ) -> Plan:
     """Return the plan of a run of so many tokens, kept in its folder: one that is resumed keeps its own."""
     kept = folder.record().get("plan")

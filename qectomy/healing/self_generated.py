@@ -10,7 +10,6 @@ KEY hashes the model's files and the settings of the sampling. Every batch has a
 interrupted, or is too short for a later run, is continued.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from qectomy.checkpoint.checkpoint import Checkpoint, sha256
 from qectomy.healing.devices import multiplies_bfloat16
@@ -29,7 +29,7 @@ from qectomy.healing.settings import GENERATED, VALIDATION
 from qectomy.models.family import Dimensions
 from qectomy.progress import Progress
 from qectomy.report.record import made
-from qectomy.runs.locked_folder import read_record, write_json
+from qectomy.runs.records import read_record, write_json
 from qectomy.text.text import load_tokenizer
 
 BATCH = {"cpu": 32, "cuda": 256}  # sequences sampled side by side, at most ...
@@ -78,8 +78,7 @@ def self_generated_text(
     }
     folder = cache_folder() / hashlib.sha256(json.dumps(sampling, sort_keys=True).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:  # another run may want the same text
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / "lock"):  # another run may want the same text
         return _written(folder, original, model, sampling, tokens, progress)
 
 

@@ -13,10 +13,11 @@ from transformers.trainer_utils import EvalPrediction
 
 from qectomy.distributed.process_group import ProcessGroup
 from qectomy.errors import NonFiniteError
+from qectomy.healing.checkpoints import Checkpoints, mark_complete
 from qectomy.healing.models import Distillation
 from qectomy.healing.settings import HealSettings
 from qectomy.progress import Progress
-from qectomy.runs.run_folder import RunFolder, mark_complete
+from qectomy.runs.run_dir import RunDir
 
 SECONDS_A_CHECKPOINT = 600.0  # at most, beside those at each evaluation
 
@@ -26,15 +27,15 @@ class HealTrainer(Trainer):
 
     loss_is_scaled_for_ga = False  # a mean over the batch: Trainer divides it by the accumulation steps
 
-    def __init__(self, criterion: Distillation, folder: RunFolder, watch: "Watch", **kwargs: Any):
+    def __init__(self, criterion: Distillation, checkpoints: Checkpoints, watch: "Watch", **kwargs: Any):
         super().__init__(compute_metrics=Means(criterion.ce_weight), callbacks=[watch], **kwargs)
         self.remove_callback(PrinterCallback)  # the progress bar says it
-        self._criterion, self._folder, self._watch = criterion, folder, watch
+        self._criterion, self._checkpoints, self._watch = criterion, checkpoints, watch
         self._losses: list[Tensor] = []  # of the micro-batches of this step
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         found = super()._init_training_state(*args, **kwargs)
-        best = self._folder.checkpoints / f"checkpoint-{self.state.best_global_step}"
+        best = self._checkpoints.path / f"checkpoint-{self.state.best_global_step}"
         if best.is_dir():  # also where the folder lies elsewhere than when that was saved
             self.state.best_model_checkpoint = str(best)
         return found
@@ -84,17 +85,17 @@ class HealTrainer(Trainer):
         if not (math.isfinite(size) and math.isfinite(loss)):
             raise NonFiniteError(
                 f"step {self.state.global_step + 1}: the loss is {loss:.4g}, the norm of its gradient {size:.4g}. "
-                f"{self._folder.path} keeps the last checkpoint before it. A new run, once that folder is removed, may "
-                "get past it with a lower --lr, a longer --warmup or --dtype float32"
+                f"{self._checkpoints.run.path} keeps the last checkpoint before it. A new run (--clean) may get past "
+                "it with a lower --lr, a longer --warmup or --dtype float32"
             )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            folder = self._folder.checkpoints / f"checkpoint-{self.state.global_step}"
+            folder = self._checkpoints.path / f"checkpoint-{self.state.global_step}"
             mark_complete(folder)
-            self._folder.keep_latest(folder)
+            self._checkpoints.keep_latest(folder)
         self.accelerator.wait_for_everyone()
 
 
@@ -122,7 +123,7 @@ class Watch(TrainerCallback):
 
     def __init__(
         self,
-        folder: RunFolder,
+        folder: RunDir,
         processes: ProcessGroup,
         tokens_a_step: int,
         settings: HealSettings,
@@ -178,7 +179,7 @@ def out_of_patience(history: list[dict[str, Any]], patience: int) -> bool:
     return bool(patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
 
 
-def ended_at(checkpoint: Path, folder: RunFolder, settings: HealSettings) -> int | None:
+def ended_at(checkpoint: Path, folder: RunDir, settings: HealSettings) -> int | None:
     """Return the step of a checkpoint if it was a run's last: none is to follow, whenever its process was killed."""
     record = folder.record()
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))

@@ -10,9 +10,9 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from qectomy.errors import QectomyError
+from qectomy.healing.checkpoints import Checkpoints
 from qectomy.healing.plan import Plan
 from qectomy.healing.settings import HealSettings
-from qectomy.runs.run_folder import RunFolder
 
 LOGGED = 20  # training losses between two validations
 
@@ -30,7 +30,7 @@ def reporters(settings: HealSettings) -> list[str]:
 
 
 def training_arguments(
-    settings: HealSettings, plan: Plan, steps: int, folder: RunFolder, starts: bool
+    settings: HealSettings, plan: Plan, steps: int, checkpoints: Checkpoints, starts: bool
 ) -> TrainingArguments:
     """Return Trainer's arguments; `steps` is where the run ends, `starts` whether it begins with a validation."""
     every = math.ceil(plan.steps / settings.evaluations)  # the last one is Watch's
@@ -39,7 +39,7 @@ def training_arguments(
     known = {field.name for field in fields(TrainingArguments)}
     saving = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     arguments = TrainingArguments(
-        output_dir=str(folder.checkpoints),
+        output_dir=str(checkpoints.path),
         max_steps=steps,
         per_device_train_batch_size=plan.micro_batch,
         per_device_eval_batch_size=plan.micro_batch,

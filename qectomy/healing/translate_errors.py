@@ -10,13 +10,13 @@ from safetensors import SafetensorError
 from qectomy.errors import OutputError, QectomyError, Stopped, resumable
 from qectomy.healing.settings import HealSettings
 from qectomy.runs.output import cause
-from qectomy.runs.run_folder import RunFolder
+from qectomy.runs.run_dir import RunDir
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 @contextmanager
-def explained(settings: HealSettings, folder: RunFolder) -> Iterator[None]:
+def explained(settings: HealSettings, folder: RunDir) -> Iterator[None]:
     """Turn lack of memory, a full or failing disk, what stops a run, and Ctrl-C, into errors that say what to do."""
     try:
         yield

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qectomy.checkpoint.headers import parse_json, read_regular
-from qectomy.runs.locked_folder import sync
+from qectomy.runs.records import sync
 
 DIGEST = 64  # characters of a sha256
 MAX_BYTES = 100_000_000  # 10,000 layers of a conversion have 40 MB

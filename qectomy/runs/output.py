@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from qectomy.errors import OutputError
-from qectomy.runs.locked_folder import sync
+from qectomy.runs.records import sync
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
@@ -38,29 +38,6 @@ def check_room(out: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(f"{parent} has {free:,} bytes free; {needed:,} are needed. Nothing was written.")
-
-
-@contextmanager
-def new_folder(out: Path, work: Path) -> Iterator[Path]:
-    """Yield `work`, made anew; rename it to `out` when the block ends well, else remove it.
-
-    It lies in a folder that the caller holds: what is in its place was left by a process that was killed. The signals
-    that end a process are treated as Ctrl-C while the block runs, so that they clean up too.
-    """
-    check_absent(out)
-    out = out.absolute()
-    try:
-        with interruptible():
-            shutil.rmtree(work, ignore_errors=True)
-            try:
-                work.mkdir()
-                yield work
-                move(work, out)
-            except BaseException:
-                shutil.rmtree(work, ignore_errors=True)
-                raise
-    except OSError as error:
-        raise OutputError(f"{out} could not be written: {cause(error)}") from error
 
 
 def move(work: Path, out: Path) -> None:

@@ -11,14 +11,14 @@ from qectomy.checkpoint.shards import MAX_SHARD_BYTES, ShardWriter, TensorSpec, 
 from qectomy.errors import Stopped, Untrusted, note
 from qectomy.progress import Progress
 from qectomy.runs.input_hashes import FileWatch
-from qectomy.runs.locked_folder import sync
-from qectomy.runs.work_folder import WorkFolder
+from qectomy.runs.records import sync
+from qectomy.runs.run_dir import RunDir
 
 Holds = Callable[[int, dict[str, Any]], bool]
 
 
 class StepWriter(ShardWriter):
-    """A ShardWriter into a work folder's result. `keep` ends a step; `steps` are those of an earlier process.
+    """A ShardWriter into a run's result. `keep` ends a step; `steps` are those of an earlier process.
 
     A step of the journal counts as long as its tensors, and those of all steps before, lie on the disk as they were
     written, as `whole(its number, its entry)` says that it has all that its run noted, and as `holds(how many steps,
@@ -28,28 +28,32 @@ class StepWriter(ShardWriter):
 
     def __init__(
         self,
-        folder: WorkFolder,
+        run: RunDir,
         tensors: dict[str, TensorSpec],
         max_shard_bytes: int = MAX_SHARD_BYTES,
         holds: Holds = lambda count, entry: True,
         whole: Holds = lambda number, entry: True,
     ):
-        self._work = folder
-        entries = folder.journal.entries
-        sound = itertools.takewhile(lambda step: _is_step(step[1], tensors) and whole(*step), enumerate(entries))
-        known = [entry for _, entry in sound]
-        self.steps = _trusted(folder.result, known, tensors, max_shard_bytes, holds)
-        self.lost = sum("report" not in entry for entry in entries) - len(self.steps)
-        if again := self.lost + folder.journal.damaged:
+        self._run = run
+        entries, there = run.journal.entries, len(run.journal.entries) + run.journal.damaged
+        known = itertools.takewhile(lambda step: _is_step(step[1], tensors) and whole(*step), enumerate(entries))
+        sound = _sound(run.result, [entry for _, entry in known], tensors, max_shard_bytes)
+        # What a step needs is there until the next one but one is kept.
+        counts = (count for count in (len(sound), len(sound) - 1) if count > 0 and holds(count, sound[count - 1]))
+        self.steps = sound[: next(counts, 0)]
+        self.lost = len(entries) - len(self.steps)
+        if again := there - len(self.steps):
             back = f"going back to step {len(self.steps)}" if self.steps else "starting anew"
-            note(f"{again} step(s) in {folder.path} were damaged on the disk: {back}")
+            more = f"; {again} steps are made again" if again > 1 else ""
+            number = min(len(sound) + 1, there)
+            note(f"step {number} of {there} in {run.path} was damaged on the disk: {back}{more}")
         written = {name: digest for step in self.steps for name, digest in step["tensors"].items()}
         if self.steps:
-            folder.journal.cut(len(self.steps))
+            run.journal.cut(len(self.steps))
         else:
-            folder.check_may_begin()
-            folder.begin()
-        super().__init__(folder.result, tensors, max_shard_bytes, written if self.steps else None)
+            run.check_may_begin()
+            run.begin()
+        super().__init__(run.result, tensors, max_shard_bytes, written if self.steps else None)
         self._before, self._kept = frozenset(written), len(written)
 
     def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
@@ -63,20 +67,20 @@ class StepWriter(ShardWriter):
         if missing := [name for name in self._tensors if self.steps and name not in self.digests]:
             raise Untrusted(f"the journal lacks {missing[0]} in a step that makes it, so no step can be trusted")
         super().finish()
-        self._work.whole = True
+        self._run.whole = True
 
     def keep(self, **more: Any) -> None:
         """Bring the step's tensors to the disk, then its entry: their digests, and what `more` says."""
         self.sync()
-        if not self._work.journal.entries:
-            sync(self._work.result)  # the shards' names
+        if not self._run.journal.entries:
+            sync(self._run.result)  # the shards' names
         new = dict(list(self.digests.items())[self._kept :])
-        self._work.journal.append(tensors=new, **more)
+        self._run.journal.append(tensors=new, **more)
         self._kept = len(self.digests)
 
 
 def write_steps(
-    work: WorkFolder,
+    run: RunDir,
     tensors: dict[str, TensorSpec],
     steps: Sequence[Callable[[ShardWriter], None]],
     unchanged: FileWatch,
@@ -85,7 +89,7 @@ def write_steps(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> dict[str, str]:
     """Write an output's tensors step by step, going on from those of an earlier process; return their sha256."""
-    with StepWriter(work, tensors, max_shard_bytes) as writer:
+    with StepWriter(run, tensors, max_shard_bytes) as writer:
         for number in range(len(writer.steps), len(steps)):
             steps[number](writer)
             unchanged.check()
@@ -93,7 +97,7 @@ def write_steps(
             if progress:
                 progress(number + 1, len(steps), doing)
         writer.finish()
-    check_shards(work.result, tensors, writer.digests, max_shard_bytes)
+    check_shards(run.result, tensors, writer.digests, max_shard_bytes)
     return writer.digests
 
 
@@ -112,14 +116,10 @@ def _is_step(entry: dict[str, Any], tensors: dict[str, TensorSpec]) -> bool:
     return digests.keys() <= tensors.keys()
 
 
-def _trusted(
-    folder: Path, known: list[dict[str, Any]], tensors: dict[str, TensorSpec], max_shard_bytes: int, holds: Holds
+def _sound(
+    folder: Path, known: list[dict[str, Any]], tensors: dict[str, TensorSpec], max_shard_bytes: int
 ) -> list[dict[str, Any]]:
-    """Return the first steps that can be gone on from."""
+    """Return the first steps of which all tensors lie on the disk as they were written."""
     digests = {name: digest for step in known for name, digest in step["tensors"].items()}
     bad = set(damaged(folder, tensors, digests, max_shard_bytes))
-    sound = list(itertools.takewhile(lambda step: bad.isdisjoint(step["tensors"]), known))
-    for count in (len(sound), len(sound) - 1):  # what a step needs is there until the next one but one is kept
-        if count > 0 and holds(count, sound[count - 1]):
-            return sound[:count]
-    return []
+    return list(itertools.takewhile(lambda step: bad.isdisjoint(step["tensors"]), known))

@@ -22,9 +22,6 @@ from qectomy.models.heads import split_heads
 from qectomy.models.linear_views import read_view
 from qectomy.models.query_maps import IDENTITY, QueryMapSpec
 from qectomy.progress import Progress
-from qectomy.runs.input_hashes import SourceWatch
-from qectomy.runs.step_writer import write_steps
-from qectomy.runs.work_folder import WorkFolder
 from qectomy.surgery.at_once import ROWS_AT_ONCE
 from qectomy.surgery.basis import LOST, Choice, Folds, rounding
 from qectomy.surgery.choice import choose_folds
@@ -117,21 +114,13 @@ def writer_shift(folds: Folds, layer: int) -> torch.Tensor | None:
     return query_shift(b_Q.chunk(parts)[index], fold, source.dims)
 
 
-def fold_checkpoint(
-    source: Checkpoint,
-    plan: ExactPlan,
-    work: WorkFolder,
-    dtype: str | None,
-    unchanged: SourceWatch,
-    progress: Progress | None = None,
-) -> dict[str, str]:
-    """Write the weights that `plan` leaves of `source`, going on from the last step that was kept; return their sha256.
+def folding_steps(source: Checkpoint, plan: ExactPlan, dtype: str | None) -> list[Callable[[ShardWriter], None]]:
+    """Return what writes the weights that `plan` leaves of `source`, a few at a time.
 
-    Raises NonFiniteError where one does not fit `dtype`.
+    They raise NonFiniteError where one does not fit `dtype`.
     """
     specs = plan.tensors(source, dtype)
-    steps = [partial(_write_step, step, specs) for step in _steps(source, plan)]
-    return write_steps(work, specs, steps, unchanged, progress, "folding")
+    return [partial(_write_step, step, specs) for step in _steps(source, plan)]
 
 
 def _write_step(

@@ -23,10 +23,8 @@ from qectomy.models.linear_views import Projection, read_maps, read_view, store_
 from qectomy.models.query_maps import QueryMapSpec
 from qectomy.progress import Progress
 from qectomy.runs.input_hashes import SourceWatch
-from qectomy.runs.locked_folder import GoOn
-from qectomy.runs.output import check_room
-from qectomy.runs.step_writer import write_steps
-from qectomy.runs.work_folder import WorkFolder, finished, without_report, work_folder
+from qectomy.runs.produce import produce
+from qectomy.runs.run_dir import GoOn, finished
 from qectomy.surgery.balance import balance_channels, balance_heads
 from qectomy.surgery.engines import dropped_fields
 
@@ -153,25 +151,31 @@ def materialize(
         "note": "materialising saves nothing: W_Q is back, for engines that know nothing of Qectomy",
     }
 
-    def told(watch: SourceWatch) -> dict[str, Any]:
-        return {"command": "materialize", "layers": LAYERS, "largest shard": max_shard_bytes} | watch.fingerprint
-
-    if (
-        resume
-        and (done := finished(out, lambda: without_report(out), lambda: told(SourceWatch(checkpoint)))) is not None
-    ):
-        return done
-    check_room(out, sum(spec.nbytes for spec in specs.values()) - WorkFolder(out).nbytes())
     unchanged = SourceWatch(checkpoint)
-    with work_folder(out, told(unchanged), resume=resume, clean=clean) as work:
-        layers = [partial(_write_layer, checkpoint, config, layer, specs) for layer in range(dims.n_layers)]
-        steps = [partial(_write_outer, checkpoint), *layers]
-        write_steps(work, specs, steps, unchanged, progress, "writing", max_shard_bytes)
-        write_config(work.result, stock_config(checkpoint, dtype))
-        copy_companions(checkpoint.folder, work.result)
-        unchanged.check()
-        work.publish(report)
-    return report
+    told = {"command": "materialize", "layers": LAYERS, "largest shard": max_shard_bytes} | unchanged.fingerprint
+    if resume and finished(out, told):
+        return report
+
+    def finish(folder: Path, _: dict[str, str]) -> dict[str, Any]:
+        write_config(folder, stock_config(checkpoint, dtype))
+        copy_companions(checkpoint.folder, folder)
+        return report
+
+    layers = [partial(_write_layer, checkpoint, config, layer, specs) for layer in range(dims.n_layers)]
+    steps = [partial(_write_outer, checkpoint), *layers]
+    return produce(
+        out,
+        told,
+        specs,
+        steps,
+        finish,
+        unchanged,
+        resume=resume,
+        clean=clean,
+        progress=progress,
+        doing="writing",
+        max_shard_bytes=max_shard_bytes,
+    )
 
 
 def _write_outer(checkpoint: Checkpoint, writer: ShardWriter) -> None:

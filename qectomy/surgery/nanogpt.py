@@ -36,10 +36,8 @@ from qectomy.errors import NonFiniteError
 from qectomy.models.family import Dimensions
 from qectomy.models.linear_views import add_through, read_view, with_query
 from qectomy.runs.input_hashes import FileWatch
-from qectomy.runs.locked_folder import GoOn
-from qectomy.runs.output import check_room
-from qectomy.runs.step_writer import write_steps
-from qectomy.runs.work_folder import WorkFolder, finished, without_report, work_folder
+from qectomy.runs.produce import produce
+from qectomy.runs.run_dir import GoOn, finished
 
 GPT2_END = 50256  # <|endoftext|> of GPT-2's own tokenizer, which nanoGPT uses by default
 
@@ -76,21 +74,20 @@ def import_nanogpt(
     beside = [] if tokenizer is None else copied_companions(tokenizer, TOKENIZER_FILES)
     unchanged = FileWatch({"weights": path} | {file.name: file for file in beside})
     told = {"command": "import-nanogpt"} | unchanged.fingerprint
-    if resume and (done := finished(out, lambda: without_report(out), lambda: told)) is not None:
-        return done
-    check_room(out, report["bytes"] - WorkFolder(out).nbytes())
-    steps = [partial(_write_step, step, path, dtype) for step in gpt2_steps(args, dims, state)]
-    with work_folder(out, told, resume=resume, clean=clean) as work:
-        write_steps(work, specs, steps, unchanged)
+    if resume and finished(out, told):
+        return report
+
+    def finish(folder: Path, _: dict[str, str]) -> dict[str, Any]:
         if args.reduced:
-            copy_model_code(GPT2, work.result)
-        write_config(work.result, config)
+            copy_model_code(GPT2, folder)
+        write_config(folder, config)
         if tokenizer is not None:
-            copy_companions(tokenizer, work.result, TOKENIZER_FILES)
-        open_checkpoint(work.result, reduced=args.reduced)
-        unchanged.check()
-        work.publish(report)
-    return report
+            copy_companions(tokenizer, folder, TOKENIZER_FILES)
+        open_checkpoint(folder, reduced=args.reduced)
+        return report
+
+    steps = [partial(_write_step, step, path, dtype) for step in gpt2_steps(args, dims, state)]
+    return produce(out, told, specs, steps, finish, unchanged, resume=resume, clean=clean)
 
 
 def _write_step(tensors: Callable[[], dict[str, torch.Tensor]], path: Path, dtype: str, writer: ShardWriter) -> None:

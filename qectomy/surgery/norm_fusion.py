@@ -23,10 +23,8 @@ from qectomy.models.family import LayerRoles
 from qectomy.models.linear_views import Projection, read_view, store_views
 from qectomy.progress import Progress
 from qectomy.runs.input_hashes import SourceWatch
-from qectomy.runs.locked_folder import GoOn
-from qectomy.runs.output import check_room
-from qectomy.runs.step_writer import write_steps
-from qectomy.runs.work_folder import WorkFolder, finished, without_report, work_folder
+from qectomy.runs.produce import produce
+from qectomy.runs.run_dir import GoOn, finished
 from qectomy.surgery.at_once import ROWS_AT_ONCE
 
 PARTS = ("gain", "shift", "mean")
@@ -114,24 +112,24 @@ def fold_norms(
     left = [what for part, what in kept.items() if part in parts and (dims.tied or part == "shift")]
     report = {"out": str(out), "folded": list(parts), "left": left}
 
-    def told(watch: SourceWatch) -> dict[str, Any]:
-        return {"command": "fold-norms", "parts": ", ".join(sorted(parts))} | watch.fingerprint
-
-    if resume and (done := finished(out, lambda: without_report(out), lambda: told(SourceWatch(source)))) is not None:
-        return done
-    specs = {name: TensorSpec(info.shape, info.dtype) for name, info in source.tensors.items()}
-    check_room(out, source.nbytes - WorkFolder(out).nbytes())
     unchanged = SourceWatch(source)
-    with work_folder(out, told(unchanged), resume=resume, clean=clean) as work:
-        layers = [partial(_write_layer, source, parts, layer) for layer in range(dims.n_stored)]
-        write_steps(work, specs, [partial(_write_outer, source, parts), *layers], unchanged, progress, "folding")
-        write_config(work.result, with_code(family, source.config, source.reduced))
-        copy_companions(source.folder, work.result)
+    told = {"command": "fold-norms", "parts": ", ".join(sorted(parts))} | unchanged.fingerprint
+    if resume and finished(out, told):
+        return report
+
+    def finish(folder: Path, _: dict[str, str]) -> dict[str, Any]:
+        write_config(folder, with_code(family, source.config, source.reduced))
+        copy_companions(source.folder, folder)
         if source.reduced:
-            copy_model_code(family, work.result)
-        unchanged.check()
-        work.publish(report)
-    return report
+            copy_model_code(family, folder)
+        return report
+
+    specs = {name: TensorSpec(info.shape, info.dtype) for name, info in source.tensors.items()}
+    layers = [partial(_write_layer, source, parts, layer) for layer in range(dims.n_stored)]
+    steps = [partial(_write_outer, source, parts), *layers]
+    return produce(
+        out, told, specs, steps, finish, unchanged, resume=resume, clean=clean, progress=progress, doing="folding"
+    )
 
 
 def _write_layer(source: Checkpoint, parts: Sequence[str], layer: int, writer: ShardWriter) -> None:

@@ -21,8 +21,8 @@ from qectomy.checkpoint.headers import read_json
 from qectomy.errors import CheckpointError, OutputError, QectomyError, shown
 from qectomy.models.architectures import find_reduced_family
 from qectomy.models.family import Family
-from qectomy.runs.locked_folder import sync
 from qectomy.runs.output import cause, interruptible
+from qectomy.runs.records import sync
 
 CONFIG, REPORT = "config.json", "qectomy.json"
 

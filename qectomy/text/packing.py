@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from qectomy.checkpoint.checkpoint import sha256
 from qectomy.errors import QectomyError, TextError, note
 from qectomy.progress import Progress
-from qectomy.runs.locked_folder import read_record, write_record
+from qectomy.runs.records import read_record, write_record
 from qectomy.text.documents import Documents, Reading
 from qectomy.text.overlap import FittedSpans
 from qectomy.text.text import bos_of, text_of

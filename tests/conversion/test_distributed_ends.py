@@ -18,8 +18,8 @@ from launches import KILLED, launched, several
 from qectomy.calibrate import layer_fit, refit
 from qectomy.conversion.layerwise import LayerPass
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped
+from qectomy.runs.run_dir import RunDir
 from qectomy.runs.step_writer import StepWriter
-from qectomy.runs.work_folder import WorkFolder
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_killed_process_ends_the_run_which_goes_on(rank, whole, raven, tmp_pat
     if rank == 1:
         left = f"{out}.converting holds what was done: go on with --resume, or start anew with --clean."
         assert str(found[0]).endswith(left)
-    assert len(WorkFolder(out).journal.entries) == 2
+    assert len(RunDir(out).journal.entries) == 2
     for count, options in ((1, {}), (3, {})):
         refused = several(source, out, "key-shared", raven, count=count, resume=True, **options)
         assert [type(error) for error in refused] == [QectomyError] * count
@@ -94,7 +94,7 @@ def test_a_killed_process_ends_the_run_which_goes_on(rank, whole, raven, tmp_pat
     resumed = several(source, out, "key-shared", raven, resume=True)
     assert isinstance(resumed[0], dict), resumed
     same_output(out, expected)
-    assert not WorkFolder(out).path.exists()
+    assert not RunDir(out).path.exists()
     assert capfd.readouterr().err == ""
 
 
@@ -162,7 +162,7 @@ def killed_when_kept(steps, written):
         keep = StepWriter.keep
 
         def kept(self, **more):
-            last = len(self._work.journal.entries) == steps - 1
+            last = len(self._run.journal.entries) == steps - 1
             if not last or written:
                 keep(self, **more)
             if last:
@@ -202,12 +202,12 @@ def test_states_of_one_process_that_are_damaged_cost_a_layer(whole, raven, tmp_p
     source, expected, _ = whole
     out = tmp_path / "out"
     several(source, out, "key-shared", raven, before=killed_when_kept(3, written=True))
-    states = WorkFolder(out).scratch / "process-1" / "student-2"  # as they enter the third layer
+    states = RunDir(out).scratch / "process-1" / "student-2"  # as they enter the third layer
     data = bytearray(states.read_bytes())
     data[100] ^= 1
     states.write_bytes(data)
     assert resumed(source, out, raven)[0] == (1, "done before: going on from there")
-    assert capfd.readouterr().err.count("1 step(s) in") == 1
+    assert capfd.readouterr().err.count("was damaged on the disk: going back to step") == 1
     same_output(out, expected)
 
 

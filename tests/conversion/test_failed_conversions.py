@@ -31,8 +31,9 @@ from qectomy.errors import (
     UnreadableError,
 )
 from qectomy.eval import reload
+from qectomy.runs.produce import run_dir
+from qectomy.runs.run_dir import RunDir
 from qectomy.runs.step_writer import StepWriter
-from qectomy.runs.work_folder import WorkFolder, work_folder
 
 
 @pytest.fixture
@@ -196,7 +197,7 @@ def stopped(raven, calm, tmp_path):
         if [path.name for path in place.iterdir()] == []:
             return str(caught.value), 0
         assert [path.name for path in place.iterdir()] == ["out.converting"]
-        steps = len(WorkFolder(place / "out").journal.entries)
+        steps = len(RunDir(place / "out").journal.entries)
         convert_tiny(source, place / "out", "select", raven, resume=True)
         same_output(place / "out", calm(source))
         assert [path.name for path in place.iterdir()] == ["out"]
@@ -239,7 +240,7 @@ def test_how_far_calls_that_fail_late_get(tiny_checkpoint, stopped):
     """The numbers above reach every step: the last call that syncs is one of the output's."""
     said, steps = stopped(tiny_checkpoint(), lambda patch: patch.setattr(Path, "rename", refuse(errno.EACCES)))
     assert "out could not be written: Permission denied. " in said
-    assert steps == 4  # the outer tensors, both layers and the report
+    assert steps == 3  # the outer tensors and both layers
 
 
 def refuse(code):
@@ -364,7 +365,7 @@ def test_a_source_that_changes_is_named(name, how, tiny_copy, raven, calm, tmp_p
             convert_tiny(source, tmp_path / "out", "select", raven)
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "out").exists()
-    assert len(WorkFolder(tmp_path / "out").journal.entries) == 2  # the layer that might come of two models is none
+    assert len(RunDir(tmp_path / "out").journal.entries) == 2  # the layer that might come of two models is none
     if how != "gone":
         with pytest.raises(QectomyError, match=rf"holds another run: source's {name} was [0-9a-f]+, is [0-9a-f]+\."):
             convert_tiny(source, tmp_path / "out", "select", raven, resume=True)
@@ -528,7 +529,7 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path):
     """As nohup wants it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with work_folder(tmp_path / "out", {}) as work:
+        with run_dir(tmp_path / "out", {}) as work:
             signal.raise_signal(signal.SIGHUP)
             StepWriter(work, {"w": TensorSpec((1,), "F32")})
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

@@ -7,7 +7,7 @@ from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.conversion.exact import convert_exact
 from qectomy.conversion.settings import ConvertSettings
 from qectomy.errors import QectomyError
-from qectomy.runs.work_folder import WorkFolder
+from qectomy.runs.run_dir import RunDir
 
 
 def exact(source, out, text, resume=False):
@@ -25,7 +25,7 @@ def test_a_finished_output_is_not_that_of_other_settings(run, tiny_checkpoint, r
     source, out, other = tiny_checkpoint(), tmp_path / "out", tmp_path / "other.txt"
     other.write_text(raven.read_text().lower())
     with monkeypatch.context() as patch:
-        patch.setattr(WorkFolder, "remove", lambda self: None)
+        patch.setattr(RunDir, "remove", lambda self: None)
         report = run(source, out, raven)
     with pytest.raises(QectomyError, match=r"out is whole, and another run made it: .*text.* was .*, is other.txt"):
         run(source, out, other, resume=True)

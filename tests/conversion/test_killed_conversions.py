@@ -20,8 +20,8 @@ from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.conversion.exact import convert_exact
 from qectomy.conversion.layerwise import LayerPass
 from qectomy.conversion.settings import ConvertSettings
+from qectomy.runs.run_dir import RunDir
 from qectomy.runs.step_writer import StepWriter
-from qectomy.runs.work_folder import WorkFolder, without_report
 from qectomy.surgery.materialize import materialize
 from qectomy.surgery.nanogpt import import_nanogpt
 from qectomy.surgery.norm_fusion import fold_norms
@@ -97,7 +97,7 @@ def killed_again_and_again(run, place, attempt):
     out = place / f"out-{outputs}"
     run.convert(out, resume=True)
     same_output(out, run.out)
-    assert not WorkFolder(out).path.exists()
+    assert not RunDir(out).path.exists()
 
 
 @pytest.mark.usefixtures("nothing_is_lost")
@@ -140,14 +140,14 @@ def left(whole, tmp_path_factory):
 
     def stop_after(self, *arguments, **named):
         keep(self, *arguments, **named)
-        if len(self._work.journal.entries) == 4:
+        if len(self._run.journal.entries) == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
     keep = StepWriter.keep
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepWriter, "keep", stop_after)
         assert in_a_child(lambda: run.convert(out)) == "killed"
-    return run, WorkFolder(out).path
+    return run, RunDir(out).path
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def again(left, tmp_path):
 
     def go(damage=lambda folder: None):
         out = tmp_path / f"out-{next(outputs)}"
-        copy = shutil.copytree(folder, WorkFolder(out).path)
+        copy = shutil.copytree(folder, RunDir(out).path)
         damage(copy)
         made = []
         with pytest.MonkeyPatch.context() as patch:
@@ -279,7 +279,7 @@ def test_killed_at_the_end_of_a_layer_with_the_one_before_damaged(whole, tmp_pat
     run, out = whole("llama key-shared"), tmp_path / "out"
 
     def stop_before(self, **named):
-        if len(self._work.journal.entries) == 3:
+        if len(self._run.journal.entries) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         keep(self, **named)
 
@@ -287,10 +287,10 @@ def test_killed_at_the_end_of_a_layer_with_the_one_before_damaged(whole, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(StepWriter, "keep", stop_before)
         assert in_a_child(lambda: run.convert(out)) == "killed"
-    data = (WorkFolder(out).path / SHARD).read_bytes()
+    data = (RunDir(out).path / SHARD).read_bytes()
     header = int.from_bytes(data[:8], "little")
     place = json.loads(data[8 : 8 + header])["model.layers.1.mlp.up_proj.weight"]["data_offsets"][0]
-    flipped(WorkFolder(out).path / SHARD, 8 + header + place)
+    flipped(RunDir(out).path / SHARD, 8 + header + place)
     monkeypatch.setattr(LayerPass, "_layer", lambda self, index, *rest: made.append(index) or layer(self, index, *rest))
     run.convert(out, resume=True)
     assert made == [1, 2, 3]
@@ -303,10 +303,10 @@ def test_killed_at_the_end_of_a_layer_with_the_one_before_damaged(whole, tmp_pat
         (lambda copy: None, ""),
         (
             lambda copy: os.truncate(copy / "journal", len((copy / "journal").read_bytes()) - 9),
-            "1 {}going back to step 3",
+            "step 4 of 4 {}going back to step 3",
         ),
-        (lambda copy: flipped(copy / "scratch/student-0", 1000), "1 {}going back to step 3"),
-        (lambda copy: (copy / SHARD).unlink(), "4 {}starting anew"),
+        (lambda copy: flipped(copy / "scratch/student-0", 1000), "step 4 of 4 {}going back to step 3"),
+        (lambda copy: (copy / SHARD).unlink(), "step 1 of 4 {}starting anew; 4 steps are made again"),
     ],
 )
 def test_what_was_damaged_is_said(damage, said, left, tmp_path, capsys):
@@ -315,7 +315,7 @@ def test_what_was_damaged_is_said(damage, said, left, tmp_path, capsys):
     damage(copy)
     run.convert(tmp_path / "out", resume=True)
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert notes == ([f"note: {said.format(f'step(s) in {copy} were damaged on the disk: ')}"] if said else [])
+    assert notes == ([f"note: {said.format(f'in {copy} was damaged on the disk: ')}"] if said else [])
 
 
 # What fits nothing
@@ -374,12 +374,11 @@ def test_what_fits_nothing_goes_on_wherever_it_was_killed(write, source_of, rave
                 write(source, out, raven)
 
         assert in_a_child(act) == "killed", number
-        if not out.exists() or WorkFolder(out).path.exists():
-            lost = out.exists() and not WorkFolder(out).journal.entries  # and with them the report
+        if not out.exists() or RunDir(out).path.exists():
             done = write(source, out, raven, resume=True)
-            expected = without_report(out) if lost else report | {"out": str(out)}
-            assert write is exactly or done == expected  # the other one has times in it, and a report in its output
-        assert not WorkFolder(out).path.exists()
+            # the other one has times in it, and a report in its output
+            assert write is exactly or done == report | {"out": str(out)}
+        assert not RunDir(out).path.exists()
         same_output(out, tmp_path / "whole")
     assert len(kills) > 8
 
@@ -401,7 +400,7 @@ def test_what_fits_nothing_goes_back_to_the_step_before_the_damage(
     monkeypatch.setattr(StepWriter, "keep", lambda self, **more: made.append(1) or keep(self, **more))
     for number, place in itertools.product(range(len(steps)), ("journal", "weights")):
         out = tmp_path / f"out-{number}-{place}"
-        copy = shutil.copytree(left, WorkFolder(out).path)
+        copy = shutil.copytree(left, RunDir(out).path)
         if place == "journal":
             flipped(copy / "journal", sum(map(len, lines(copy)[:number])) + 100)
         else:
@@ -417,7 +416,9 @@ def test_what_fits_nothing_goes_back_to_the_step_before_the_damage(
         write(source, out, raven, resume=True)
         assert len(made) == len(steps) - number
         back = f"going back to step {number}" if number else "starting anew"
-        assert capsys.readouterr().err == f"note: {len(made)} step(s) in {copy} were damaged on the disk: {back}\n"
+        again = f"; {len(made)} steps are made again" if len(made) > 1 else ""
+        said = f"note: step {number + 1} of {len(steps)} in {copy} was damaged on the disk: {back}{again}\n"
+        assert capsys.readouterr().err == said
         same_output(out, tmp_path / "whole")
 
 
@@ -433,7 +434,7 @@ def test_what_is_rewritten_goes_on_or_starts_anew_when_killed_at_random_moments(
         killed += in_a_child(lambda out=out: write(source, out, raven), chance.uniform(0, seconds)) == "killed"
         if not out.exists():
             write(source, out, raven, **({"resume": True} if number % 2 else {"clean": True}))
-            assert not WorkFolder(out).path.exists()
+            assert not RunDir(out).path.exists()
         same_output(out, tmp_path / "whole")
     assert killed
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

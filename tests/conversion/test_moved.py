@@ -12,7 +12,7 @@ from qectomy.conversion.layerwise import LayerPass
 from qectomy.conversion.moved import moved_by
 from qectomy.errors import QectomyError, QueryMapError, Stopped
 from qectomy.models.query_maps import parse_query_map
-from qectomy.runs.work_folder import WorkFolder
+from qectomy.runs.run_dir import RunDir
 from qectomy.surgery.stream_basis import random_basis
 
 WEIGHTS = {"W_K", "W_V", "W_O", "W_down"}
@@ -170,7 +170,7 @@ def halted(tiny_checkpoint, raven, tmp_path, monkeypatch):
 def test_a_run_that_an_older_version_began_goes_on(halted, tiny_checkpoint, raven, tmp_path):
     folder = halted()
     assert not any("refit" in path.read_text() for path in folder.glob("*.json"))
-    journal, calls = WorkFolder(tmp_path / "out").journal, []
+    journal, calls = RunDir(tmp_path / "out").journal, []
     older = journal.entries[-1]
     del older["record"]["moved"]
     journal.cut(1)

@@ -14,8 +14,8 @@ from qectomy.distributed.process_group import ProcessGroup
 from qectomy.errors import Stopped
 from qectomy.runs import input_hashes
 from qectomy.runs.input_hashes import SourceWatch
+from qectomy.runs.produce import run_dir
 from qectomy.runs.step_writer import StepWriter
-from qectomy.runs.work_folder import work_folder
 
 
 def sha256_of(path):
@@ -37,7 +37,7 @@ def test_no_shard_stays_open_where_another_process_fails_first(tmp_path, monkeyp
             made.append(self)
 
     monkeypatch.setattr(shared_run, "StepWriter", Recorded)
-    with work_folder(tmp_path / "out", {}) as work:
+    with run_dir(tmp_path / "out", {}) as work:
         streams = Streams(work.scratch, (2, 4, 2), fitted=1, batch=1)
         with pytest.raises(Stopped):
             shared_run.SharedWriter(Failing("cpu"), work, {"a": TensorSpec((2, 2), "F32")}, streams)

@@ -37,8 +37,8 @@ from qectomy.eval.loading import read_config
 from qectomy.eval.protocol import Protocol, scoring_windows
 from qectomy.models.architectures import find_family
 from qectomy.report.page.reading import ReportError, read_curve, read_folder
-from qectomy.runs.journal import Journal
-from qectomy.runs.work_folder import WorkFolder, finished, work_folder
+from qectomy.runs.produce import run_dir
+from qectomy.runs.run_dir import TOLD, RunDir, finished
 from qectomy.surgery.materialize import materialize
 from qectomy.surgery.nanogpt import import_nanogpt
 from qectomy.text.documents import Documents
@@ -253,7 +253,7 @@ def test_nothing_is_written_through_a_link(tmp_path, name):
     link.symlink_to(private)
     for options in ({}, {"resume": True}, {"clean": True}):
         with pytest.raises((QectomyError, OutputError), match=r"is a link, (or no file|and what)"):
-            with work_folder(tmp_path / "out", {}, **options):
+            with run_dir(tmp_path / "out", {}, **options):
                 pytest.fail("the folder was entered")
     assert private.read_bytes() == SECRET
     assert not (tmp_path / "out").exists()
@@ -263,7 +263,7 @@ def test_a_run_that_lies_on_another_disk_is_not_to_be_removed(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out.converting").symlink_to(tmp_path / "disk")
     with pytest.raises(QectomyError, match="do not remove that: give an --out that lies beside it there"):
-        WorkFolder(tmp_path / "out").start({}, resume=True)
+        RunDir(tmp_path / "out").start({}, resume=True)
 
 
 def test_a_pipe_in_a_runs_folder_is_not_waited_on(tmp_path):
@@ -271,17 +271,20 @@ def test_a_pipe_in_a_runs_folder_is_not_waited_on(tmp_path):
     for name in ("journal", "lock"):
         os.mkfifo(tmp_path / "out.converting" / name)
         with pytest.raises(QectomyError, match=f"{name} is a link, or no file"):
-            WorkFolder(tmp_path / "out").start({}, resume=False)
+            RunDir(tmp_path / "out").start({}, resume=False)
         (tmp_path / "out.converting" / name).unlink()
 
 
-@pytest.mark.parametrize("report", [3, None, [], "done"])
-def test_a_report_of_the_journal_that_is_none(tmp_path, report):
+@pytest.mark.parametrize("told", [b"", b"[]", b'{"seed": 1', b"\xff", None])
+def test_an_output_that_does_not_say_what_made_it(tmp_path, told):
     out = tmp_path / "out"
     out.mkdir()
-    (tmp_path / "out.converting").mkdir()
-    Journal(tmp_path / "out.converting" / "journal").append(report=report, inode=out.stat().st_ino)
-    assert finished(out, dict) is None
+    (out / TOLD).mkdir() if told is None else (out / TOLD).write_bytes(told)
+    if told is None:
+        assert not finished(out, {})
+    else:
+        with pytest.raises(QectomyError, match=TOLD):
+            finished(out, {})
 
 
 @pytest.mark.parametrize("count", [1, 9])
@@ -293,7 +296,7 @@ def test_a_journal_of_empty_steps(tiny_reduced, tmp_path, count):
 
     with pytest.raises(Stopped):
         materialize(checkpoint, out, stop)
-    work = WorkFolder(out)
+    work = RunDir(out)
     work.journal.cut(0)
     for _ in range(count):
         work.journal.append(tensors={})
@@ -313,7 +316,7 @@ def test_a_step_of_a_conversion_that_lacks_what_it_goes_on_from(tiny_checkpoint,
 
     with pytest.raises(Stopped):
         convert_tiny(source, out, "select", raven, progress=stop)
-    work = WorkFolder(out)
+    work = RunDir(out)
     first, last = work.journal.entries
     assert is_whole(0, first)
     assert is_whole(1, last)
@@ -326,7 +329,7 @@ def test_a_step_of_a_conversion_that_lacks_what_it_goes_on_from(tiny_checkpoint,
     work.journal.cut(1)
     work.journal.append(**{**last, "record": None})
     convert_tiny(source, out, "select", raven, resume=True)
-    assert "note: 1 step(s) in " in capsys.readouterr().err
+    assert "note: step 2 of 2 in " in capsys.readouterr().err
     convert_tiny(source, tmp_path / "whole", "select", raven)
     assert tensor_hashes(out) == tensor_hashes(tmp_path / "whole")
 

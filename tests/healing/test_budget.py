@@ -15,7 +15,7 @@ from qectomy.healing.budget import Budget, budget_of, spending
 from qectomy.healing.models import Distillation, load_student, load_teacher
 from qectomy.healing.plan import STEPS
 from qectomy.healing.settings import HealSettings
-from qectomy.runs.run_folder import RunFolder
+from qectomy.runs.run_dir import HEALING, RunDir
 
 CONTEXT = 512
 SECONDS = 0.9 * 60  # that are planned for, a minute
@@ -38,7 +38,7 @@ def budget(tmp_path, monkeypatch):
 
     def make(rate, update=0.0, *, count=1, **settings):
         monkeypatch.setattr(module, "_speed", lambda *_: (float(rate), update))
-        folder = RunFolder(tmp_path / f"out{len(list(tmp_path.iterdir()))}")
+        folder = RunDir(tmp_path / f"out{len(list(tmp_path.iterdir()))}", HEALING)
         folder.start({}, resume=False)
         found = budget_of(folder, told(**settings), None, Distillation(None, 0.0), processes(count))
         folder.release()
@@ -93,7 +93,7 @@ def test_timing_counts_as_time_of_the_run(tmp_path, monkeypatch):
     now = iter((100.0, 104.0))
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(now)))
     monkeypatch.setattr(module, "_speed", lambda *_: (512.0, 0.0))
-    folder = RunFolder(tmp_path / "out")
+    folder = RunDir(tmp_path / "out", HEALING)
     folder.start({}, resume=False)
     found = budget_of(folder, told(minutes=1.0), None, Distillation(None, 0.0), processes())
     assert found.timing_seconds == folder.record()["seconds"] == 4.0

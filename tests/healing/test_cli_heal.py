@@ -14,7 +14,7 @@ from healings import STEP, options
 from qectomy.cli import main
 from qectomy.commands.terminal import count
 from qectomy.errors import QectomyError
-from qectomy.runs.work_folder import WorkFolder
+from qectomy.runs.run_dir import RunDir
 
 FIT = ["--query", "select", "--tokens", "320", "--context", "32", "--eval-tokens", "160"]
 
@@ -256,7 +256,7 @@ def test_what_lies_in_the_way_is_said_before_the_fit(cli, name, monkeypatch, tin
 
 def test_what_the_fit_left_beside_its_output_goes(cli, monkeypatch, tiny_checkpoint, raven, tmp_path):
     with monkeypatch.context() as patch:
-        patch.setattr(WorkFolder, "remove", lambda self: None)
+        patch.setattr(RunDir, "remove", lambda self: None)
         assert cli("convert", tiny_checkpoint(), "--out", "new.fitted", "--text", raven, *FIT)[0] == 0
     assert (tmp_path / "new.fitted.converting").is_dir()
     code, _, err = cli("convert", tiny_checkpoint(), "--out", "new", "--text", raven, *FIT, "--heal", "1k")

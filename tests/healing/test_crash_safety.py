@@ -26,8 +26,9 @@ from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped
 from qectomy.healing import budget, trainer
 from qectomy.healing import export as export_module
 from qectomy.healing import heal as heal_module
+from qectomy.healing.checkpoints import Checkpoints, is_complete
 from qectomy.runs import input_hashes
-from qectomy.runs.run_folder import RunFolder, is_complete
+from qectomy.runs.run_dir import HEALING, RunDir
 from qectomy.text import packing
 
 STEPS = {"tokens": 6 * STEP, "evaluations": 3}  # a checkpoint after steps 2, 4 and 6
@@ -96,7 +97,7 @@ MOMENTS = {
     "after the first checkpoint": ((trainer.HealTrainer, "training_step"), 4),
     "in a later checkpoint": ((torch, "save"), 5),
     "before a checkpoint is marked": ((trainer, "mark_complete"), 2),
-    "before others are removed": ((RunFolder, "keep_only"), 3),
+    "before others are removed": ((Checkpoints, "keep_only"), 3),
     "while others are removed": ((shutil, "rmtree"), 1),
     "between training and export": ((heal_module, "export"), 1),
     "in the middle of the export": ((export_module, "write_report"), 1),
@@ -117,20 +118,19 @@ def test_killed_when_the_output_is_there(moment, resume, run, tmp_path):
     """`--resume` returns the report, of this run alone; whatever is asked for, nothing stays beside the output."""
     with pytest.MonkeyPatch.context() as patch:
         if moment == "before anything is removed":
-            in_the_middle(patch, (RunFolder, "remove"), 1)
+            in_the_middle(patch, (RunDir, "remove"), 1)
         else:
-            patch.setattr(RunFolder, "removed_last", ("run.json", "nothing", "lock"))
-            patch.setattr(Path, "unlink", at_unlink("nothing", Path.unlink))
+            patch.setattr(Path, "unlink", at_unlink("lock", Path.unlink))
         killed(run)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.healing"]
     if not resume:
         with pytest.raises(OutputError, match="out exists; nothing is overwritten"):
             run()
     else:
-        if moment == "before anything is removed":
-            with pytest.raises(QectomyError, match=r"out is whole, and another run made it: seed was 0, is 1\."):
-                run(resume=True, seed=1)
-        assert run(resume=True) == json.loads((tmp_path / "out/qectomy.json").read_text())
+        with pytest.raises(QectomyError, match=r"out is whole, and another run made it: seed was 0, is 1\."):
+            run(resume=True, seed=1)
+        for _ in range(2):
+            assert run(resume=True) == json.loads((tmp_path / "out/qectomy.json").read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -223,7 +223,7 @@ def test_the_command_killed_from_outside(number, pair, raven, tmp_path):
         assert said == f"error: interrupted; {tmp_path / 'out.healing'} holds the run, --resume goes on with it"
         assert then.startswith(f"to go on: qectomy heal --resume {found.reduced} ")
     assert not (tmp_path / "out").exists()
-    refused = "holds a run that was not finished: go on with --resume, or remove it to start anew"
+    refused = "holds a run that was not finished: go on with --resume, or start anew with --clean"
     with pytest.raises(QectomyError, match=refused):
         heal_tiny(found, tmp_path / "out", raven, **settings)
     heal_tiny(found, tmp_path / "out", raven, resume=True, **settings)
@@ -408,8 +408,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_checkpoint(micro_
         run(micro_batch=micro_batch)
     assert str(caught.value) == (
         f"step 5: the loss is nan, the norm of its gradient nan. {tmp_path / 'out.healing'} keeps the last checkpoint "
-        "before it. A new run, once that folder is removed, may get past it with a lower --lr, a longer --warmup or "
-        "--dtype float32"
+        "before it. A new run (--clean) may get past it with a lower --lr, a longer --warmup or --dtype float32"
     )
     assert checkpoints(tmp_path)["checkpoint-4"]
     assert not (tmp_path / "out").exists()
@@ -600,7 +599,7 @@ def test_minutes_of_an_earlier_process_count(run, clock, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         in_the_middle(patch, (trainer.HealTrainer, "training_step"), 3)
         killed(lambda: run(minutes=1.6))
-    assert RunFolder(tmp_path / "out").record()["seconds"] == 50.0
+    assert RunDir(tmp_path / "out", HEALING).record()["seconds"] == 50.0
     healing = run(minutes=1.6, resume=True)["healing"]
     assert healing["steps"] == 4
     assert healing["seconds"]["training"] == 100.0
@@ -653,9 +652,9 @@ def test_fewer_windows_at_a_time_after_running_out_of_memory(run, goes_on, monke
 
 
 def test_two_processes_do_not_share_a_run(run, tmp_path):
-    other = RunFolder(tmp_path / "out")
+    other = RunDir(tmp_path / "out", HEALING)
     other.start({}, resume=False)
-    with pytest.raises(QectomyError, match=r"out\.healing is in use: another process heals there"):
+    with pytest.raises(QectomyError, match=r"out\.healing is in use: another process works there"):
         run(resume=True)
     other.release()
     with pytest.raises(QectomyError, match="another run"):

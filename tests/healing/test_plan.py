@@ -11,7 +11,7 @@ from qectomy.healing.budget import Budget, budget_of
 from qectomy.healing.models import Distillation
 from qectomy.healing.plan import Plan, batches, make_plan
 from qectomy.healing.settings import HealSettings
-from qectomy.runs.run_folder import RunFolder
+from qectomy.runs.run_dir import HEALING, RunDir
 from qectomy.text.packing import Packed
 
 UNUSED = Distillation(None, 0.0)
@@ -29,7 +29,7 @@ def processes(count=1):
 
 @pytest.fixture
 def folder(tmp_path):
-    found = RunFolder(tmp_path / "out")
+    found = RunDir(tmp_path / "out", HEALING)
     found.start({}, resume=False)
     return found
 

@@ -4,10 +4,11 @@ import pytest
 
 from qectomy.errors import QectomyError
 from qectomy.healing import training_arguments as module
+from qectomy.healing.checkpoints import Checkpoints
 from qectomy.healing.plan import Plan
 from qectomy.healing.settings import HealSettings
 from qectomy.healing.training_arguments import training_arguments
-from qectomy.runs.run_folder import RunFolder
+from qectomy.runs.run_dir import HEALING, RunDir
 
 
 @pytest.fixture
@@ -16,7 +17,9 @@ def arguments(tmp_path):
 
     def make(planned=200, steps=200, starts=True, **settings):
         told = HealSettings(**{"texts": ("a",), "context": 32, "dtype": "float32", "lr": 1e-3, **settings})
-        return training_arguments(told, Plan(planned, 3, 4, 12, 384), steps, RunFolder(tmp_path / "out"), starts)
+        return training_arguments(
+            told, Plan(planned, 3, 4, 12, 384), steps, Checkpoints(RunDir(tmp_path / "out", HEALING)), starts
+        )
 
     return make
 

@@ -1,7 +1,5 @@
 """Norms folded on whole checkpoints: a stock model with the same logits, and the part of the norm gone."""
 
-import shutil
-
 import pytest
 import torch
 from damage import edit_weights
@@ -11,8 +9,8 @@ from tiny_models import load_reduced, save_variant, tokens
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped, UnsupportedArchitecture
-from qectomy.runs import work_folder
-from qectomy.runs.work_folder import WorkFolder
+from qectomy.runs import run_dir
+from qectomy.runs.run_dir import RunDir
 from qectomy.surgery.norm_fusion import fold_norms
 
 PARTS = [("gain",), ("shift",), ("mean",), ("gain", "mean"), None]
@@ -103,7 +101,7 @@ def test_a_finished_output_of_another_run(tiny_checkpoint, tmp_path, monkeypatch
     out, left = tmp_path / "out", tmp_path / "out.converting"
     source = open_checkpoint(tiny_checkpoint("gpt2"))
     with monkeypatch.context() as patch:
-        patch.setattr(WorkFolder, "remove", lambda self: None)
+        patch.setattr(RunDir, "remove", lambda self: None)
         made = fold_norms(source, out)
     with pytest.raises(
         QectomyError, match="out is whole, and another run made it: parts was gain, mean, shift, is gain"
@@ -111,15 +109,9 @@ def test_a_finished_output_of_another_run(tiny_checkpoint, tmp_path, monkeypatch
         fold_norms(source, out, ["gain"], resume=True)
     with pytest.raises(QectomyError, match=r"another run made it: source's config.json was .*, is "):
         fold_norms(open_checkpoint(tiny_checkpoint("gpt2-untied")), out, resume=True)
-    shutil.copytree(left, tmp_path / "kept")
-    assert fold_norms(source, out, resume=True) == made
-    assert not left.exists()
-    shutil.copytree(tmp_path / "kept", left)
-    for name in ("run.json", "journal"):
-        (left / name).unlink()
-    found = fold_norms(source, out, ["gain"], resume=True)
-    assert found == {"out": str(out), "lost": "it was whole already; what its own run was told and reported is lost"}
-    assert not left.exists()
+    for _ in range(2):
+        assert fold_norms(source, out, resume=True) == made
+        assert not left.exists()
 
 
 def test_steps_that_are_lost_are_told(tiny_checkpoint, tmp_path, capsys):
@@ -134,15 +126,15 @@ def test_steps_that_are_lost_are_told(tiny_checkpoint, tmp_path, capsys):
     for shard in (tmp_path / "out.converting/result").glob("*.safetensors"):
         shard.unlink()
     fold_norms(source, out, resume=True, progress=lambda *call: said.append(call))
-    assert "note: 2 step(s) in " in capsys.readouterr().err
+    assert "note: step 1 of 2 in " in capsys.readouterr().err
     assert said == [(done, 3, "folding") for done in (1, 2, 3)]
 
 
-def test_a_report_in_the_journal_is_no_step(tiny_checkpoint, tmp_path, monkeypatch):
+def test_what_is_whole_but_not_in_its_place_is_not_written_again(tiny_checkpoint, tmp_path, monkeypatch):
     """As a kill leaves it just before the output appears."""
     source, out, said = open_checkpoint(tiny_checkpoint()), tmp_path / "out", []
     with monkeypatch.context() as patch:
-        patch.setattr(work_folder, "move", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(run_dir, "move", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(Stopped, match="interrupted"):
             fold_norms(source, out)
     fold_norms(source, out, resume=True, progress=lambda *call: said.append(call))

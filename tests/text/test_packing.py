@@ -11,7 +11,7 @@ from tiny_models import RAVEN, VOCAB_SIZE, bos_tokenizer, tiny_tokenizer
 
 from qectomy.checkpoint.checkpoint import sha256
 from qectomy.errors import CheckpointError, QectomyError, TextError
-from qectomy.runs.locked_folder import read_record, write_record
+from qectomy.runs.records import read_record, write_record
 from qectomy.text import documents as documents_module
 from qectomy.text import packing
 from qectomy.text.documents import JOIN

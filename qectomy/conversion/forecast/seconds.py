@@ -29,7 +29,7 @@ from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.samples import MOST_BYTES, NEW_TOKENS, PROMPTS
 from qectomy.models.query_maps import QueryMapSpec
 from qectomy.runs.input_hashes import FileWatch
-from qectomy.runs.work_folder import WorkFolder
+from qectomy.runs.run_dir import RunDir
 from qectomy.text.windows import Windows
 
 STEPS = 8  # of each Adam
@@ -87,7 +87,7 @@ def try_out(source: Checkpoint, work: Work, settings: ConvertSettings, fitted: i
     refine = RefineSettings(steps=RefineSettings().steps_for(work.fitted * work.context))
     runner, watch, marks = LayerRunner(cut, tuple(maps), work.context, settings.device), Stopwatch(), list[Seconds]()
     with ExitStack() as stack:
-        folder = WorkFolder(Path(stack.enter_context(TemporaryDirectory())) / "trial")
+        folder = RunDir(Path(stack.enter_context(TemporaryDirectory())) / "trial")
         stack.callback(folder.release)
         folder.start({}, False)
         few, unchanged = stack.enter_context(few_steps(STEPS)), FileWatch({})

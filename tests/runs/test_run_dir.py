@@ -1,46 +1,44 @@
-"""Who may enter a work folder, what is removed of it and when, and what a kill leaves around its end."""
+"""Who may enter a run's folder, what is removed of it and when, and what a kill leaves around its end."""
 
 import fcntl
 import json
-import os
 import random
 import shutil
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 from interruptions import PowerCut, in_a_child
 
+from qectomy import __version__
 from qectomy.checkpoint.shards import TensorSpec
 from qectomy.errors import NonFiniteError, OutputError, QectomyError, Stopped
-from qectomy.runs import work_folder as module
-from qectomy.runs.locked_folder import LockedFolder
+from qectomy.runs import run_dir as module
+from qectomy.runs.produce import run_dir
+from qectomy.runs.run_dir import CONVERTING, HEALING, RunDir, check_out, finished
+from qectomy.runs.run_dir import TOLD as RUN
 from qectomy.runs.step_writer import StepWriter
-from qectomy.runs.work_folder import WorkFolder, finished, work_folder
 
 TOLD = {"seed": 0, "text 1": "a.txt (sha256 00)"}
 
 
 def make(out, error=None, steps=1, **options):
-    """Fill a work folder, note some steps, and fail or publish."""
-    with work_folder(out, TOLD, **options) as work:
+    """Fill a run's folder, note some steps, and fail or publish."""
+    with run_dir(out, TOLD, **options) as work:
         (work.result / "weights").write_text("w")
         for step in range(steps):
             work.journal.append(step=step)
         if error is not None:
             raise error
-        work.publish({"told": 1})
-
-
-def lost():
-    pytest.fail("the journal has the report")
+        work.publish()
 
 
 @pytest.fixture
 def out(tmp_path):
     return tmp_path / "out"
+
+
+WHOLE = [RUN, "weights"]
 
 
 def names(tmp_path):
@@ -61,7 +59,7 @@ def test_the_output_appears_by_a_rename_and_the_rest_goes(out, tmp_path, monkeyp
     make(out)
     assert seen == [(tmp_path / "out.converting", out, False)]
     assert names(tmp_path) == ["out"]
-    assert names(out) == ["weights"]
+    assert names(out) == WHOLE
     assert out.stat().st_mode & 0o777 == 0o755
 
 
@@ -107,7 +105,7 @@ def test_parents_that_were_made_go_too(tmp_path):
 
 def test_parents_with_other_files_stay(tmp_path):
     def act():
-        with work_folder(tmp_path / "a/b/out", TOLD):
+        with run_dir(tmp_path / "a/b/out", TOLD):
             (tmp_path / "a/notes").write_text("theirs")
             raise NonFiniteError("NaN")
 
@@ -120,37 +118,13 @@ def test_parents_with_other_files_stay(tmp_path):
 # Killed around the end
 
 
-@pytest.mark.parametrize("moment", ["before the rename", "after the rename", "while it is removed"])
-def test_killed_around_the_end(moment, out, tmp_path, monkeypatch):
-    def die(*_, **__):
-        os.kill(os.getpid(), 9)
-
-    def act():
-        with pytest.MonkeyPatch.context() as patch:
-            if moment == "before the rename":
-                patch.setattr(Path, "rename", die)
-            elif moment == "after the rename":
-                patch.setattr(WorkFolder, "remove", die)
-            else:
-                patch.setattr(LockedFolder, "remove", die)
-            make(out)
-
-    assert in_a_child(act) == "killed"
-    whole = moment != "before the rename"
-    assert names(tmp_path) == (["out", "out.converting"] if whole else ["out.converting"])
-    assert finished(out, lost) == ({"told": 1} if whole else None)
-    assert names(tmp_path) == (["out"] if whole else ["out.converting"])
-    if not whole:
-        make(out, resume=True)
-    assert names(out) == ["weights"]
-
-
 def again(out, way):
-    """What a command does that is given once more."""
-    if way == "resume" and (done := finished(out, lambda: {"told": "by the output"})) is not None:
-        return done
+    """What a command does that is given once more; return whether there was nothing left to do."""
+    check_out(out, way == "resume")
+    if way == "resume" and finished(out, TOLD):
+        return True
     make(out, **({} if way == "plain" else {way: True}))
-    return {"told": 2}
+    return False
 
 
 @pytest.mark.parametrize("way", ["plain", "resume", "clean"])
@@ -165,11 +139,11 @@ def test_killed_at_every_call_that_ends_a_run(way, tmp_path):
         def act(out=out, number=number):
             with pytest.MonkeyPatch.context() as patch:
                 PowerCut(number, random.Random(0)).install(patch)
-                with work_folder(out, TOLD) as work:
+                with run_dir(out, TOLD) as work:
                     (work.result / "weights").write_text("w")
                     (work.scratch / "states").write_text("s")
                     work.journal.append(step=0)
-                    work.publish({"told": 1})
+                    work.publish()
 
         if in_a_child(act) == "done":
             break
@@ -178,36 +152,51 @@ def test_killed_at_every_call_that_ends_a_run(way, tmp_path):
             with pytest.raises(QectomyError, match="go on with --resume, or start anew with --clean"):
                 again(out, way)
             continue
-        if whole and (way != "resume" or left is None):
+        if whole and way != "resume":
             with pytest.raises(OutputError, match=r"out exists; nothing is overwritten"):
                 again(out, way)
         else:
-            expected = {"told": ("by the output" if "journal" not in left else 1) if whole else 2}
-            assert again(out, way) == expected, left
+            assert again(out, way) == whole, left
         assert names(place) == ["out"], left
-        assert names(out) == ["weights"]
+        assert names(out) == WHOLE
         seen += [left] if whole else []
     assert [] in seen
     assert ["lock"] in seen
-    assert ["journal", "lock"] in seen
+    assert ["lock", "run.json"] in seen
     assert ["journal", "lock", "run.json", "scratch"] in seen
     assert number != 99  # or it was never done
 
 
-def test_an_empty_work_folder_is_no_sign_that_an_output_of_later_is_whole(out, tmp_path):
+def test_a_finished_output_is_known_by_what_its_run_was_told(out, tmp_path, capsys):
+    make(out)
+    for _ in range(2):
+        assert finished(out, TOLD)
+    assert capsys.readouterr().err.startswith(f"note: {out} is whole, and this run made it: there was nothing left")
+    with pytest.raises(QectomyError) as caught:
+        finished(out, TOLD | {"seed": 1})
+    assert str(caught.value) == (
+        f"{out} is whole, and another run made it: seed was 0, is 1. Give what that run was given, or another --out"
+    )
+    (out / RUN).unlink()
+    assert not finished(out, TOLD)
+    with pytest.raises(OutputError, match="out exists; nothing is overwritten"):
+        check_out(out, resume=True)
+    assert names(tmp_path) == ["out"]
+
+
+def test_an_empty_folder_is_no_sign_that_an_output_of_later_is_whole(out):
     """It may be what is left of a run that was refused."""
     for left in ((), ("lock",)):
         out.with_name("out.converting").mkdir()
         for name in left:
             (out.with_name("out.converting") / name).touch()
-        time.sleep(0.05)  # the clock of a file system is coarse
         out.mkdir()
-        assert finished(out, dict) is None
+        assert not finished(out, TOLD)
         with pytest.raises(OutputError, match="out exists; nothing is overwritten"):
             make(out, resume=True)
         assert names(out) == []
         out.rmdir()
-        shutil.rmtree(out.with_name("out.converting"))
+        assert not out.with_name("out.converting").exists()
 
 
 def test_what_is_not_the_rest_of_a_run_stays_beside_an_output(out, tmp_path):
@@ -221,22 +210,11 @@ def test_what_is_not_the_rest_of_a_run_stays_beside_an_output(out, tmp_path):
     assert names(tmp_path / "out.converting") == before
     shutil.rmtree(tmp_path / "out.converting")
     (tmp_path / "out.converting").mkdir()
-    (tmp_path / "out.converting/thesis.tex").write_text("years of work")
-    assert finished(out, dict) is None
-    with pytest.raises(OutputError, match="out exists; nothing is overwritten"):
-        make(out, clean=True)
-    assert names(tmp_path / "out.converting") == ["thesis.tex"]
-
-
-def test_an_output_of_another_run_is_not_taken_for_this_ones(out, tmp_path, monkeypatch):
-    monkeypatch.setattr(WorkFolder, "remove", lambda self: None)
-    make(out)
-    shutil.rmtree(out)
-    (tmp_path / "taken").mkdir()  # so that the inode is not used again
-    out.mkdir()
-    assert finished(out, lost) is None
-    with pytest.raises(OutputError, match="out exists; nothing is overwritten"):
-        make(out, resume=True)
+    for name, content in (("thesis.tex", "years of work"), ("run.json", "{}")):
+        (tmp_path / "out.converting" / name).write_text(content)
+        with pytest.raises(OutputError, match="out exists; nothing is overwritten"):
+            make(out, clean=True)
+    assert names(tmp_path / "out.converting") == ["run.json", "thesis.tex"]
 
 
 # Who may enter
@@ -254,9 +232,9 @@ def test_an_unfinished_run_is_resumed_or_cleaned(out, tmp_path):
     assert str(caught.value) == (
         f"{out}.converting holds a run that was not finished: go on with --resume, or start anew with --clean"
     )
-    with work_folder(out, TOLD, resume=True) as work:
+    with run_dir(out, TOLD, resume=True) as work:
         assert work.journal.entries == [{"step": 0}]
-    with work_folder(out, TOLD, clean=True) as work:
+    with run_dir(out, TOLD, clean=True) as work:
         assert work.journal.entries == []
         assert names(work.result) == []
 
@@ -278,12 +256,12 @@ def test_a_run_that_must_go_on_never_begins(out, tmp_path):
         assert not caught.value.resumable
         assert names(tmp_path) == []
     unfinished(out)
-    with work_folder(out, TOLD, resume="only") as work:
+    with run_dir(out, TOLD, resume="only") as work:
         assert work.journal.entries == [{"step": 0}]
     (out.with_name("out.converting") / "journal").write_bytes(b"torn")
     with (
         pytest.raises(QectomyError, match=r"holds nothing sound to go on from, and --resume-only does not .*would\)$"),
-        work_folder(out, TOLD, resume="only") as work,
+        run_dir(out, TOLD, resume="only") as work,
     ):
         StepWriter(work, {"w": TensorSpec((1,), "F32")})
     assert names(out.with_name("out.converting")) == ["journal", "lock", "result", "run.json", "scratch"]
@@ -304,7 +282,7 @@ def test_another_run_is_refused_by_what_differs_and_stays(changed, message, out)
     with pytest.raises(
         QectomyError, match=rf"out\.converting holds another run: {message} Give what that run was given"
     ):
-        with work_folder(out, TOLD | changed, resume=True):
+        with run_dir(out, TOLD | changed, resume=True):
             pytest.fail("the block must not run")
     make(out, resume=True)
 
@@ -325,19 +303,19 @@ def test_another_version_is_refused(package, out, monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"clean": True}])
 def test_two_runs_do_not_share_an_output(options, out, tmp_path):
-    with work_folder(out, TOLD) as work:
+    with run_dir(out, TOLD) as work:
         work.journal.append(step=0)
         with pytest.raises(QectomyError, match=r"out\.converting is in use: another process works there"):
             make(out, **options)
         assert work.journal.path.is_file()
-        work.publish({})
+        work.publish()
     assert names(tmp_path) == ["out"]
 
 
 SCRIPT = """
 import pathlib, sys, time
-from qectomy.runs.work_folder import work_folder
-with work_folder(pathlib.Path(sys.argv[1]), {"seed": 0, "text 1": "a.txt (sha256 00)"}) as work:
+from qectomy.runs.produce import run_dir
+with run_dir(pathlib.Path(sys.argv[1]), {"seed": 0, "text 1": "a.txt (sha256 00)"}) as work:
     work.journal.append(step=0)
     print("ready", flush=True)
     time.sleep(60)
@@ -358,7 +336,7 @@ def test_the_lock_of_another_process_dies_with_it(out):
 
 def test_a_folder_that_is_removed_while_it_is_entered(out, monkeypatch):
     """The other process was done between the two calls: its lock is on a file that is gone."""
-    other, flock = WorkFolder(out), fcntl.flock
+    other, flock = RunDir(out), fcntl.flock
     other.start(TOLD, resume=False)
     calls = []
 
@@ -371,8 +349,30 @@ def test_a_folder_that_is_removed_while_it_is_entered(out, monkeypatch):
 
     monkeypatch.setattr("fcntl.flock", late)
     make(out)
-    assert len(calls) == 2
-    assert names(out) == ["weights"]
+    assert calls.count(fcntl.LOCK_EX | fcntl.LOCK_NB) == 2
+    assert names(out) == WHOLE
+
+
+@pytest.mark.parametrize("kind", [CONVERTING, HEALING])
+def test_it_lies_beside_the_output(kind, out):
+    assert RunDir(out, kind).path == out.with_name(f"out.{kind}")
+    assert RunDir(out.with_name("a.b"), kind).path == out.with_name(f"a.b.{kind}")
+
+
+def test_a_run_keeps_what_it_was_told_and_notes(out):
+    run = RunDir(out, HEALING)
+    assert run.start({"texts": ("a",)}, resume=True) is False
+    assert run.fingerprint == {"texts": ["a"]}
+    run.note(plan={"steps": 3})
+    run.note(seconds=1.5, plan={"steps": 4})
+    assert run.record() == {
+        "made by": f"qectomy {__version__}",
+        "fingerprint": {"texts": ["a"]},
+        "plan": {"steps": 4},
+        "seconds": 1.5,
+    }
+    run.release()
+    assert RunDir(out, HEALING).start({"texts": ("a",)}, resume=True) is True
 
 
 # What is not ours

@@ -1,4 +1,4 @@
-"""The folder of a run: entered anew or again, and which of its checkpoints count."""
+"""Which of a healing run's checkpoints count, and which stay."""
 
 import hashlib
 import json
@@ -6,33 +6,19 @@ import os
 
 import pytest
 
-from qectomy.errors import QectomyError
-from qectomy.runs.locked_folder import differences, read_record, write_json
-from qectomy.runs.run_folder import (
-    COMPLETE,
-    RunFolder,
-    is_complete,
-    mark_complete,
-    step_of,
-)
-
-TOLD = {"lr": 0.1, "texts": ["a"], "seed": 0}
+from qectomy.healing.checkpoints import COMPLETE, Checkpoints, is_complete, mark_complete, step_of
+from qectomy.runs.records import read_record
+from qectomy.runs.run_dir import HEALING, RunDir
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return RunFolder(tmp_path / "out")
-
-
-@pytest.fixture
-def started(folder):
-    folder.start(TOLD, resume=False)
-    return folder
+def started(tmp_path):
+    return Checkpoints(RunDir(tmp_path / "out", HEALING))
 
 
 def checkpoint(folder, step, complete=True):
     """Make a checkpoint as Trainer does, with a file in a folder of its own."""
-    path = folder.checkpoints / f"checkpoint-{step}"
+    path = folder.path / f"checkpoint-{step}"
     (path / "inner").mkdir(parents=True)
     (path / "model.safetensors").write_bytes(b"weights" * step)
     (path / "inner" / "state.json").write_text("{}")
@@ -42,94 +28,20 @@ def checkpoint(folder, step, complete=True):
 
 
 def kept(folder):
-    return sorted(path.name for path in folder.checkpoints.iterdir())
-
-
-# Starting and resuming
-
-
-def test_it_lies_beside_the_output(folder, tmp_path):
-    assert folder.path == tmp_path / "out.healing"
-    assert RunFolder(tmp_path / "a.b").path == tmp_path / "a.b.healing"
-
-
-def test_a_new_run_keeps_what_it_was_told(folder):
-    assert folder.start(TOLD, resume=False) is False
-    assert folder.record() == {"fingerprint": TOLD}
-    assert folder.checkpoints.is_dir()
-
-
-def test_resuming_nothing_is_starting(folder):
-    assert folder.start(TOLD, resume=True) is False
-    assert folder.start(TOLD, resume=True) is True
-
-
-def test_a_run_that_was_killed_before_it_wrote_anything_is_started_by_resume(folder):
-    folder.path.mkdir()
-    assert folder.start(TOLD, resume=True) is False
-    assert folder.record()["fingerprint"] == TOLD
-
-
-def test_an_unfinished_run_is_not_entered_without_being_asked(started):
-    with pytest.raises(QectomyError) as caught:
-        started.start(TOLD, resume=False)
-    assert str(caught.value) == (
-        f"{started.path} holds a run that was not finished: go on with --resume, or remove it to start anew"
-    )
-
-
-def test_another_run_is_refused_by_what_differs(started):
-    with pytest.raises(QectomyError) as caught:
-        started.start({**TOLD, "lr": 0.2, "seed": 1}, resume=True)
-    assert str(caught.value) == (
-        f"{started.path} holds another run: lr was 0.1, is 0.2; seed was 0, is 1. Give what that run was given, or "
-        "another --out"
-    )
-    assert started.record()["fingerprint"] == TOLD
-
-
-def test_tuples_are_the_lists_that_json_makes_of_them(started):
-    assert started.start({**TOLD, "texts": ("a",)}, resume=True) is True
-
-
-def test_differences_name_what_one_side_lacks():
-    assert differences({"a": 1, "b": 2}, {"b": 2, "c": 3}) == ["a was 1, is None", "c was None, is 3"]
-    assert differences(TOLD, dict(TOLD)) == []
-
-
-@pytest.mark.parametrize("content", ["{", "", "\udcff", "[1]", "null"])
-def test_a_damaged_record_is_one_clear_error(started, content):
-    (started.path / "run.json").write_text(content, errors="surrogateescape")
-    with pytest.raises(QectomyError, match=r"run\.json .*; remove the folder to start anew"):
-        started.start(TOLD, resume=True)
-
-
-def test_notes_are_added_to_the_record(started):
-    started.note(plan={"steps": 3})
-    started.note(seconds=1.5, plan={"steps": 4})
-    assert started.record() == {"fingerprint": TOLD, "plan": {"steps": 4}, "seconds": 1.5}
-
-
-def test_a_run_is_removed_whole(started):
-    checkpoint(started, 3)
-    started.remove()
-    assert not started.path.exists()
-
-
-# Checkpoints
+    return sorted(path.name for path in folder.path.iterdir())
 
 
 def test_the_last_whole_checkpoint_is_found_by_number(started):
-    assert started.last_checkpoint() is None
+    assert started.last() is None
     for step in (2, 10, 9):
         checkpoint(started, step)
-    assert started.last_checkpoint() == started.checkpoints / "checkpoint-10"
+    assert started.last() == started.path / "checkpoint-10"
 
 
 def test_half_written_ones_are_removed_and_do_not_count(started):
     whole = checkpoint(started, 2)
     checkpoint(started, 10, complete=False)
-    assert started.last_checkpoint() == whole
+    assert started.last() == whole
     assert kept(started) == ["checkpoint-2"]
 
 
@@ -143,7 +55,7 @@ def test_one_damaged_file_takes_a_checkpoint_away(started, name, damage):
     else:
         data = path.read_bytes()
         path.write_bytes({"short": data[:-1], "long": data + b"0", "flipped": bytes([data[0] ^ 1]) + data[1:]}[damage])
-    assert started.last_checkpoint() == started.checkpoints / "checkpoint-2"
+    assert started.last() == started.path / "checkpoint-2"
     assert kept(started) == ["checkpoint-2"]
 
 
@@ -151,9 +63,9 @@ def test_one_damaged_file_takes_a_checkpoint_away(started, name, damage):
 def test_a_mark_that_is_damaged_takes_a_checkpoint_away(damage, started, capsys):
     whole, other = checkpoint(started, 2), checkpoint(started, 4)
     (other / COMPLETE).write_bytes(damage)
-    assert started.last_checkpoint() == whole
+    assert started.last() == whole
     said = "note: checkpoint-4 in {} was damaged on the disk: going on from checkpoint-2\n"
-    assert capsys.readouterr().err == said.format(started.path)
+    assert capsys.readouterr().err == said.format(started.run.path)
 
 
 def with_best(path, step):
@@ -166,9 +78,9 @@ def test_a_checkpoint_counts_with_the_best_one_until_then_alone(started):
     """Its weights may become the result."""
     for step, best in {2: 2, 4: 4, 6: 4, 8: 4}.items():
         with_best(checkpoint(started, step, complete=False), best)
-    assert started.last_checkpoint() == started.checkpoints / "checkpoint-8"
-    (started.checkpoints / "checkpoint-4/model.safetensors").write_bytes(b"other")
-    assert started.last_checkpoint() == started.checkpoints / "checkpoint-2"
+    assert started.last() == started.path / "checkpoint-8"
+    (started.path / "checkpoint-4/model.safetensors").write_bytes(b"other")
+    assert started.last() == started.path / "checkpoint-2"
     assert kept(started) == ["checkpoint-2"]
 
 
@@ -181,8 +93,8 @@ def test_the_last_two_stay_with_the_best_of_each(bests, left, started):
         started.keep_latest(with_best(checkpoint(started, step, complete=False), best))
     assert kept(started) == [f"checkpoint-{step}" for step in left]
     for step in left[:0:-1]:  # each time the newest is damaged there is one to go back to, as long as two are left
-        (started.checkpoints / f"checkpoint-{step}/model.safetensors").unlink()
-        assert started.last_checkpoint() == started.checkpoints / f"checkpoint-{left[left.index(step) - 1]}"
+        (started.path / f"checkpoint-{step}/model.safetensors").unlink()
+        assert started.last() == started.path / f"checkpoint-{left[left.index(step) - 1]}"
 
 
 def test_the_mark_names_every_file_and_its_sha256(started):
@@ -231,23 +143,3 @@ def test_a_checkpoint_loses_its_mark_before_its_files(started, monkeypatch):
 def test_step_numbers(tmp_path):
     assert step_of(tmp_path / "checkpoint-120") == 120
     assert step_of(tmp_path / "checkpoint-best") == -1
-
-
-# JSON
-
-
-def test_json_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
-    path = tmp_path / "run.json"
-    write_json(path, {"a": 1})
-    assert path.read_text() == '{\n  "a": 1\n}\n'
-
-    def killed(_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", killed)
-    with pytest.raises(KeyboardInterrupt):
-        write_json(path, {"a": [0] * 1000})
-    assert json.loads(path.read_text()) == {"a": 1}
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
