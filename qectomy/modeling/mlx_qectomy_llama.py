@@ -117,6 +117,8 @@ class ModelArgs(BaseModelArgs):
         if set(self.output_maps or ()) - {"dense"}:
             raise ValueError("output_maps: mlx-lm cannot run a model with merged W_O, transformers can")
         self.query_maps = self.query_maps or ["dense"] * self.num_hidden_layers
+        if not isinstance(self.query_maps, list | tuple):
+            raise ValueError(f"query_maps must be a list with a name for each layer, not {self.query_maps!r}")
         if len(self.query_maps) != self.num_hidden_layers:
             raise ValueError(f"query_maps names {len(self.query_maps)} layers, the model has {self.num_hidden_layers}")
         if len(self.index_sha256 or self.query_maps) != self.num_hidden_layers:

@@ -268,6 +268,8 @@ class QectomyGPT2Config(GPT2Config):
         for field, known in (("query_maps", None), ("value_maps", "gauge"), ("output_maps", "merged")):
             names = getattr(self, field) or ["dense"] * self.n_layer
             setattr(self, field, names)
+            if not isinstance(names, list | tuple):
+                raise ValueError(f"{field} must be a list with a name for each layer, not {names!r}")
             if len(names) != self.n_layer:
                 raise ValueError(f"{field} names {len(names)} layers, the model has {self.n_layer}")
             if known is not None and set(names) - {"dense", known}:

@@ -327,6 +327,8 @@ def check_layers(config) -> None:
     for field, known in (("query_maps", None), ("value_maps", "gauge"), ("output_maps", "merged")):
         names = getattr(config, field) or ["dense"] * n_layers
         setattr(config, field, names)
+        if not isinstance(names, list | tuple):
+            raise ValueError(f"{field} must be a list with a name for each layer, not {names!r}")
         if len(names) != n_layers:
             raise ValueError(f"{field} names {len(names)} layers, the model has {n_layers}")
         if known is not None and set(names) - {"dense", known}:

@@ -170,6 +170,7 @@ REFUSED = {
     "hidden_act": (dict(hidden_act="relu"), "hidden_act is 'relu'"),
     "unknown map": (dict(query_maps=["dense", "gauge"]), "layer 1: unknown query map 'gauge'; known: identity, select"),
     "too few maps": (dict(query_maps=["dense"]), "query_maps names 1 layers, the model has 2"),
+    "a word": (dict(query_maps="ab"), "query_maps must be a list with a name for each layer, not 'ab'"),
     "value_maps": (dict(value_maps=["dense", "x"]), "value_maps: unknown 'x'; known: dense, gauge"),
     "too few values": (dict(value_maps=["dense"]), "value_maps names 1 layers, the model has 2"),
     "model_type": (dict(model_type="llama"), "model_type 'llama'; this file runs qectomy_llama and qectomy_mistral"),

@@ -140,6 +140,8 @@ def test_names_agree():
     assert QectomyLlamaConfig(num_hidden_layers=3).query_maps == ["dense"] * 3
     with pytest.raises(ValueError, match=r"query_maps names 1 layers, the model has 3"):
         QectomyLlamaConfig(num_hidden_layers=3, query_maps=["select"])
+    with pytest.raises(ValueError, match=r"query_maps must be a list with a name for each layer, not 'select'"):
+        QectomyLlamaConfig(num_hidden_layers=6, query_maps="select")
     bad = config_of("llama", query_maps=["dense", "sélect"])
     with pytest.raises(ValueError, match="layer 1: unknown query map 'sélect'; known: identity, select"):
         QectomyLlamaForCausalLM(bad)

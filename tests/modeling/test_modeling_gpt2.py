@@ -179,6 +179,8 @@ def test_names_agree():
     assert QectomyGPT2Config(num_hidden_layers=3).query_maps == ["dense"] * 3
     with pytest.raises(ValueError, match=r"query_maps names 1 layers, the model has 3"):
         QectomyGPT2Config(n_layer=3, query_maps=["select"])
+    with pytest.raises(ValueError, match=r"query_maps must be a list with a name for each layer, not 'select'"):
+        QectomyGPT2Config(n_layer=6, query_maps="select")
     bad = config_of("gpt2", query_maps=["dense", "sélect"])
     with pytest.raises(ValueError, match="layer 1: unknown query map 'sélect'; known: identity, select"):
         QectomyGPT2ForCausalLM(bad)
