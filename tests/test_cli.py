@@ -21,6 +21,8 @@ from qectomy import __version__
 from qectomy.cli import app, main
 from qectomy.errors import CheckpointError, NonFiniteError, Stopped, Untrusted
 from qectomy.eval.fresh_start import FreshStart
+from qectomy.report.page.reading import read_folder
+from qectomy.report.page.verdict import judged
 
 QUICK = ["--tokens", "320", "--context", "32", "--eval-tokens", "160"]
 COMMANDS = typer.main.get_command(app).commands
@@ -412,6 +414,26 @@ def test_text_output_of_a_conversion(cli, tiny_checkpoint, raven, tmp_path):
     assert re.search(
         r"moved, ‖W' - W‖ / ‖W‖: select: W_K [\d.]+ to [\d.]+ %, W_V 0 %, W_O ", " ".join(done.out.split())
     )
+    found = judged(read_folder(tmp_path / "out"))
+    assert done.out.splitlines()[-2:] == [f"verdict: {found.word}: {found.rule}", f"wrote {tmp_path / 'out'}"]
+    exact = cli("convert", tiny_checkpoint(), "--out", tmp_path / "exact", "--query", "exact").out.splitlines()
+    assert exact[-2:] == ["verdict: Lossless: made with --query exact", f"wrote {tmp_path / 'exact'}"]
+
+
+@pytest.mark.parametrize("query", ["select", "exact"])
+def test_a_conversion_that_is_done_says_so(cli, query, tiny_checkpoint, raven, tmp_path):
+    command = ["convert", tiny_checkpoint("gpt2"), "--out", tmp_path / "out", "--query", query, "--text", raven, *QUICK]
+    report = cli(*command, "--json").json()
+    before = hashes(tmp_path / "out")
+    again = cli(*command, "--resume", "--json")
+    assert again.json() == report
+    assert f"note: {tmp_path / 'out'} is whole, and this run made it: there was nothing left to do" in again.err
+    assert cli(*command, "--resume-only", "--json").json() == report
+    other = cli(*command, "--eval-tokens", 128, "--resume")
+    assert other.code == 1
+    assert "out is whole, and another run made it: eval tokens was 160, is 128." in other.err
+    assert "out exists; nothing is overwritten" in cli(*command).err
+    assert hashes(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from qectomy.api.convert import convert as run
 from qectomy.commands.heal import show_healed
-from qectomy.commands.terminal import command_line, print_json, takes_options_of, usage_errors
+from qectomy.commands.terminal import command_line, print_json, show_verdict, takes_options_of, usage_errors
 from qectomy.distributed.launch import launch
 from qectomy.errors import QectomyError
 
@@ -42,7 +43,7 @@ def _one_speaks() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def _show(report: dict[str, Any], out: str, dry_run: bool) -> None:
+def _show(report: dict[str, Any], out: Path, dry_run: bool) -> None:
     """Print what a conversion wrote, or would write."""
     from qectomy.report.tables import show_conversion, show_exact, show_plan
 
@@ -54,4 +55,5 @@ def _show(report: dict[str, Any], out: str, dry_run: bool) -> None:
     else:
         show_conversion(report)
     if not dry_run:
+        show_verdict(out)
         typer.echo(f"wrote {out}")

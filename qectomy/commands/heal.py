@@ -1,11 +1,12 @@
 """The command that heals a reduced checkpoint; `cli.py` registers it."""
 
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from qectomy.api.heal import heal as run
-from qectomy.commands.terminal import command_line, print_json, takes_options_of, usage_errors
+from qectomy.commands.terminal import command_line, print_json, show_verdict, takes_options_of, usage_errors
 
 
 @takes_options_of(run)
@@ -23,13 +24,10 @@ def heal(as_json: bool, **given: Any) -> None:
         show_healed(report, given["out"])
 
 
-def show_healed(report: dict[str, Any], out: str) -> None:
+def show_healed(report: dict[str, Any], out: Path) -> None:
     """Print the outcome of a healing run."""
-    from qectomy.healing.budget import too_few
     from qectomy.report.tables import show_healing
 
     show_healing(report)
-    healing = report["healing"]
-    if (enough := healing["budget"]["enough_minutes"]) is not None:
-        typer.echo(too_few(healing["settings"]["minutes"], enough, healing["planned_steps"]))
+    show_verdict(out)
     typer.echo(f"wrote {out}")

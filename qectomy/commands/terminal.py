@@ -109,5 +109,14 @@ def command_to_go_on() -> str:
     return shlex.join(["qectomy", sys.argv[1], *([] if resumed() else ["--resume"]), *given])
 
 
+def show_verdict(out: Path) -> None:
+    """Print what a checkpoint is fit for, and the rule that says so, as its page and its card do."""
+    from qectomy.report.page.reading import read_folder
+    from qectomy.report.page.verdict import judged
+
+    found = judged(read_folder(out))
+    typer.echo(f"verdict: {found.word}: {found.rule}")
+
+
 def print_json(result: Any) -> None:
     typer.echo(json.dumps(result, indent=2))

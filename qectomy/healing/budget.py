@@ -110,10 +110,10 @@ def spending(settings: HealSettings, budget: Budget, steps: int, tokens_a_step: 
 
 
 def too_few(minutes: float, enough: int, steps: int) -> str:
-    """Say that the minutes give few steps, and how many would do."""
+    """Say that the minutes give fewer steps than a run is planned to have, and how many would do."""
     return (
-        f"--minutes {minutes:g} gives {steps} step{'s' * (steps != 1)} on this machine, too few to win much: "
-        f"--minutes {enough} would give about {STEPS}"
+        f"--minutes {minutes:g} gives {steps} step{'s' * (steps != 1)} on this machine, and a run is better planned "
+        f"with {STEPS}: --minutes {enough} would give about that many"
     )
 
 

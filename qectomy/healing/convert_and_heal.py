@@ -53,8 +53,8 @@ def convert_and_heal(
     except (QectomyError, KeyboardInterrupt) as error:
         ended = error if isinstance(error, QectomyError) else resumable(Stopped("interrupted"))
         told = type(ended)(
-            f"{ended}\nThe fitted checkpoint is whole, in {fitted}. Go on with it, with "
-            f"other settings by --clean in the place of --resume, by\n  {command}"
+            f"{ended}\nThe fitted checkpoint is whole, in {fitted}. Go on with it, also "
+            f"with other settings and --clean in the place of --resume, by\n  {command}"
         )
         raise (resumable(told, command) if ended.resumable else told) from error
     assert report is not None, "one process"

@@ -53,13 +53,14 @@ def show_healing(report: dict[str, Any]) -> None:
     """Print what healing came to."""
     healing, protocol = report["healing"], report["perplexity"]["protocol"]
     perplexity = healing["perplexity"]
-    table = Table("model", "perplexity", "ratio", "KL", "top-1 agreement")
-    table.add_row("original", f"{perplexity['original']:.3f}", "1", "", "")
+    table = Table("model", "perplexity", "ratio", "95 %", "KL", "top-1 agreement")
+    table.add_row("original", f"{perplexity['original']:.3f}", "1", "", "", "")
     for kind in ("fitted", "healed"):
         table.add_row(
             kind,
             f"{perplexity[kind]:.3f}",
             f"{perplexity[f'{kind}_ratio']:.4f}",
+            between(perplexity[f"{kind}_ratio_95"], 4),
             f"{healing['kl'][kind]:.4f}",
             f"{healing['top1_agreement'][kind]:.1%}",
         )

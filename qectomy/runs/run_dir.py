@@ -1,12 +1,14 @@
 """The folder beside an output in which it is made: it survives whatever ends the run, and becomes the output.
 
-OUT.converting/          (of `heal`: OUT.healing/)
-  lock                   held by the one process that works here; the lock dies with its owner
-  run.json               what the run was told, and what it notes
-  journal                one line a step that is done (journal.py)
-  result/                what becomes OUT, by a rename
-  scratch/               the run's own
-OUT/qectomy-run.json     what the run that made OUT was told
+    OUT.converting/          (of `heal`: OUT.healing/)
+      lock                   held by the one process that works here; the lock dies with its owner
+      run.json               what the run was told, and what it notes
+      journal                one line a step that is done (journal.py)
+      result/                what becomes OUT, by a rename
+      scratch/               the run's own
+    OUT/qectomy-run.json     what the run that made OUT was told
+
+Every run has a result from its start: a folder without one beside an OUT is the rest of a run that is done.
 """
 
 import importlib.metadata

@@ -127,7 +127,8 @@ def test_what_the_minutes_are_spent_on_is_said():
         "--minutes 3 at 132 tokens/s: 8 s of timing, 40 steps of 512 tokens, 3 validations on 2,048 tokens (23 s); "
         "plus about 95 s for scoring before and after, on 16,000 tokens (--eval-tokens), besides loading and "
         "checking what is written",
-        "--minutes 3 gives 40 steps on this machine, too few to win much: --minutes 9 would give about 100",
+        "--minutes 3 gives 40 steps on this machine, and a run is better planned with 100: --minutes 9 "
+        "would give about that many",
     ]
     enough = Budget(20_480, 2, 2138, tokens_a_second=132.0, timing_seconds=8.2)
     assert len(spending(told(minutes=30.0), enough, 400, 512, 16_000)) == 1

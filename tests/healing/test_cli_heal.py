@@ -14,6 +14,8 @@ from healings import STEP, options
 from qectomy.cli import main
 from qectomy.commands.terminal import count
 from qectomy.errors import QectomyError
+from qectomy.report.page.reading import read_folder
+from qectomy.report.page.verdict import judged
 from qectomy.runs.run_dir import RunDir
 
 FIT = ["--query", "select", "--tokens", "320", "--context", "32", "--eval-tokens", "160"]
@@ -133,21 +135,27 @@ def test_the_outcome_is_printed(cli, as_json, pair, raven, tmp_path):
     if as_json:
         assert json.loads(out) == report
     else:
-        assert f"{report['healing']['perplexity']['healed']:.3f}" in out
+        perplexity = report["healing"]["perplexity"]
+        low, high = perplexity["healed_ratio_95"]
+        for number in (f"{perplexity['healed']:.3f}", f"{low:.4f} to {high:.4f}"):
+            assert number in out
+        found = judged(read_folder(tmp_path / "new"))
+        assert out.splitlines()[-2:] == [f"verdict: {found.word}: {found.rule}", "wrote new"]
         assert "wrote new" in out
     assert "healing 2/2 loss" in err
 
 
-def test_too_few_minutes_are_told_at_the_start_and_at_the_end(cli, monkeypatch, pair, raven):
-    """Before the first step, that one may think again; and beside the result, where the reason is asked for."""
+def test_too_few_minutes_are_told_once_before_the_first_step(cli, monkeypatch, pair, raven):
     monkeypatch.setattr("qectomy.healing.budget._speed", lambda *_: (128.0, 0.0))
     found = pair()
     told = options(raven, tokens=10**6, minutes=0.2, validation_tokens=10**5, evaluations=9)
     code, out, err = cli("heal", found.reduced, "--teacher", found.original, "--out", "new", *told)
     assert code == 0, err
-    few = r"--minutes 0\.2 gives \d steps on this machine, too few to win much: --minutes 3 would give about 100\n"
-    assert re.search("note: " + few, err)
-    assert re.search("^" + few, out, re.MULTILINE)
+    few = (
+        r"--minutes 0\.2 gives \d steps on this machine, and a run is better planned with 100: --minutes 3 would give "
+    )
+    assert len(re.findall("note: " + few, err)) == 1
+    assert "--minutes" not in out
     spent = (
         r"note: --minutes 0\.2 at 128 tokens/s: 0 s of timing, \d steps of 128 tokens, \d validations on 192 tokens "
     )

@@ -493,9 +493,9 @@ def test_a_teacher_that_is_another_model_is_told_apart(same, made, raven, tmp_pa
     assert "measured on 155 tokens of raven.txt in windows of 32, not trained on" in said
 
 
-def test_an_early_end_is_said(capsys, made, tmp_path):
+def test_an_early_end_is_said(capsys, made):
     from qectomy.commands.heal import show_healed
 
-    report = made("llama", "select").report
-    show_healed({**report, "healing": {**report["healing"], "steps": 3}}, tmp_path)
+    run = made("llama", "select")
+    show_healed({**run.report, "healing": {**run.report["healing"], "steps": 3}}, run.out)
     assert f"in 3 steps, of {STEPS} planned (--patience, --minutes)" in " ".join(capsys.readouterr().out.split())
