@@ -159,10 +159,10 @@ def measure(name: str, removed: int, model: Any, original: Any, windows: Scoring
     return Row(
         method=name,
         removed=removed,
-        perplexity=result["perplexity"],
-        ratio=result["perplexity"] / (before or result["perplexity"]),
-        kl=result.get("kl"),
-        top1_agreement=result.get("top1_agreement"),
+        perplexity=result.perplexity,
+        ratio=result.perplexity / (before or result.perplexity),
+        kl=result.kl,
+        top1_agreement=result.top1_agreement,
     )
 
 
@@ -187,7 +187,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         rows.append(measure(name, removed, model, original, held, before))
     return {
         "match": {"query": options.match, "removed": target},
-        "protocol": {**held.report, "dtype": dtype},
+        "protocol": held.report.as_dict() | {"dtype": dtype},
         "calibration": fitted.sources,
         "influence": [one.influence for one in statistics],
         "methods": [asdict(row) for row in rows],

@@ -47,7 +47,7 @@ def main() -> None:
     text = cut(read_text(options.evaluation, "rolling"), options.tokens)
     protocol = Protocol(name="rolling", context=options.context)
     windows = rolling_windows(tokenizer, text, protocol, model.config.vocab_size)
-    n = windows.report["scored_tokens"]
+    n = windows.report.scored_tokens
     ways = {
         "forward pass alone": lambda: bare(model, windows, at_once, options.device),
         "scoring": lambda: bits(windows, score_model(model, windows)),
@@ -92,7 +92,7 @@ def bits(windows: ScoringWindows, scores: TokenScores) -> float:
 
 def evaluation(model: Any, tokenizer: Any, text: Source, protocol: Protocol) -> float:
     windows = rolling_windows(tokenizer, text, protocol, model.config.vocab_size)
-    return summarize(score_model(model, windows), windows)["bits_per_byte"]
+    return summarize(score_model(model, windows), windows).bits_per_byte
 
 
 def harnesses(model: Any, tokenizer: Any, text: Source, context: int, batch: int) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def measure(options: argparse.Namespace, name: str, fields: dict[str, Any], root
             )
             begun, row = time.perf_counter(), {"shape": name, "query": query, "compiled": compiled}
             try:
-                row["result"] = compare(str(original), str(reduced), settings, progress(f"{name} {query}"))
+                row["result"] = compare(str(original), str(reduced), settings, progress(f"{name} {query}")).as_dict()
             except (QectomyError, RuntimeError) as error:  # the other maps and modes are worth having
                 row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
             rows.append({**row, "seconds": time.perf_counter() - begun})

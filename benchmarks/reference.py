@@ -144,7 +144,7 @@ def evaluate(folder: str, options: argparse.Namespace, *more: str) -> dict[str, 
         *(*QECTOMY, "eval", folder, "--text", options.evaluation, "--context", str(options.context)),
         *("--tokens", str(options.eval_tokens), "--dtype", "float32", "--json", *more),
     )
-    return json.loads(done.output)[0]
+    return json.loads(done.output)["results"][0]
 
 
 def cross_check(row: dict[str, Any], original: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:

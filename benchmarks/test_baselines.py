@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.models.architectures import FAMILIES
+from qectomy.record.texts import TextProtocol
 
 FAMILY = FAMILIES["llama"]
 D_MODEL, N_LAYERS, CONTEXT = 32, 4, 16
@@ -45,7 +46,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def windows(tokens):
-    report = {"scored_bytes": 1, "scored_words": 1}
+    report = TextProtocol.model_construct(scored_bytes=1, scored_words=1)
     return ScoringWindows(tokens, torch.ones(len(tokens), dtype=torch.int64), report)
 
 

@@ -135,6 +135,10 @@ class OutputError(QectomyError):
     """The output folder exists, cannot be written, or the disk is full."""
 
 
+class ReportError(QectomyError):
+    """A record that cannot be read, or a page that cannot be made of it or written."""
+
+
 class Stopped(QectomyError):
     """A run that ended before its end, for a reason that can pass; it can be resumed."""
 

@@ -10,6 +10,12 @@ from tiny_models import RAVEN
 SHA = "e6e052066a82999447a41e2aa1d018a03da6b70b1b676895904079c292b4e2a1"
 OTHER_SHA = "5b56a580fa14de19420339bd27ba93192c7fbdcde4fc87597cd123e4ef8bcc62"
 N_LAYERS = 30
+WORDS = "windows of 512 tokens, none overlapping"
+MADE = {
+    "qectomy": "0.1.0",
+    "versions": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0"},
+    "created": "2026-11-26T10:36:08+00:00",
+}
 
 
 def _protocol() -> dict[str, Any]:
@@ -18,6 +24,7 @@ def _protocol() -> dict[str, Any]:
         "text_sha256": SHA,
         "overlap": {"share": 0.001, "spans": 2000, "words": 20, "complete": True},
         "tokenizer": "TokenizersBackend",
+        "in_words": WORDS,
         "context": 512,
         "stride": 512,
         "bos": "none",
@@ -25,6 +32,7 @@ def _protocol() -> dict[str, Any]:
         "tokens": 32768,
         "scored_tokens": 32704,
         "scored_bytes": 140211,
+        "scored_words": 24000,
         "tail": "tokens after the last whole window are left out",
         "dtype": "float32",
     }
@@ -178,22 +186,35 @@ def full_evaluation() -> dict[str, Any]:
         shared = {"metric": "acc", "filter": "none", "higher_is_better": higher, "n": 1000}
         return {"task": name, **shared, "values": values}
 
+    edges = [1, 2, 4, 512]
+    shared = {"fingerprint": "0" * 32, "seconds": 12.5, "device": "cpu", "streamed": False, "protocol": _protocol()}
+    shared |= {"nll": 3.2, "per_position": {"edges": edges, "nll": [5.0, 4.0, 3.0]}}
     reduced = {
+        **shared,
         "checkpoint": "./reduced",
         "perplexity": 26.16,
         "perplexity_95": [24.4, 28.1],
         "bits_per_byte": 1.0976,
         "kl": 0.0731,
         "top1_agreement": 0.8612,
-        "protocol": _protocol(),
-        "paired": {"against": "./smollm2", "ratio": 1.0655, "ratio_95": [1.0581, 1.0732], "windows": 64},
+        "paired": {
+            "against": "./smollm2",
+            "ratio": 1.0655,
+            "ratio_95": [1.0581, 1.0732],
+            "difference": 1.6,
+            "windows": 64,
+        },
     }
-    original = {"checkpoint": "./smollm2", "perplexity": 24.55, "bits_per_byte": 1.0762, "protocol": _protocol()}
+    original = {**shared, "checkpoint": "./smollm2", "perplexity": 24.55, "bits_per_byte": 1.0762}
     tasks = [task("arc_easy", 0.58, 0.53), task("winogrande", 0.52, 0.5281), task("toxicity", 0.3, 0.2, higher=False)]
+    settings = {"max_length": 2048, "batch_size": 8, "device": "cpu", "bootstrap_iters": 1000, "seeds": {"torch": 0}}
+    settings |= {"dtype": ["float32"] * 2, "truncated": [0, 0], "seconds": [1.0, 2.0]}
     return {
-        "qectomy": "0.1.0",
+        **MADE,
+        "kind": "evaluation",
+        "command": "qectomy eval ./smollm2 ./reduced --text handbook.txt",
         "results": [original, reduced],
-        "lm_eval": {"version": "0.4.13", "tasks": tasks, "settings": {"limit": None, "tasks": ["arc_easy"]}},
+        "lm_eval": {"version": "0.4.13", "tasks": tasks, "settings": settings},
     }
 
 
@@ -203,26 +224,47 @@ def full_bench() -> dict[str, Any]:
     def spread(middle: float) -> dict[str, float]:
         return {"median": middle, "low": 0.97 * middle, "high": 1.04 * middle}
 
+    def decode(batch: int, speed: float) -> dict[str, Any]:
+        counted = {"operations_per_step": 900, "bytes_read_per_token": 2.7e8 / batch, "bytes_per_second": 3.8e9}
+        return {"batch": batch, "tokens_per_second": spread(speed), **counted}
+
     def model(name: str, scale: float) -> dict[str, Any]:
         return {
             "checkpoint": name,
+            "fingerprint": "0" * 32,
             "parameters": int(134515008 * scale),
             "bytes": int(269030016 * scale),
+            "bytes_on_disk": int(269030016 * scale),
             "load_seconds": spread(1.2),
             "peak_memory_bytes": 900000000,
             "kv_cache_bytes_per_token": 23040,
             "prefill": [{"batch": b, "tokens": 512, "tokens_per_second": spread(900 / scale)} for b in (1, 8)],
-            "decode": [{"batch": b, "tokens_per_second": spread(14 * b / scale)} for b in (1, 8)],
+            "decode": [decode(b, 14 * b / scale) for b in (1, 8)],
         }
 
     return {
-        "qectomy": "0.1.0",
+        **MADE,
+        "kind": "bench",
         "command": "qectomy bench ./smollm2 ./reduced --save ./reduced/bench.json",
         "device": "cpu",
         "dtype": "bfloat16",
         "threads": 2,
         "models": [model("./smollm2", 1.0), model("./reduced", 0.934)],
+        "settings": {
+            "batches": [1, 8],
+            "rounds": 7,
+            "starts": 7,
+            "prompt_tokens": 512,
+            "new_tokens": 32,
+            "compile": False,
+            "seed": 0,
+        },
+        "warnings": [],
+        "notes": [],
         "ratios": {
+            "parameters": 1.07,
+            "bytes": 1.07,
+            "bytes_on_disk": 1.07,
             "prefill": [{"batch": b, "ratio": spread(1.07)} for b in (1, 8)],
             "decode": [{"batch": b, "ratio": spread(1.06), "byte_limit": 1.07, "share_of_limit": 0.9} for b in (1, 8)],
         },

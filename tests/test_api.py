@@ -130,15 +130,15 @@ def test_evaluate(cli, tiny_checkpoint, raven, tmp_path):  # noqa: F811
     options = dict(text=raven, context=32, tokens=160, reference=one)
     ours = qectomy.evaluate([one, str(two)], **options, save=tmp_path / "evaluation.json")
     told = ["--text", raven, "--context", "32", "--tokens", "160", "--reference", one, "--json"]
-    assert same(ours, cli("eval", one, two, *told).json())
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == ours
-    assert ours["results"][1]["reference"] == str(one)
-    assert ours["command"] == (
+    assert same(ours.as_dict(), cli("eval", one, two, *told).json())
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == ours.as_dict()
+    assert ours.results[1].reference == str(one)
+    assert ours.command == (
         f"qectomy.evaluate([{str(one)!r}, {str(two)!r}], text={str(raven)!r}, context=32, tokens=160, "
         f"reference={str(one)!r}, save={str(tmp_path / 'evaluation.json')!r})"
     )
     alone = qectomy.evaluate(one, text=raven, context=32, tokens=160)
-    assert alone["results"][0]["perplexity"] == ours["results"][0]["perplexity"]
+    assert alone.results[0].perplexity == ours.results[0].perplexity
 
 
 def test_convert_verify_and_materialize(cli, quick, tiny_checkpoint, raven, tmp_path):  # noqa: F811
@@ -199,8 +199,8 @@ def test_bench(quick, tiny_checkpoint, tmp_path):
     model, save = tiny_checkpoint("gpt2"), tmp_path / "bench.json"
     options = dict(batch=2, rounds=1, starts=0, prompt_tokens=4, new_tokens=2, save=save)
     found = qectomy.bench(model, model, **options)
-    assert found == json.loads(save.read_text())
-    assert found["command"] == (
+    assert found.as_dict() == json.loads(save.read_text())
+    assert found.command == (
         f"qectomy.bench({str(model)!r}, {str(model)!r}, batch=2, rounds=1, starts=0, prompt_tokens=4, new_tokens=2, "
         f"save={str(save)!r})"
     )

@@ -11,7 +11,7 @@ FLOORS = [  # bottom first; a room imports from floors below its own, never from
     {"progress", "versions", "modeling"},
     {"models"},
     {"checkpoint", "distributed"},
-    {"runs"},
+    {"runs", "record"},
     {"surgery", "calibrate", "text"},
     {"eval"},
     {"report"},

@@ -1,11 +1,14 @@
 """`qectomy.bench`: what loading, prefill and decoding take of two checkpoints, in turn."""
 
 import os
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from qectomy.api.arguments import begin, path_or_none
 from qectomy.api.options import Argument, Device, Name, Numbers, Option
 from qectomy.progress import Progress, stage
+
+if TYPE_CHECKING:
+    from qectomy.record.bench import Bench
 
 
 def bench(
@@ -37,7 +40,7 @@ def bench(
     device: Device = "cpu",
     progress: bool | Progress = False,
     command: str | None = None,
-) -> dict[str, Any]:
+) -> "Bench":
     """Time two checkpoints in turn, next to what the bytes they read allow; return what `qectomy bench --json` prints.
 
     The options are those of `qectomy bench`. `progress`: True for bars on stderr, or a function (done, total, note).
@@ -46,7 +49,6 @@ def bench(
     command = begin(bench, locals())
     from qectomy.conversion.fitted import check_device
     from qectomy.eval.inference_cost import BenchSettings, compare
-    from qectomy.report.record import made
     from qectomy.report.saved import check_savable, save_result
 
     if (where := path_or_none(save)) is not None:
@@ -65,8 +67,7 @@ def bench(
         seed=seed,
     )
     with stage(progress, "timing") as report:
-        measured = compare(os.fspath(original), os.fspath(reduced), settings, report)
-    result = {**made(command), "kind": "bench", **measured}
+        result = compare(os.fspath(original), os.fspath(reduced), settings, report, command)
     if where is not None:
         save_result(result, where)
     return result

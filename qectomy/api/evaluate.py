@@ -1,11 +1,14 @@
 """`qectomy.evaluate`: checkpoints into numbers, by one recorded protocol."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from qectomy.api.arguments import begin, check_texts, name_or_none, names, path_or_none
 from qectomy.api.options import Argument, Device, Field, Name, Names, Option
 from qectomy.errors import UsageError
 from qectomy.progress import Progress, stage
+
+if TYPE_CHECKING:
+    from qectomy.record.evaluation import Evaluation
 
 
 def evaluate(
@@ -54,7 +57,7 @@ def evaluate(
     ] = None,
     progress: bool | Progress = False,
     command: str | None = None,
-) -> dict[str, Any]:
+) -> "Evaluation":
     """Measure perplexity, bits per byte and the cost of a reduction; return what `qectomy eval --json` prints.
 
     `checkpoints`: one or several folders or hub ids, the original first. The options are those of `qectomy eval`;
@@ -66,7 +69,8 @@ def evaluate(
     check_texts([held], field, 1 if protocol else context or 2)
     from qectomy.conversion.fitted import check_device
     from qectomy.eval.evaluate import Measure, evaluate_all, settle
-    from qectomy.report.record import made
+    from qectomy.record.base import made
+    from qectomy.record.evaluation import Evaluation
     from qectomy.report.saved import check_savable, save_result
 
     if not given:
@@ -90,7 +94,7 @@ def evaluate(
         from qectomy.eval.harness_tasks import check_tasks
 
         loaded = check_tasks(tasks, path_or_none(lm_eval_path))
-    result = {**made(command), "kind": "evaluation"}
+    result = Evaluation(**made(command))
     if held is not None or protocol is not None:
         measure = Measure(
             protocol=settle(protocol, context, stride, tokens, [*given, *([original] if original else [])]),
@@ -101,15 +105,15 @@ def evaluate(
         )
         with stage(progress, "evaluating") as report:
             named = (lambda name: lambda done, total, _: report(done, total, name)) if report else None
-            result["results"] = evaluate_all(given, held, measure, named, field)
+            result.results = evaluate_all(given, held, measure, named, field)
     if loaded is not None:
-        if where and "results" in result:
+        if where and result.results:
             save_result(result, where)  # the harness may take hours more, and fail
         from qectomy.eval.harness import HarnessSettings, run_harness
 
         settings = HarnessSettings(limit=lm_eval_limit, dtype=dtype, device=device)
         with stage(progress, "lm-eval") as report:
-            result["lm_eval"] = run_harness(given, loaded, settings, report)
+            result.lm_eval = run_harness(given, loaded, settings, report)
     if where:
         save_result(result, where)
     return result

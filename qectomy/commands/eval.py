@@ -18,7 +18,7 @@ def evaluate(as_json: bool, **given: Any) -> None:
     from qectomy.report.evaluation_table import show_evaluations
     from qectomy.report.harness_table import show_harness
 
-    if "results" in result:
-        show_evaluations(result["results"])
-    if "lm_eval" in result:
-        show_harness(result["lm_eval"])
+    if result.results:
+        show_evaluations(result.results)
+    if result.lm_eval:
+        show_harness(result.lm_eval)

@@ -119,4 +119,5 @@ def show_verdict(out: Path) -> None:
 
 
 def print_json(result: Any) -> None:
-    typer.echo(json.dumps(result, indent=2))
+    """Print a record, or plain values and records in them."""
+    typer.echo(json.dumps(result, indent=2, default=lambda record: record.as_dict()))

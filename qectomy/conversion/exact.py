@@ -100,7 +100,7 @@ def _fingerprint(settings: ConvertSettings, kept: frozenset[int], held: ScoringW
     told: dict[str, Any] = {"command": "convert", "query": "exact", "dense layers": ranges(sorted(kept))}
     told["dtype"] = settings.dtype
     if held is not None:
-        text = f"{held.report['text']} (sha256 {held.report['text_sha256']})"
+        text = f"{held.report.text} (sha256 {held.report.text_sha256})"
         told |= {"eval text": text, "eval tokens": settings.eval_tokens, "context": settings.context}
         told |= {} if settings.field is None else {"field": settings.field}
     return told

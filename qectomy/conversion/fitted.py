@@ -34,6 +34,7 @@ from qectomy.eval.reload import check_reload
 from qectomy.eval.samples import token_sample
 from qectomy.models.query_maps import QueryMapSpec, written
 from qectomy.progress import Progress
+from qectomy.record.texts import Overlap
 from qectomy.report.record import conversion_report, write_report
 from qectomy.runs.input_hashes import SourceWatch
 from qectomy.runs.output import check_room
@@ -169,7 +170,7 @@ def fingerprint(
         "command": "convert",
         "query": written(recipe),
         **texts,
-        "eval text": f"{held.report['text']} (sha256 {held.report['text_sha256']})",
+        "eval text": f"{held.report.text} (sha256 {held.report.text_sha256})",
         "tokens": settings.tokens,
         "eval tokens": settings.eval_tokens,
         "context": settings.context,
@@ -213,4 +214,5 @@ def _windows(source: Checkpoint, settings: ConvertSettings) -> tuple[Windows, Sc
     for text in fitted.texts(tokenizer):
         spans.add(text)
     found = spans.record()
-    return replace(fitted, spans=found), replace(held, report=held.report | {"overlap": found["overlap"]})
+    measured = held.report.model_copy(update={"overlap": Overlap(**found["overlap"])})
+    return replace(fitted, spans=found), replace(held, report=measured)

@@ -104,7 +104,7 @@ def measure(
 ) -> dict[str, Any]:
     """Run both models in float64 and in the stored dtype; record each layer's error, return the logits'."""
     tokens = held.tokens if held else random_tokens(original.dims)
-    text = held.report if held else {"text": "random tokens", "tokens": tokens.numel()}
+    text = held.report.as_dict() if held else {"text": "random tokens", "tokens": tokens.numel()}
     result: dict[str, Any] = {"text": text}
     for dtype in dict.fromkeys(("float64", TORCH_NAMES[reduced.dtype])):
         theirs, ours = (StreamedModel(checkpoint, getattr(torch, dtype)) for checkpoint in (original, reduced))

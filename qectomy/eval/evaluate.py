@@ -27,6 +27,8 @@ from qectomy.eval.published import ROLLING_CONTEXT, published, read_text
 from qectomy.eval.score_windows import score_model
 from qectomy.eval.token_scores import TokenScores
 from qectomy.progress import Progress
+from qectomy.record.evaluation import Evaluated, PairedWith
+from qectomy.record.texts import Overlap
 from qectomy.text.documents import Reading
 from qectomy.text.overlap import fitted_hashes, overlap, sketch_in
 from qectomy.text.text import Source, load_tokenizer, read_source
@@ -56,7 +58,7 @@ class _Found:
 
 def evaluate_all(
     names: Sequence[str], text: str | None, measure: Measure, progress: Any | None = None, field: str | None = None
-) -> list[dict[str, Any]]:
+) -> list[Evaluated]:
     """Return one result a checkpoint, each also compared with the first on the same windows.
 
     `text`: a file or dataset; None only for a published protocol that has its own. `field`: of its records, the one
@@ -72,23 +74,24 @@ def evaluate_all(
         raise TextError("no text to measure on: give --text FILE, or a --protocol that has a text of its own")
     for name in names:
         read_config(name)  # a folder that is none is found before the first one is evaluated
-    results: list[dict[str, Any]] = []
+    results: list[Evaluated] = []
     first: _Found | None = None
     for name in names:
         result, found = _evaluate(name, source, measure, progress(name) if progress else None)
         if first is None:
             first = found
         elif torch.equal(found.windows.tokens, first.windows.tokens):
-            result["paired"] = {"against": names[0], **compare(first.scores, found.scores, found.windows)}
+            pair = compare(first.scores, found.scores, found.windows)
+            result.paired = PairedWith(against=names[0], **dict(pair))
         else:
-            result["paired_refused"] = OTHER_TOKENIZER.format(reference=names[0])
+            result.paired_refused = OTHER_TOKENIZER.format(reference=names[0])
         results.append(result)
     return results
 
 
 def evaluate(
     name: str, source: Source, protocol: Protocol, progress: Progress | None = None, **options: Any
-) -> dict[str, Any]:
+) -> Evaluated:
     """Return perplexity, bits per byte and the protocol of one checkpoint on one text; `options`: Measure's others.
 
     With a reference, also mean KL(reference || checkpoint) in nats a token and top-1 agreement.
@@ -96,44 +99,47 @@ def evaluate(
     return _evaluate(name, source, Measure(protocol=protocol, **options), progress)[0]
 
 
-def _evaluate(name: str, source: Source, measure: Measure, progress: Progress | None) -> tuple[dict[str, Any], _Found]:
+def _evaluate(name: str, source: Source, measure: Measure, progress: Progress | None) -> tuple[Evaluated, _Found]:
     check_dtype(measure.dtype)
     config, windows = read_config(name), _windows(name, source, measure)
-    result: dict[str, Any] = {"checkpoint": name, "fingerprint": fingerprint(locate(name))}
     reference = measure.reference
     itself = reference is not None and locate(reference).samefile(locate(name))
     refused = None
     if reference is not None and not itself:
         refused = _not_comparable(reference, config, windows, source, measure)
     if refused is not None:
-        result["reference_refused"] = refused
         reference = None
     other = None if itself else reference
     run = _streamed if measure.streamed else _resident
     scores, dtype_name, seconds = run(name, other, windows, measure, progress)
-    if reference is not None:
-        result["reference"] = reference
-        scores = scores if other is not None else _of_itself(scores)
-    result |= summarize(scores, windows)
-    result["seconds"] = round(seconds, 3)
-    if other is None:  # else two models ran
-        result["tokens_per_second"] = round(windows.report["scored_tokens"] / seconds, 1)
-    result |= {"device": measure.device, "streamed": measure.streamed}
-    if (path := locate(name) / "qectomy.json").is_file():
-        result["overlap"] = _overlap(windows, path)
-    return {**result, "protocol": {**windows.report, "dtype": dtype_name}}, _Found(windows, scores)
+    if itself:
+        scores = _of_itself(scores)
+    result = Evaluated(
+        checkpoint=name,
+        fingerprint=fingerprint(locate(name)),
+        reference=reference,
+        reference_refused=refused,
+        **dict(summarize(scores, windows)),
+        seconds=round(seconds, 3),
+        tokens_per_second=round(windows.report.scored_tokens / seconds, 1) if other is None else None,
+        device=measure.device,
+        streamed=measure.streamed,
+        overlap=_overlap(windows, path) if (path := locate(name) / "qectomy.json").is_file() else None,
+        protocol=windows.report.model_copy(update={"dtype": dtype_name}),
+    )
+    return result, _Found(windows, scores)
 
 
-def _overlap(windows: ScoringWindows, path: Path) -> dict[str, Any]:
+def _overlap(windows: ScoringWindows, path: Path) -> Overlap:
     """Return how much of the measured text stands in what a checkpoint was fitted on, by its report."""
     try:
         report = read_json(path)
     except CheckpointError:
         report = None
     if not isinstance(report, dict):
-        return overlap(windows.text, None)
-    same_text = windows.report["text_sha256"] in fitted_hashes(report)
-    return overlap(windows.text, sketch_in(report)) | ({"fitted_text": True} if same_text else {})
+        return Overlap(**overlap(windows.text, None))
+    same_text = windows.report.text_sha256 in fitted_hashes(report)
+    return Overlap(**overlap(windows.text, sketch_in(report)), fitted_text=same_text or None)
 
 
 def _not_comparable(

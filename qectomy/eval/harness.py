@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -20,6 +20,7 @@ from qectomy.eval.harness_tasks import HarnessTasks, describe, quiet_harness
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import positions_of
 from qectomy.progress import Progress
+from qectomy.record.evaluation import Harness, HarnessRun, Task, TaskValue
 from qectomy.text.text import load_tokenizer
 
 MAX_LENGTH = 2048  # tokens; configs promise far more than a task needs, and memory goes with it
@@ -43,7 +44,7 @@ def run_harness(
     tasks: HarnessTasks,
     settings: HarnessSettings | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Harness:
     """Return each metric of each task for every checkpoint, with standard errors and the settings behind them.
 
     One model is in memory at a time, loaded without running code of its folder. Raises NonFiniteError, naming the
@@ -63,22 +64,24 @@ def run_harness(
         runs.append(_run_checkpoint(name, tasks, settings, max_length, report))
     if progress is not None:
         progress(total, total, "")
-    rows: dict[tuple[str, ...], dict[str, Any]] = {}  # a task may be asked for twice: by its name and by its group's
+    rows: dict[tuple[str, ...], Task] = {}  # a task may be asked for twice: by its name and by its group's
     for asked in tasks.loaded:
         for row in _rows(asked, checkpoints, [run["results"][asked] for run in runs]):
-            rows.setdefault((row["task"], row["metric"], row["filter"]), row)
-    return {
-        "version": importlib.metadata.version("lm_eval"),
-        "tasks": list(rows.values()),
-        "settings": {
-            **asdict(settings),
-            "max_length": max_length,
-            "num_fewshot": tasks.num_fewshot,
-            "bootstrap_iters": BOOTSTRAP_ITERS,
-            "seeds": _seeds(),
+            rows.setdefault((row.task, row.metric, row.filter), row)
+    return Harness(
+        version=importlib.metadata.version("lm_eval"),
+        tasks=list(rows.values()),
+        settings=HarnessRun(
+            limit=settings.limit,
+            max_length=max_length,
+            batch_size=settings.batch_size,
+            device=settings.device,
+            num_fewshot=tasks.num_fewshot,
+            bootstrap_iters=BOOTSTRAP_ITERS,
+            seeds=_seeds(),
             **{key: [run[key] for run in runs] for key in ("dtype", "truncated", "seconds")},
-        },
-    }
+        ),
+    )
 
 
 def _max_length(checkpoints: Sequence[str], settings: HarnessSettings) -> int:
@@ -170,7 +173,7 @@ def _finite_logits(model: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _rows(asked: str, checkpoints: Sequence[str], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _rows(asked: str, checkpoints: Sequence[str], results: list[dict[str, Any]]) -> list[Task]:
     """Return one row a task, metric and filter: a group's own first, then those of its tasks."""
     first, rows = results[0], []
     groups = [task for task in first["results"] if task in first["group_subtasks"]]
@@ -181,28 +184,28 @@ def _rows(asked: str, checkpoints: Sequence[str], results: list[dict[str, Any]])
             if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
                 continue
             rows.append(
-                {
-                    "task": task,
-                    "group": asked if task != asked else None,
-                    "metric": metric,
-                    "filter": filter_name,
-                    "higher_is_better": first["higher_is_better"].get(task, {}).get(metric),
-                    "n": int(metrics.get("sample_count", {}).get(key, metrics["sample_len"])),
-                    "version": None if first["versions"].get(task) in UNVERSIONED else first["versions"][task],
-                    "num_fewshot": first["n-shot"].get(task),
-                    "values": [
+                Task(
+                    task=task,
+                    group=asked if task != asked else None,
+                    metric=metric,
+                    filter=filter_name,
+                    higher_is_better=first["higher_is_better"].get(task, {}).get(metric),
+                    n=int(metrics.get("sample_count", {}).get(key, metrics["sample_len"])),
+                    version=None if first["versions"].get(task) in UNVERSIONED else first["versions"][task],
+                    num_fewshot=first["n-shot"].get(task),
+                    values=[
                         _value(name, task, metric, filter_name, result["results"][task])
                         for name, result in zip(checkpoints, results, strict=True)
                     ],
-                }
+                )
             )
     return rows
 
 
-def _value(name: str, task: str, metric: str, filter_name: str, metrics: dict[str, Any]) -> dict[str, Any]:
+def _value(name: str, task: str, metric: str, filter_name: str, metrics: dict[str, Any]) -> TaskValue:
     value, stderr = metrics[f"{metric},{filter_name}"], metrics.get(f"{metric}_stderr,{filter_name}")
     if not math.isfinite(value):
         raise NonFiniteError(f"lm-eval task {task!r} with {name}: {metric} is {value}, which compares with nothing")
     if not isinstance(stderr, Real) or not math.isfinite(stderr):  # "N/A" where there is no formula
         stderr = None
-    return {"checkpoint": name, "value": float(value), "stderr": None if stderr is None else float(stderr)}
+    return TaskValue(checkpoint=name, value=float(value), stderr=None if stderr is None else float(stderr))

@@ -32,6 +32,18 @@ from qectomy.eval.inference_loops import InferenceLoop, Timing, random_tokens
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import common_context, table_of_positions
 from qectomy.progress import Progress
+from qectomy.record.base import made
+from qectomy.record.bench import (
+    Bench,
+    BenchModel,
+    BenchRatios,
+    BenchRun,
+    Decode,
+    DecodeRatio,
+    Prefill,
+    PrefillRatio,
+    Spread,
+)
 
 COVERAGE = 0.95  # of the interval around a median
 EAGER_NOTE = (
@@ -56,7 +68,9 @@ class BenchSettings:
     seed: int = 0
 
 
-def compare(original: str, reduced: str, settings: BenchSettings, progress: Progress | None = None) -> dict[str, Any]:
+def compare(
+    original: str, reduced: str, settings: BenchSettings, progress: Progress | None = None, command: str = ""
+) -> Bench:
     """Return the costs of both checkpoints, their ratios, and the limits that bytes set.
 
     Raises QectomyError for more positions than a model has, and when memory is short, naming batch and size.
@@ -73,31 +87,30 @@ def compare(original: str, reduced: str, settings: BenchSettings, progress: Prog
     report = _counted(progress, 2 * n_starts + 2 * len(settings.batches) * (settings.rounds + 1))
     starts = _start_rounds(names, settings, n_starts, dtype, prompt, report)
     loops = [InferenceLoop(name, _loaded(name, dtype, settings.device), settings.compile) for name in names]
-    models, ratios, warnings = [_model_record(loop) for loop in loops], {}, mismatches(loops)
-    for name in ("parameters", "bytes", "bytes_on_disk"):
-        ratios[name] = models[0][name] / models[1][name]
-    _add_starts(models, ratios, starts)
+    models, warnings = [_model_record(loop, place, starts) for place, loop in enumerate(loops)], mismatches(loops)
+    ratios = _ratios(models[0], models[1], starts)
     warnings += _time_batches(loops, models, ratios, settings, prompt, report)
     on_cuda = settings.device.startswith("cuda")
-    return {
-        "device": settings.device,
-        "device_name": torch.cuda.get_device_name(settings.device) if on_cuda else None,
-        "dtype": dtype,
-        "threads": torch.get_num_threads(),
-        "settings": {
-            "batches": list(settings.batches),
-            "rounds": settings.rounds,
-            "starts": n_starts,
-            "prompt_tokens": prompt,
-            "new_tokens": settings.new_tokens,
-            "compile": settings.compile,
-            "seed": settings.seed,
-        },
-        "models": models,
-        "ratios": ratios,
-        "warnings": list(dict.fromkeys(warnings)),
-        "notes": [EAGER_NOTE] if on_cuda and not settings.compile else [],
-    }
+    return Bench(
+        **made(command),
+        device=settings.device,
+        device_name=torch.cuda.get_device_name(settings.device) if on_cuda else None,
+        dtype=dtype,
+        threads=torch.get_num_threads(),
+        settings=BenchRun(
+            batches=list(settings.batches),
+            rounds=settings.rounds,
+            starts=n_starts,
+            prompt_tokens=prompt,
+            new_tokens=settings.new_tokens,
+            compile=settings.compile,
+            seed=settings.seed,
+        ),
+        models=models,
+        ratios=ratios,
+        warnings=list(dict.fromkeys(warnings)),
+        notes=[EAGER_NOTE] if on_cuda and not settings.compile else [],
+    )
 
 
 def alternate(
@@ -115,7 +128,7 @@ def alternate(
     return results[1:]
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> Spread:
     """Return the median and an interval that holds the true median with a probability of 95 %, whatever the noise.
 
     The interval runs between two of the values (order statistics); fewer than six are too few for 95 %, and it is all
@@ -125,7 +138,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     cut = 0  # values left out at either end: the true median lies outside with 2 P(Binomial(n, 1/2) <= cut)
     while 2 * sum(comb(n, k) for k in range(cut + 2)) / 2**n <= 1 - COVERAGE:
         cut += 1
-    return {"median": statistics.median(ordered), "low": ordered[cut], "high": ordered[n - 1 - cut]}
+    return Spread(median=statistics.median(ordered), low=ordered[cut], high=ordered[n - 1 - cut])
 
 
 def check_positions(name: str, config: Any, prompt: int, new: int) -> None:
@@ -206,94 +219,98 @@ def _start_rounds(
     return rounds
 
 
-def _model_record(loop: InferenceLoop) -> dict[str, Any]:
-    """What a loaded model is, before it runs."""
+def _model_record(loop: InferenceLoop, place: int, starts: Sequence[tuple[FreshStart, ...]]) -> BenchModel:
+    """What a loaded model is, before it runs; `place`: where in a round of fresh processes it stands."""
     folder: Path = locate(loop.name)
-    return {
-        "checkpoint": loop.name,
-        "fingerprint": fingerprint(folder),
-        "parameters": sum(parameter.numel() for parameter in loop.model.parameters()),
-        "bytes": weight_bytes(loop.model),
-        "bytes_on_disk": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        "prefill": [],
-        "decode": [],
-    }
+    return BenchModel(
+        checkpoint=loop.name,
+        fingerprint=fingerprint(folder),
+        parameters=sum(parameter.numel() for parameter in loop.model.parameters()),
+        bytes=weight_bytes(loop.model),
+        bytes_on_disk=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        load_seconds=spread([row[place].load_seconds for row in starts]) if starts else None,
+        peak_memory_bytes=statistics.median(row[place].peak_memory_bytes for row in starts) if starts else None,
+    )
 
 
-def _add_starts(models: list[dict[str, Any]], ratios: dict[str, Any], rounds: Sequence[tuple[FreshStart, ...]]) -> None:
-    """Add load time and peak memory, where they were measured."""
-    for place, model in enumerate(models):
-        model["load_seconds"] = spread([row[place].load_seconds for row in rounds]) if rounds else None
-        peaks = [row[place].peak_memory_bytes for row in rounds]
-        model["peak_memory_bytes"] = statistics.median(peaks) if peaks else None
-    ratios["load"] = spread([a.load_seconds / b.load_seconds for a, b in rounds]) if rounds else None
-    ratios["peak_memory"] = models[0]["peak_memory_bytes"] / models[1]["peak_memory_bytes"] if rounds else None
+def _ratios(a: BenchModel, b: BenchModel, starts: Sequence[tuple[FreshStart, ...]]) -> BenchRatios:
+    """Return the first model's cost over the second's, of what is known before they run."""
+    peaks = a.peak_memory_bytes, b.peak_memory_bytes
+    return BenchRatios(
+        parameters=a.parameters / b.parameters,
+        bytes=a.bytes / b.bytes,
+        bytes_on_disk=a.bytes_on_disk / b.bytes_on_disk,
+        load=spread([one.load_seconds / other.load_seconds for one, other in starts]) if starts else None,
+        peak_memory=peaks[0] / peaks[1] if peaks[0] and peaks[1] else None,
+    )
 
 
 def _time_batches(
     loops: Sequence[InferenceLoop],
-    models: list[dict[str, Any]],
-    ratios: dict[str, Any],
+    models: list[BenchModel],
+    ratios: BenchRatios,
     settings: BenchSettings,
     prompt: int,
     report: Callable[[str], None],
 ) -> list[str]:
     """Run both at each batch, in turn, and add what came out; return warnings."""
     vocab_size = min(loop.model.config.vocab_size for loop in loops)
-    ratios |= {"prefill": [], "decode": []}
     warnings = []
     for batch in settings.batches:
         if settings.compile:
             torch.compiler.reset()  # only so many shapes of one function are compiled
         ids = random_tokens(vocab_size, batch, prompt, settings.new_tokens, settings.seed)
+        steps = []
         for loop, model in zip(loops, models, strict=True):
-            warnings += _add_counts(model, loop, ids, batch)
+            step, model.kv_cache_bytes_per_token, warned = _count(loop, ids, batch)
+            steps.append(step)
+            warnings += warned
         notes = [f"batch {batch}, {loop.name}" for loop in loops]
         runs = [partial(loop.run, *ids) for loop in loops]
         rounds = alternate(runs, settings.rounds, lambda place, notes=notes: report(notes[place]))  # type: ignore[misc]
-        _add_speeds(models, ratios, rounds, batch, prompt, settings.new_tokens)
+        _add_speeds(models, ratios, steps, rounds, batch, prompt, settings.new_tokens)
     return warnings
 
 
-def _add_counts(
-    model: dict[str, Any], loop: InferenceLoop, ids: tuple[torch.Tensor, torch.Tensor], batch: int
-) -> list[str]:
-    """Add what a step of decoding reads and how many operations it takes; return warnings."""
+def _count(
+    loop: InferenceLoop, ids: tuple[torch.Tensor, torch.Tensor], batch: int
+) -> tuple[tuple[int, float], float, list[str]]:
+    """Return (operations of a step of decoding, bytes it reads a token), bytes of the cache a token, and warnings."""
     prompt, new = ids
     config = loop.model.config
     cache, operations = loop.look(prompt, new)
     kv_bytes = kv_bytes_in_cache(cache)
     attended = cached_tokens(config, prompt.shape[1], new.shape[1])
-    model["kv_cache_bytes_per_token"] = kv_bytes
-    read = bytes_read_per_step(loop.model, batch, attended, kv_bytes)
-    model["decode"].append({"batch": batch, "operations_per_step": operations, "bytes_read_per_token": read / batch})
+    step = operations, bytes_read_per_step(loop.model, batch, attended, kv_bytes) / batch
     expected = kv_bytes_by_config(config, cache.layers[0].keys.dtype)
     if kv_bytes == expected:
-        return []
-    return [f"{loop.name}: its cache holds {kv_bytes:,.0f} bytes a token, {expected:,} by its config"]
+        return step, kv_bytes, []
+    return step, kv_bytes, [f"{loop.name}: its cache holds {kv_bytes:,.0f} bytes a token, {expected:,} by its config"]
 
 
 def _add_speeds(
-    models: list[dict[str, Any]],
-    ratios: dict[str, Any],
+    models: list[BenchModel],
+    ratios: BenchRatios,
+    steps: list[tuple[int, float]],
     rounds: Sequence[tuple[Timing, Timing]],
     batch: int,
     prompt: int,
     new: int,
 ) -> None:
     """Add tokens a second of both models and the ratios within the rounds."""
-    for place, model in enumerate(models):
+    for place, (model, (operations, read)) in enumerate(zip(models, steps, strict=True)):
         filling = spread([batch * prompt / row[place].prefill for row in rounds])
-        model["prefill"].append({"batch": batch, "tokens": prompt, "tokens_per_second": filling})
+        model.prefill.append(Prefill(batch=batch, tokens=prompt, tokens_per_second=filling))
         decoding = spread([batch * new / row[place].decode for row in rounds])
-        entry = model["decode"][-1]
-        entry |= {
-            "tokens_per_second": decoding,
-            "bytes_per_second": decoding["median"] * entry["bytes_read_per_token"],
-        }
-    ratios["prefill"].append({"batch": batch, "ratio": spread([a.prefill / b.prefill for a, b in rounds])})
-    ratio = spread([a.decode / b.decode for a, b in rounds])
-    limit = models[0]["decode"][-1]["bytes_read_per_token"] / models[1]["decode"][-1]["bytes_read_per_token"]
-    ratios["decode"].append(
-        {"batch": batch, "ratio": ratio, "byte_limit": limit, "share_of_limit": ratio["median"] / limit}
-    )
+        model.decode.append(
+            Decode(
+                batch=batch,
+                operations_per_step=operations,
+                bytes_read_per_token=read,
+                tokens_per_second=decoding,
+                bytes_per_second=decoding.median * read,
+            )
+        )
+    ratios.prefill.append(PrefillRatio(batch=batch, ratio=spread([a.prefill / b.prefill for a, b in rounds])))
+    ratio, limit = spread([a.decode / b.decode for a, b in rounds]), steps[0][1] / steps[1][1]
+    ratios.decode.append(DecodeRatio(batch=batch, ratio=ratio, byte_limit=limit, share_of_limit=ratio.median / limit))

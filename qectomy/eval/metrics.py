@@ -10,11 +10,12 @@ from qectomy.errors import NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.statistics import by_position, mean_interval, paired, perplexity_interval
 from qectomy.eval.token_scores import TokenScores
+from qectomy.record.scores import LossByPosition, Paired, Summary
 
 MOST_NATS = 650.0  # whose exp a float holds with room for a ratio
 
 
-def summarize(scores: TokenScores, windows: ScoringWindows) -> dict[str, Any]:
+def summarize(scores: TokenScores, windows: ScoringWindows) -> Summary:
     """Return perplexity a token and a word, nats a token, bits a byte; mean KL and top-1 agreement if there are any.
 
     Intervals are the 95 % bootstrap's over windows; None for a single window.
@@ -24,22 +25,20 @@ def summarize(scores: TokenScores, windows: ScoringWindows) -> dict[str, Any]:
         raise NonFiniteError(f"{float(scores.nll.mean()):.0f} nats a token: a perplexity beyond any number")
     within, positions = windows.places()
     edges, (by_span,) = by_position(positions, scores.nll)
-    result: dict[str, Any] = {
-        "perplexity": float(scores.nll.mean().exp()),
-        "perplexity_95": perplexity_interval(scores.nll, within),
-        "nll": float(scores.nll.mean()),
-        "bits_per_byte": total / math.log(2) / max(1, windows.n_bytes),
-        "word_perplexity": _exp(total / max(1, windows.n_words)),
-        "per_position": {"edges": edges, "nll": by_span},
-    }
-    if scores.kl is not None and scores.agree is not None:
-        result["kl"] = float(scores.kl.mean())
-        result["kl_95"] = mean_interval(scores.kl, within)
-        result["top1_agreement"] = float(scores.agree.mean())
-    return result
+    return Summary(
+        perplexity=float(scores.nll.mean().exp()),
+        perplexity_95=perplexity_interval(scores.nll, within),
+        nll=float(scores.nll.mean()),
+        bits_per_byte=total / math.log(2) / max(1, windows.n_bytes),
+        word_perplexity=_exp(total / max(1, windows.n_words)),
+        per_position=LossByPosition(edges=edges, nll=by_span),
+        kl=None if scores.kl is None else float(scores.kl.mean()),
+        kl_95=None if scores.kl is None else mean_interval(scores.kl, within),
+        top1_agreement=None if scores.agree is None else float(scores.agree.mean()),
+    )
 
 
-def compare(before: TokenScores, after: TokenScores, windows: ScoringWindows) -> dict[str, Any]:
+def compare(before: TokenScores, after: TokenScores, windows: ScoringWindows) -> Paired:
     """Return ratio and difference of two models' perplexities, paired by window, with 95 % intervals."""
     return paired(before.nll, after.nll, windows.places()[0])
 
@@ -49,23 +48,23 @@ def cost(before: TokenScores, after: TokenScores, windows: ScoringWindows) -> di
     one, other, both = summarize(before, windows), summarize(after, windows), compare(before, after, windows)
     return {
         "perplexity": {
-            "before": one["perplexity"],
-            "after": other["perplexity"],
-            **both,
-            "before_95": one["perplexity_95"],
-            "after_95": other["perplexity_95"],
-            "protocol": {**windows.report, "dtype": "float32"},
+            "before": one.perplexity,
+            "after": other.perplexity,
+            **both.model_dump(mode="json"),
+            "before_95": one.perplexity_95 and list(one.perplexity_95),
+            "after_95": other.perplexity_95 and list(other.perplexity_95),
+            "protocol": {**windows.report.as_dict(), "dtype": "float32"},
         },
-        "bits_per_byte": {"before": one["bits_per_byte"], "after": other["bits_per_byte"]},
-        **_words(one["word_perplexity"], other["word_perplexity"]),
+        "bits_per_byte": {"before": one.bits_per_byte, "after": other.bits_per_byte},
+        **_words(one.word_perplexity, other.word_perplexity),
         "per_position": {
-            "edges": one["per_position"]["edges"],
-            "before": one["per_position"]["nll"],
-            "after": other["per_position"]["nll"],
+            "edges": one.per_position.edges,
+            "before": one.per_position.nll,
+            "after": other.per_position.nll,
         },
-        "kl": other["kl"],
-        "kl_95": other["kl_95"],
-        "top1_agreement": other["top1_agreement"],
+        "kl": other.kl,
+        "kl_95": other.kl_95 and list(other.kl_95),
+        "top1_agreement": other.top1_agreement,
     }
 
 

@@ -13,6 +13,7 @@ import torch
 from qectomy.checkpoint.checkpoint import locate
 from qectomy.checkpoint.headers import read_json
 from qectomy.errors import TextError
+from qectomy.record.texts import ReadAs, TextProtocol
 from qectomy.text.documents import CONTEXT
 from qectomy.text.text import Source, bos_of, text_of
 from qectomy.text.text_spans import spans_of
@@ -35,19 +36,19 @@ class ScoringWindows:
 
     tokens: torch.Tensor  # (n, L); what follows a shorter window's own tokens is never read by one that is scored
     first_scored: torch.Tensor  # (n,) position of the first token that counts in each window
-    report: dict[str, Any]  # what is said of them, and counted, as `protocol_record` has it
+    report: TextProtocol  # what is said of them, and counted
     lengths: torch.Tensor | None = None  # (n,) tokens of each window; None: L each
     text: str = ""  # that the scored tokens stand for
 
     @property
     def n_bytes(self) -> int:
         """UTF-8 bytes of the scored tokens."""
-        return int(self.report["scored_bytes"])
+        return self.report.scored_bytes
 
     @property
     def n_words(self) -> int:
         """Words that begin in the scored tokens."""
-        return int(self.report["scored_words"])
+        return self.report.scored_words
 
     def scored_mask(self) -> torch.Tensor:
         """(n, L - 1): True where the next token, at position t + 1, is scored."""
@@ -128,19 +129,19 @@ def _in_words(context: int, step: int, *, overlapping: bool, special: bool) -> s
     )
 
 
-def protocol_record(tokenizer: Any, source: Source, protocol: Protocol, in_words: str, **counts: Any) -> dict[str, Any]:
+def protocol_record(tokenizer: Any, source: Source, protocol: Protocol, in_words: str, **counts: Any) -> TextProtocol:
     """Return what a report says of how a text was measured: the text, the windows, and what of them is scored."""
-    return {
-        **({} if protocol.name is None else {"name": protocol.name}),
-        "text": source.name,
-        "text_sha256": source.sha256,
-        **({"text_read_as": source.read_as} if source.read_as else {}),
-        **({} if protocol.name is None or protocol.tokens is None else {"only_first_tokens": protocol.tokens}),
-        "tokenizer": type(tokenizer).__name__,
-        "in_words": in_words,
-        "context": protocol.context,
+    return TextProtocol(
+        name=protocol.name,
+        text=source.name,
+        text_sha256=source.sha256,
+        text_read_as=ReadAs(**source.read_as) if source.read_as else None,
+        only_first_tokens=None if protocol.name is None else protocol.tokens,
+        tokenizer=type(tokenizer).__name__,
+        in_words=in_words,
+        context=protocol.context,
         **counts,
-    }
+    )
 
 
 def common_context(names: list[str]) -> int:

@@ -42,7 +42,7 @@ def token_sample(folder: Path, windows: ScoringWindows, before: TokenScores, aft
     try:
         return _token_sample(folder, windows, before, after)
     except Exception as error:
-        return {"text": windows.report["text"], "tokens": [], "skipped": f"{type(error).__name__}: {str(error)[:200]}"}
+        return {"text": windows.report.text, "tokens": [], "skipped": f"{type(error).__name__}: {str(error)[:200]}"}
 
 
 def _token_sample(folder: Path, windows: ScoringWindows, before: TokenScores, after: TokenScores) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _token_sample(folder: Path, windows: ScoringWindows, before: TokenScores, af
         dict(zip(("text", "before", "after"), (piece, *losses.get(at, (None, None))), strict=True))
         for at, piece in enumerate(pieces)
     ]
-    return {"text": windows.report["text"], "window": window, "tokens": tokens}
+    return {"text": windows.report.text, "window": window, "tokens": tokens}
 
 
 def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:

@@ -10,11 +10,12 @@ Dimensions: N scored tokens, n windows.
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from qectomy.record.scores import Paired
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -71,39 +72,42 @@ def student(degrees: int) -> float:
     return Z + (Z**3 + Z) / (4 * degrees) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * degrees**2)
 
 
-def mean_interval(values: Tensor, windows: Tensor) -> list[float] | None:
+def mean_interval(values: Tensor, windows: Tensor) -> tuple[float, float] | None:
     """Return the 95 % interval of the mean of values (N,); None for fewer than FEWEST windows, which say too little."""
     found = window_sums(windows, values)
     n = len(found.counts)
-    return interval(resampled_means(found)[0], n).tolist() if n >= FEWEST else None
+    return _ends(interval(resampled_means(found)[0], n)) if n >= FEWEST else None
 
 
-def perplexity_interval(nll: Tensor, windows: Tensor) -> list[float] | None:
+def perplexity_interval(nll: Tensor, windows: Tensor) -> tuple[float, float] | None:
     """Return the 95 % interval of exp(mean nll); None where there is none."""
     found = mean_interval(nll, windows)
-    return None if found is None else [math.exp(edge) for edge in found]
+    return None if found is None else (math.exp(found[0]), math.exp(found[1]))
 
 
-def paired(before: Tensor, after: Tensor, windows: Tensor) -> dict[str, Any]:
+def _ends(found: Tensor) -> tuple[float, float]:
+    return float(found[0]), float(found[1])
+
+
+def paired(before: Tensor, after: Tensor, windows: Tensor) -> Paired:
     """Return ratio and difference of two models' perplexities on the same tokens, (N,) nats each, with intervals.
 
     Intervals are None for fewer than FEWEST windows.
     """
     one, other = float(before.double().mean().exp()), float(after.double().mean().exp())
     found = window_sums(windows, before, after)
-    result: dict[str, Any] = {
-        "ratio": math.exp(float((after.double() - before.double()).mean())),
-        "ratio_95": None,
-        "difference": other - one,
-        "difference_95": None,
-        "windows": len(windows.unique()),
-    }
-    if len(found.counts) >= FEWEST:
+    ratio_95 = difference_95 = None
+    if (n := len(found.counts)) >= FEWEST:
         first, second = resampled_means(found)
-        n = len(found.counts)
-        result["ratio_95"] = interval(second - first, n).exp().tolist()
-        result["difference_95"] = interval(second.exp() - first.exp(), n).tolist()
-    return result
+        ratio_95 = _ends(interval(second - first, n).exp())
+        difference_95 = _ends(interval(second.exp() - first.exp(), n))
+    return Paired(
+        ratio=math.exp(float((after.double() - before.double()).mean())),
+        ratio_95=ratio_95,
+        difference=other - one,
+        difference_95=difference_95,
+        windows=len(windows.unique()),
+    )
 
 
 def by_position(positions: Tensor, *nlls: Tensor) -> tuple[list[int], list[list[float]]]:

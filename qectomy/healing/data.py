@@ -10,6 +10,7 @@ from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.healing.export import fitted_report
 from qectomy.healing.settings import HealSettings
 from qectomy.progress import Progress
+from qectomy.record.texts import Overlap
 from qectomy.text.documents import Documents, Reading, own_hash
 from qectomy.text.overlap import FittedSpans, overlap, sketch_in
 from qectomy.text.packing import Packed, Reserved, pack
@@ -46,7 +47,6 @@ def prepare(
         reserved[names[0]] = replace(reserved[names[0]], start=start, stop=max(start + measured, untouched))
     held = scoring_windows(tokenizer, source, Protocol(context=settings.context, tokens=measured), vocab_size)
     was_fitted = not settings.eval_text and start < fitted[names[0]][1] and fitted[names[0]][0] < start + measured
-    held = replace(held, report=held.report | {"first_token": start, "fitted_on": was_fitted})
     packed = Packed.kept(folder) or pack(
         tokenizer,
         names,
@@ -60,7 +60,9 @@ def prepare(
         spans=FittedSpans(held.text, sketch_in(fitted_report(student))),
         progress=progress,
     )
-    return packed, replace(held, report=held.report | {"overlap": packed.spans.get("overlap", overlap("", None))})
+    found = Overlap(**packed.spans.get("overlap", overlap("", None)))
+    told = held.report.model_copy(update={"first_token": start, "fitted_on": was_fitted, "overlap": found})
+    return packed, replace(held, report=told)
 
 
 def _own_eval_text(

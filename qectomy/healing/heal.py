@@ -176,7 +176,7 @@ def _run(job: Job, device: str, resumed: bool) -> tuple[Outcome, Packed, Scoring
     )
     plan = processes.on_main(lambda: make_plan(job.folder, settings, budget.tokens, packed, processes))
     if budget.tokens_a_second is not None and processes.is_main:
-        for line in spending(settings, budget, plan.steps, plan.tokens_a_step, held.report["scored_tokens"]):
+        for line in spending(settings, budget, plan.steps, plan.tokens_a_step, held.report.scored_tokens):
             note(line)
     outcome = _train(replace(job, settings=settings), model, criterion, plan, packed, resumed, budget)
     if settings.self_generated:

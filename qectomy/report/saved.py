@@ -1,12 +1,13 @@
 """Results in files of their own, which a report picks up: written whole, and never over another's file."""
 
-import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
+from qectomy.checkpoint.headers import parse_json
 from qectomy.errors import OutputError
+from qectomy.record.bench import Bench
+from qectomy.record.evaluation import Evaluation
 
 
 def check_savable(path: Path, kind: str) -> None:
@@ -18,11 +19,11 @@ def check_savable(path: Path, kind: str) -> None:
         raise OutputError(f"{path} exists and is no result of {kind}; nothing is overwritten. Give another --save.")
 
 
-def save_result(result: dict[str, Any], path: Path) -> None:
-    """Write a result, which says its `kind`, as JSON. Raises OutputError."""
-    check_savable(path, result["kind"])
+def save_result(result: Evaluation | Bench, path: Path) -> None:
+    """Write a result as JSON. Raises OutputError."""
+    check_savable(path, result.kind)
     try:
-        write_whole(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
+        write_whole(path, result.as_json())
     except OSError as error:
         raise OutputError(f"{path} could not be written: {error.strerror}") from error
 
@@ -46,7 +47,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def _is_of(path: Path, kind: str) -> bool:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = parse_json(path.read_bytes())
+    except (OSError, ValueError):
         return False
     return isinstance(found, dict) and found.get("kind") == kind and "qectomy" in found

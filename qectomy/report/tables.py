@@ -1,6 +1,7 @@
 """What the commands print for people: compact tables on stdout, plain where it is no terminal."""
 
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -222,7 +223,7 @@ def shown(number: float | None, digits: int) -> str:
     return "-" if number is None else f"{number:.{digits}f}"
 
 
-def between(edges: list[float] | None, digits: int) -> str:
+def between(edges: Sequence[float] | None, digits: int) -> str:
     """Write an interval, or a dash where there is none."""
     return "-" if edges is None else f"{edges[0]:.{digits}f} to {edges[1]:.{digits}f}"
 

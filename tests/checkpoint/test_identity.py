@@ -1,6 +1,5 @@
 """Results belong to checkpoints by their files: those of another are not shown, nor another model as the original."""
 
-import json
 import shutil
 
 import pytest
@@ -8,12 +7,13 @@ from conversions import convert_tiny
 from damage import edit_json, edit_weights
 
 from qectomy.checkpoint.file_identity import fingerprint
+from qectomy.errors import ReportError
 from qectomy.eval.evaluate import Measure, evaluate_all
 from qectomy.eval.protocol import Protocol
-from qectomy.report.page.checked import ReportError
+from qectomy.record.base import made
+from qectomy.record.evaluation import Evaluation
 from qectomy.report.page.page import page
 from qectomy.report.page.reading import check_original, read_folder
-from qectomy.report.record import made
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_an_evaluation_of_others_is_not_shown(own, reduced, tiny_checkpoint, rav
     results = evaluate_all(
         [str(tiny_checkpoint()), str(measured)], str(raven), Measure(protocol=Protocol(context=32, tokens=320))
     )
-    (folder / "evaluation.json").write_text(json.dumps({**made("eval"), "kind": "evaluation", "results": results}))
+    (folder / "evaluation.json").write_text(Evaluation(**made("eval"), results=results).as_json())
     html = page([read_folder(folder)])
     assert ("Measured again by qectomy eval" in html) == own
     assert ("evaluation.json in this folder was measured on other checkpoints" in html) != own

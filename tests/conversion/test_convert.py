@@ -89,12 +89,12 @@ def check_report(report, source, out, text, recipe):
     again = evaluate(
         str(out), read_source(str(text)), Protocol(context=32, tokens=160), dtype="float32", reference=str(source)
     )
-    assert again["perplexity"] == pytest.approx(perplexity["after"], rel=1e-4)
-    assert again["bits_per_byte"] == pytest.approx(report["bits_per_byte"]["after"], rel=1e-4)
-    assert again["kl"] == pytest.approx(report["kl"], rel=1e-3, abs=1e-6)
-    assert again["top1_agreement"] == pytest.approx(report["top1_agreement"], abs=0.01)
-    overlap = {name: value for name, value in again["overlap"].items() if name != "fitted_text"}
-    assert again["protocol"] | {"overlap": overlap} == perplexity["protocol"]
+    assert again.perplexity == pytest.approx(perplexity["after"], rel=1e-4)
+    assert again.bits_per_byte == pytest.approx(report["bits_per_byte"]["after"], rel=1e-4)
+    assert again.kl == pytest.approx(report["kl"], rel=1e-3, abs=1e-6)
+    assert again.top1_agreement == pytest.approx(report["top1_agreement"], abs=0.01)
+    overlap = {name: value for name, value in again.overlap.as_dict().items() if name != "fitted_text"}
+    assert again.protocol.as_dict() | {"overlap": overlap} == perplexity["protocol"]
 
 
 @pytest.mark.parametrize("shape, query", CASES)
@@ -265,8 +265,8 @@ def test_a_tokenizer_that_adds_bos(tiny_copy, raven, tmp_path):
     assert protocol["scored_tokens"] == 5 * 31  # BOS is given, and every token of the text after it is scored
     for key, folder in (("before", source), ("after", tmp_path / "out")):
         again = evaluate(str(folder), read_source(str(raven)), Protocol(context=32, tokens=160))
-        assert again["protocol"] | {"overlap": protocol["overlap"]} == protocol
-        assert again["perplexity"] == pytest.approx(report["perplexity"][key], rel=1e-4)
+        assert again.protocol.as_dict() | {"overlap": protocol["overlap"]} == protocol
+        assert again.perplexity == pytest.approx(report["perplexity"][key], rel=1e-4)
 
 
 def test_the_reload_check_ran_in_a_fresh_process(tiny_checkpoint, raven, tmp_path, monkeypatch):

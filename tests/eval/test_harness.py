@@ -21,6 +21,7 @@ from qectomy.errors import CheckpointError, NonFiniteError, QectomyError, TextEr
 from qectomy.eval import harness
 from qectomy.eval.harness import HarnessSettings, run_harness
 from qectomy.eval.harness_tasks import check_tasks
+from qectomy.record.evaluation import Harness
 
 LENGTH = 128  # positions of the tiny models
 
@@ -104,7 +105,7 @@ def expected_quiz(model, tokenizer, length: int = LENGTH) -> dict[str, tuple[flo
 
 
 def rows_of(result, task: str) -> dict[str, dict]:
-    return {row["metric"]: row for row in result["tasks"] if row["task"] == task}
+    return {row.metric: row for row in result.tasks if row.task == task}
 
 
 @pytest.fixture(scope="module")
@@ -121,28 +122,29 @@ def test_the_numbers_are_those_of_a_plain_loop(everything, checkpoints, index, n
     expected = expected_lines(model)
     assert found.keys() == expected.keys()
     for metric, value in expected.items():
-        entry = found[metric]["values"][index]
-        assert entry == {"checkpoint": str(checkpoints[name]), "value": pytest.approx(value, rel=1e-4), "stderr": None}
-        assert found[metric]["higher_is_better"] is False
+        entry = found[metric].values[index]
+        assert (entry.checkpoint, entry.stderr) == (str(checkpoints[name]), None)
+        assert entry.value == pytest.approx(value, rel=1e-4)
+        assert found[metric].higher_is_better is False
     found = rows_of(everything, "quiz")
     for metric, (share, error) in expected_quiz(model, tiny_tokenizer()).items():
-        assert found[metric]["values"][index]["value"] == pytest.approx(share, rel=1e-4), metric
-        assert found[metric]["values"][index]["stderr"] == (error and pytest.approx(error)), metric
-        assert found[metric]["higher_is_better"] is (metric != "brier_score")
+        assert found[metric].values[index].value == pytest.approx(share, rel=1e-4), metric
+        assert found[metric].values[index].stderr == (error and pytest.approx(error)), metric
+        assert found[metric].higher_is_better is (metric != "brier_score")
 
 
 def test_the_checkpoints_and_the_metrics_tell_apart(everything):
     """What the test above compares is not the same everywhere."""
     for task, metric in (("lines", "bits_per_byte"), ("quiz", "brier_score")):
-        values = [value["value"] for value in rows_of(everything, task)[metric]["values"]]
+        values = [value.value for value in rows_of(everything, task)[metric].values]
         assert len({round(value, 3) for value in values}) == 4
     quiz = rows_of(everything, "quiz")
-    assert len({value["value"] for value in quiz["acc"]["values"]}) > 1
-    assert [value["value"] for value in quiz["acc"]["values"]] != [v["value"] for v in quiz["acc_norm"]["values"]]
+    assert len({value.value for value in quiz["acc"].values}) > 1
+    assert [value.value for value in quiz["acc"].values] != [v.value for v in quiz["acc_norm"].values]
 
 
 def test_a_group_stands_over_its_tasks(everything):
-    assert [(row["task"], row["group"]) for row in everything["tasks"]] == [
+    assert [(row.task, row.group) for row in everything.tasks] == [
         ("everything", None),
         *[("quiz", "everything")] * 3,
         *[("lines", "everything")] * 3,
@@ -151,28 +153,28 @@ def test_a_group_stands_over_its_tasks(everything):
     n = len(QUESTIONS)
     (group,) = rows_of(everything, "everything").values()
     task = rows_of(everything, "quiz")["acc"]
-    assert group["values"] == task["values"]
-    assert (group["n"], task["n"], rows_of(everything, "lines")["bits_per_byte"]["n"]) == (n, n, 3)
-    assert (group["version"], rows_of(everything, "lines")["bits_per_byte"]["version"]) == (None, 3)
+    assert group.values == task.values
+    assert (group.n, task.n, rows_of(everything, "lines")["bits_per_byte"].n) == (n, n, 3)
+    assert (group.version, rows_of(everything, "lines")["bits_per_byte"].version) == (None, 3)
 
 
 def test_the_settings_are_recorded_and_it_is_json(everything):
-    assert json.loads(json.dumps(everything)) == everything
-    settings = everything["settings"]
-    assert everything["version"].split(".")[:2] == ["0", "4"]
-    assert (settings["max_length"], settings["limit"], settings["num_fewshot"]) == (LENGTH, None, None)
-    assert settings["dtype"] == ["float32"] * 4
-    assert settings["truncated"] == [0] * 4
-    assert settings["seeds"] == {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
+    assert Harness.model_validate(json.loads(everything.as_json())) == everything
+    settings = everything.settings
+    assert everything.version.split(".")[:2] == ["0", "4"]
+    assert (settings.max_length, settings.limit, settings.num_fewshot) == (LENGTH, None, None)
+    assert settings.dtype == ["float32"] * 4
+    assert settings.truncated == [0] * 4
+    assert settings.seeds == {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 
 
 def test_a_tag_is_its_tasks_and_none_is_listed_twice(folder, checkpoints, capsys):
     tasks = check_tasks(["asked", " quiz", "quiz", ""], folder)
     result = run_harness([str(checkpoints["llama"])], tasks, HarnessSettings(limit=3))
-    assert [(row["task"], row["group"], row["metric"]) for row in result["tasks"]] == [
+    assert [(row.task, row.group, row.metric) for row in result.tasks] == [
         (task, "asked", metric) for task in ("quiz", "quiz-alone") for metric in ("acc", "acc_norm", "brier_score")
     ]
-    assert {row["n"] for row in result["tasks"]} == {3}
+    assert {row.n for row in result.tasks} == {3}
     assert capsys.readouterr().out == ""
 
 
@@ -218,11 +220,11 @@ def test_long_questions_are_cut_on_the_left_and_counted(folder, checkpoints):
     result = run_harness([str(checkpoints["llama"])], check_tasks(["quiz"], folder), HarnessSettings(max_length=33))
     expected = expected_quiz(model_of(checkpoints["llama"]), tiny_tokenizer(), length=33)
     for metric, row in rows_of(result, "quiz").items():
-        assert row["values"][0]["value"] == pytest.approx(expected[metric][0])
+        assert row.values[0].value == pytest.approx(expected[metric][0])
     texts = {f"{question} {choice}" for question, choices, _ in QUESTIONS for choice in choices}  # each is run once
     sizes = [len(tiny_tokenizer()(text)["input_ids"]) for text in texts]
-    assert result["settings"]["truncated"] == [sum(size > 34 for size in sizes)]
-    assert 0 < result["settings"]["truncated"][0] < len(sizes)
+    assert result.settings.truncated == [sum(size > 34 for size in sizes)]
+    assert 0 < result.settings.truncated[0] < len(sizes)
 
 
 def test_a_tokenizer_that_adds_bos(folder, checkpoints, tmp_path):
@@ -231,7 +233,7 @@ def test_a_tokenizer_that_adds_bos(folder, checkpoints, tmp_path):
     result = run_harness([str(path), str(checkpoints["llama"])], check_tasks(["quiz"], folder))
     expected = expected_quiz(model_of(path), bos_tokenizer())
     for metric, row in rows_of(result, "quiz").items():
-        assert row["values"][0]["value"] == pytest.approx(expected[metric][0])
+        assert row.values[0].value == pytest.approx(expected[metric][0])
     assert expected != expected_quiz(model_of(path), tiny_tokenizer())
 
 
@@ -239,20 +241,20 @@ def test_code_in_a_folder_is_not_run(folder, checkpoints, everything, tmp_path):
     path = Path(shutil.copytree(checkpoints["reduced-gpt2"], tmp_path / "evil"))
     (path / "modeling_qectomy_gpt2.py").write_text("raise SystemExit('was run')")
     result = run_harness([str(path)], check_tasks(["quiz"], folder))
-    (found,) = rows_of(result, "quiz")["brier_score"]["values"]
-    assert found["value"] == pytest.approx(rows_of(everything, "quiz")["brier_score"]["values"][1]["value"])
+    (found,) = rows_of(result, "quiz")["brier_score"].values
+    assert found.value == pytest.approx(rows_of(everything, "quiz")["brier_score"].values[1].value)
 
 
 def test_examples_before_a_question(folder, checkpoints, everything):
     """Asked for, they are given, but not to a task that says 0; the same ones to every checkpoint."""
     names = [str(checkpoints["gpt2"])] * 2
     result = run_harness(names, check_tasks(["quiz", "quiz-alone"], folder, num_fewshot=2))
-    assert [row["num_fewshot"] for row in result["tasks"]] == [2, 2, 2, 0, 0, 0]
-    assert result["settings"]["num_fewshot"] == 2
-    for row in result["tasks"]:
-        assert row["values"][0] == row["values"][1]
+    assert [row.num_fewshot for row in result.tasks] == [2, 2, 2, 0, 0, 0]
+    assert result.settings.num_fewshot == 2
+    for row in result.tasks:
+        assert row.values[0] == row.values[1]
     changed, same = (
-        [rows_of(found, task)["brier_score"]["values"][0]["value"] for found in (result, everything)]
+        [rows_of(found, task)["brier_score"].values[0].value for found in (result, everything)]
         for task in ("quiz", "quiz-alone")
     )
     assert abs(changed[0] - changed[1]) > 1e-3
@@ -305,13 +307,13 @@ def strangers_results(folder, checkpoints, tmp_path_factory):
 @pytest.mark.parametrize("name", ["reduced-gpt2", "reduced-llama"])
 def test_a_strangers_lm_eval_says_the_same(strangers_results, folder, checkpoints, name):
     result = run_harness([str(checkpoints[name])], check_tasks(["lines", "quiz"], folder, num_fewshot=1))
-    assert len(result["tasks"]) == 6
-    for row in result["tasks"]:
-        theirs = strangers_results[name][row["task"]]
-        (value,) = row["values"]
-        assert theirs[f"{row['metric']},none"] == pytest.approx(value["value"], rel=1e-5), row["metric"]
-        stderr = theirs[f"{row['metric']}_stderr,none"]
-        assert stderr == ("N/A" if value["stderr"] is None else pytest.approx(value["stderr"], rel=1e-5))
+    assert len(result.tasks) == 6
+    for row in result.tasks:
+        theirs = strangers_results[name][row.task]
+        (value,) = row.values
+        assert theirs[f"{row.metric},none"] == pytest.approx(value.value, rel=1e-5), row.metric
+        stderr = theirs[f"{row.metric}_stderr,none"]
+        assert stderr == ("N/A" if value.stderr is None else pytest.approx(value.stderr, rel=1e-5))
 
 
 def test_not_a_number_is_refused(folder, tiny_copy):

@@ -24,6 +24,7 @@ from qectomy.eval.inference_bytes import (
 from qectomy.eval.inference_cost import BenchSettings, alternate, compare, spread
 from qectomy.eval.inference_loops import InferenceLoop, Timing, random_tokens, short_memory
 from qectomy.eval.loading import load_model
+from qectomy.record.bench import Bench, PrefillRatio, Spread
 from qectomy.report.bench_table import show_bench
 
 QUICK = dict(batches=(1, 3), rounds=2, prompt_tokens=9, new_tokens=4)
@@ -88,19 +89,19 @@ def test_ratios_are_taken_within_a_round(pair, no_children, monkeypatch):
     monkeypatch.setattr(InferenceLoop, "run", run)
     result = compare(*pair, BenchSettings(**{**QUICK, "rounds": 4}))
     for i, batch in enumerate((1, 3)):
-        prefill, decode = result["ratios"]["prefill"][i], result["ratios"]["decode"][i]
-        assert prefill == {"batch": batch, "ratio": {"median": 2.0, "low": 2.0, "high": 2.0}}
-        assert decode["ratio"] == {"median": 3.0, "low": 3.0, "high": 3.0}
-        a, b = (model["decode"][i]["bytes_read_per_token"] for model in result["models"])
-        assert decode["byte_limit"] == pytest.approx(a / b)
-        assert decode["share_of_limit"] == pytest.approx(3 * b / a)
-    assert result["ratios"]["load"] == {"median": 0.5, "low": 0.5, "high": 0.5}  # each load took twice the one before
-    assert result["ratios"]["peak_memory"] == 1.5
+        prefill, decode = result.ratios.prefill[i], result.ratios.decode[i]
+        assert prefill == PrefillRatio(batch=batch, ratio=Spread(median=2.0, low=2.0, high=2.0))
+        assert decode.ratio == Spread(median=3.0, low=3.0, high=3.0)
+        a, b = (model.decode[i].bytes_read_per_token for model in result.models)
+        assert decode.byte_limit == pytest.approx(a / b)
+        assert decode.share_of_limit == pytest.approx(3 * b / a)
+    assert result.ratios.load == Spread(median=0.5, low=0.5, high=0.5)  # each load took twice the one before
+    assert result.ratios.peak_memory == 1.5
     # five calls a batch, the first of them not counted: the second batch is timed by calls 7 to 10
     speeds = sorted(3 * 9 / (2 * 10.0**call) for call in range(7, 11))
-    found = result["models"][0]["prefill"][1]["tokens_per_second"]
-    assert found["median"] == pytest.approx((speeds[1] + speeds[2]) / 2)
-    assert (found["low"], found["high"]) == pytest.approx((speeds[0], speeds[-1]))
+    found = result.models[0].prefill[1].tokens_per_second
+    assert found.median == pytest.approx((speeds[1] + speeds[2]) / 2)
+    assert (found.low, found.high) == pytest.approx((speeds[0], speeds[-1]))
 
 
 def test_the_clock_is_read_around_prefill_and_around_decoding():
@@ -164,7 +165,7 @@ def test_compiled_steps_give_the_same_logits_from_one_graph(name, monkeypatch):
 def test_the_interval_of_a_median_is_that_of_the_sign_test(n, cut):
     """Values left out at either end at 95 %, from the tables of the sign test."""
     values = [float(value) for value in range(n)]
-    assert spread(values[::-1]) == {"median": (n - 1) / 2, "low": float(cut), "high": float(n - 1 - cut)}
+    assert spread(values[::-1]) == Spread(median=(n - 1) / 2, low=float(cut), high=float(n - 1 - cut))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_kv_bytes(name, expected):
 def test_an_unexpected_cache_is_told(pair, no_children, monkeypatch):
     monkeypatch.setattr(inference_cost, "kv_bytes_by_config", lambda config, dtype: 77)
     result = compare(*pair, BenchSettings(**QUICK))
-    assert result["warnings"] == [f"{name}: its cache holds 256 bytes a token, 77 by its config" for name in pair]
+    assert result.warnings == [f"{name}: its cache holds 256 bytes a token, 77 by its config" for name in pair]
 
 
 LAYER = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 40 + 2 * 32  # W_Q W_O, W_K W_V, the MLP, the norms; 4 heads on 2
@@ -271,28 +272,29 @@ def test_no_map_takes_more_operations_than_w_q(tiny_reduced, name, query, batch)
 def test_the_result_and_its_table(pair, no_children, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     result = compare(*pair, BenchSettings(**QUICK))
-    a, b = result["models"]
+    a, b = result.models
     dense, select, identity = 32 * 32, 32, 0
-    assert a["parameters"] == 2 * LAYER + 32 + 2 * 320 * 32
-    assert b["parameters"] == a["parameters"] - 2 * dense + select + identity
-    assert b["bytes"] == a["bytes"] - 4 * (2 * dense - 2 * select)  # the index too
-    assert result["ratios"]["parameters"] == a["parameters"] / b["parameters"]
-    assert result["settings"]["prompt_tokens"] == 9
-    assert (result["device"], result["dtype"], result["warnings"], result["notes"]) == ("cpu", "float32", [], [])
+    assert a.parameters == 2 * LAYER + 32 + 2 * 320 * 32
+    assert b.parameters == a.parameters - 2 * dense + select + identity
+    assert b.bytes == a.bytes - 4 * (2 * dense - 2 * select)  # the index too
+    assert result.ratios.parameters == a.parameters / b.parameters
+    assert result.settings.prompt_tokens == 9
+    assert (result.device, result.dtype, result.warnings, result.notes) == ("cpu", "float32", [], [])
     for model in (a, b):
-        assert model["kv_cache_bytes_per_token"] == 256
-        assert [row["batch"] for row in model["prefill"]] == [row["batch"] for row in model["decode"]] == [1, 3]
-        for row in (*model["prefill"], *model["decode"]):
-            speed = row["tokens_per_second"]
-            assert 0 < speed["low"] <= speed["median"] <= speed["high"] < math.inf
+        assert model.kv_cache_bytes_per_token == 256
+        assert [row.batch for row in model.prefill] == [row.batch for row in model.decode] == [1, 3]
+        for row in (*model.prefill, *model.decode):
+            speed = row.tokens_per_second
+            assert 0 < speed.low <= speed.median <= speed.high < math.inf
         read = bytes_read_per_step(tiny_model("llama"), 3, 11.5, 256.0) / 3
-        assert (model["decode"][1]["bytes_read_per_token"] == read) == (model is a)
-    show_bench(json.loads(json.dumps(result, allow_nan=False)))
+        assert (model.decode[1].bytes_read_per_token == read) == (model is a)
+    show_bench(result)
+    assert Bench.model_validate(json.loads(result.as_json())) == result
     printed = capsys.readouterr().out
     assert "…" not in printed
     for line in ("prefill 1 ", "prefill 3 ", "decode 1 ", "decode 3 ", "operations ", "KV a token"):
         assert line in printed
-    assert f"{result['ratios']['decode'][1]['byte_limit']:.3f}" in printed
+    assert f"{result.ratios.decode[1].byte_limit:.3f}" in printed
 
 
 def test_weights_do_not_lie_as_their_file_left_them(pair, no_children, monkeypatch):
@@ -317,8 +319,8 @@ def test_without_fresh_processes(pair, no_children, capsys):
     result = compare(*pair, settings, lambda done, total, note: told.append((done, total)))
     assert no_children == []
     assert told == [(i, 12) for i in range(1, 13)]
-    assert [model["load_seconds"] for model in result["models"]] == [None, None]
-    assert (result["ratios"]["load"], result["ratios"]["peak_memory"]) == (None, None)
+    assert [model.load_seconds for model in result.models] == [None, None]
+    assert (result.ratios.load, result.ratios.peak_memory) == (None, None)
     show_bench(result)
     printed = capsys.readouterr().out
     assert "decode 1" in printed
@@ -327,14 +329,14 @@ def test_without_fresh_processes(pair, no_children, capsys):
 
 def test_the_dtype_is_the_originals_for_both(tiny_checkpoint, pair, no_children):
     result = compare(str(tiny_checkpoint("bf16")), pair[1], BenchSettings(**QUICK))
-    assert result["dtype"] == "bfloat16"
-    assert {model["kv_cache_bytes_per_token"] for model in result["models"]} == {128}
+    assert result.dtype == "bfloat16"
+    assert {model.kv_cache_bytes_per_token for model in result.models} == {128}
 
 
 def test_two_that_do_not_belong_together_are_told(tiny_checkpoint, pair, no_children):
     other = str(tiny_checkpoint("llama", vocab_size=300, num_hidden_layers=1))
     result = compare(pair[0], other, BenchSettings(**QUICK))
-    assert result["warnings"] == [
+    assert result.warnings == [
         f"the two do not belong together: vocab_size is 320 in {pair[0]}, 300 in the other",
         f"the two do not belong together: num_hidden_layers is 2 in {pair[0]}, 1 in the other",
     ]
@@ -348,7 +350,7 @@ def test_more_positions_than_there_are(tiny_checkpoint, tiny_reduced, no_childre
         compare(*names, BenchSettings(**{**QUICK, "prompt_tokens": 120, "new_tokens": 9}))
     assert no_children == []  # said before anything was timed
     result = compare(*names, BenchSettings(**{**QUICK, "prompt_tokens": None}))
-    assert result["settings"]["prompt_tokens"] == 124
+    assert result.settings.prompt_tokens == 124
 
 
 @pytest.mark.parametrize(

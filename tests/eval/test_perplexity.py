@@ -59,14 +59,14 @@ def test_windows_with_a_stride(tiny_copy, context, stride, bos):
     result = evaluate(str(folder), SOURCE, Protocol(context=context, stride=stride, tokens=70 if stride == 1 else None))
     model = AutoModelForCausalLM.from_pretrained(folder)
     nats, scored = by_hand(model, ids, context, stride, 0 if bos else None)
-    protocol = result["protocol"]
-    assert protocol["scored_tokens"] == len(nats) == len(scored)
-    assert protocol["scored_bytes"] == n_bytes(scored)
-    assert protocol["bos"] == ("every window starts with BOS" if bos else "none")
-    assert (protocol["context"], protocol["stride"]) == (context, min(stride, context - bos))
-    assert result["perplexity"] == pytest.approx(math.exp(nats.mean()), rel=1e-5)
-    assert result["nll"] == pytest.approx(float(nats.mean()), rel=1e-6)
-    assert result["bits_per_byte"] == pytest.approx(float(nats.sum()) / math.log(2) / n_bytes(scored), rel=1e-6)
+    protocol = result.protocol
+    assert protocol.scored_tokens == len(nats) == len(scored)
+    assert protocol.scored_bytes == n_bytes(scored)
+    assert protocol.bos == ("every window starts with BOS" if bos else "none")
+    assert (protocol.context, protocol.stride) == (context, min(stride, context - bos))
+    assert result.perplexity == pytest.approx(math.exp(nats.mean()), rel=1e-5)
+    assert result.nll == pytest.approx(float(nats.mean()), rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(float(nats.sum()) / math.log(2) / n_bytes(scored), rel=1e-6)
 
 
 def test_every_token_is_scored_once_where_windows_overlap():
@@ -87,7 +87,7 @@ def test_bytes_of_characters_that_windows_cut(text):
     true = n_bytes(apart.tokens[:, 1:].flatten().tolist())
     assert abs(apart.n_bytes - true) <= 6 * len(apart.tokens)
     overlapping = scoring_windows(tiny_tokenizer(), source, Protocol(context=32, stride=5), VOCAB_SIZE)
-    scored = overlapping.report["scored_tokens"]
+    scored = overlapping.report.scored_tokens
     assert abs(overlapping.n_bytes - n_bytes(token_ids(source.text)[1 : 1 + scored])) <= 6
 
 
@@ -110,8 +110,8 @@ def test_heads_that_are_more_than_a_matrix(config, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     found = evaluate(str(tmp_path), SOURCE, Protocol(context=32), reference=str(tmp_path))
     nats, _ = by_hand(model, token_ids(SOURCE.text), 32, 32)
-    assert found["perplexity"] == pytest.approx(math.exp(nats.mean()), rel=1e-5)
-    assert found["kl"] == pytest.approx(0.0, abs=1e-9)
+    assert found.perplexity == pytest.approx(math.exp(nats.mean()), rel=1e-5)
+    assert found.kl == pytest.approx(0.0, abs=1e-9)
 
 
 @pytest.mark.parametrize("buffer", ["attn.bias", "attn.masked_bias"])
@@ -121,7 +121,7 @@ def test_buffers_that_old_checkpoints_hold_do_no_harm(buffer, tiny_copy):
     tensors = load_file(folder / "model.safetensors")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     save_file({**tensors, f"h.0.{buffer}": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"})
-    assert evaluate(str(folder), SOURCE, Protocol(context=32))["per_position"] == expected["per_position"]
+    assert evaluate(str(folder), SOURCE, Protocol(context=32)).per_position == expected.per_position
     save_file({**tensors, "h.0.attn.other": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"1 tensor\(s\) have no place in a gpt2 model .*attn\.other"):
         evaluate(str(folder), SOURCE, Protocol(context=32))
@@ -130,7 +130,7 @@ def test_buffers_that_old_checkpoints_hold_do_no_harm(buffer, tiny_copy):
 def test_windows_longer_than_a_table_of_positions_are_refused(tiny_checkpoint):
     name = str(tiny_checkpoint("gpt2", max_position_embeddings=24))
     assert common_context([str(tiny_checkpoint()), name]) == 24
-    assert evaluate(name, SOURCE, Protocol(context=24))["perplexity"] > 1
+    assert evaluate(name, SOURCE, Protocol(context=24)).perplexity > 1
     with pytest.raises(TextError, match=f"--context 25 is longer than the 24 positions of {name}; use 24 or less"):
         evaluate(name, SOURCE, Protocol(context=25))
 
@@ -152,9 +152,9 @@ class TestReference:
     def test_against_itself(self, tiny_checkpoint):
         name = str(tiny_checkpoint())
         result = evaluate(name, SOURCE, Protocol(context=32), reference=name)
-        assert result["kl"] == pytest.approx(0.0, abs=1e-9)
-        assert result["top1_agreement"] == 1.0
-        assert result["reference"] == name
+        assert result.kl == pytest.approx(0.0, abs=1e-9)
+        assert result.top1_agreement == 1.0
+        assert result.reference == name
 
     def test_against_another_model(self, tiny_checkpoint):
         name, other = str(tiny_checkpoint()), str(tiny_checkpoint("mqa"))
@@ -166,10 +166,10 @@ class TestReference:
                 AutoModelForCausalLM.from_pretrained(n)(windows).logits[:, :-1].double().log_softmax(-1)
                 for n in (name, other)
             )
-        assert result["kl"] == pytest.approx(float((t.exp() * (t - s)).sum(-1).mean()), rel=1e-4)
+        assert result.kl == pytest.approx(float((t.exp() * (t - s)).sum(-1).mean()), rel=1e-4)
         agree = (s.argmax(-1) == t.argmax(-1)).double().mean()
-        assert result["top1_agreement"] == pytest.approx(float(agree), abs=1e-3)
-        assert "kl" not in evaluate(name, SOURCE, Protocol(context=32))
+        assert result.top1_agreement == pytest.approx(float(agree), abs=1e-3)
+        assert evaluate(name, SOURCE, Protocol(context=32)).kl is None
 
     def test_of_another_tokenizer_is_refused(self, tiny_checkpoint, tiny_copy):
         other = tiny_copy()
@@ -183,27 +183,26 @@ class TestReference:
     def check_refused(self, name, other):
         """No number that compares tokens, those that compare text, and the reason."""
         result, alone = (evaluate(name, SOURCE, Protocol(context=32), reference=ref) for ref in (other, None))
-        assert "another tokenizer or vocabulary" in result["reference_refused"]
-        assert "bits per byte" in result["reference_refused"]
-        assert "kl" not in result
-        assert "top1_agreement" not in result
-        assert result["bits_per_byte"] == alone["bits_per_byte"]
+        assert "another tokenizer or vocabulary" in result.reference_refused
+        assert "bits per byte" in result.reference_refused
+        assert (result.kl, result.top1_agreement) == (None, None)
+        assert result.bits_per_byte == alone.bits_per_byte
 
 
 def test_a_reduced_checkpoint_is_evaluated_by_the_code_that_is_installed(tiny_reduced, tmp_path):
     folder = shutil.copytree(tiny_reduced(("select", "key-shared")), tmp_path / "reduced")
     code, marker = folder / "modeling_qectomy_llama.py", tmp_path / "ran"
     code.write_text(f"open({str(marker)!r}, 'w')\n" + code.read_text())
-    assert evaluate(str(folder), SOURCE, Protocol(context=32))["perplexity"] > 1
+    assert evaluate(str(folder), SOURCE, Protocol(context=32)).perplexity > 1
     assert not marker.exists()
 
 
 def test_a_folder_that_does_not_tell_of_its_channel_numbers_is_named(tiny_reduced, tmp_path, capsys):
     folder = shutil.copytree(tiny_reduced(("select", "key-shared")), tmp_path / "untold")
-    assert evaluate(str(folder), SOURCE, Protocol(context=32))["perplexity"] > 1
+    assert evaluate(str(folder), SOURCE, Protocol(context=32)).perplexity > 1
     assert "index_sha256" not in capsys.readouterr().err
     edit_json(folder / "config.json", lambda config: config.pop("index_sha256"))
-    assert evaluate(str(folder), SOURCE, Protocol(context=32))["perplexity"] > 1
+    assert evaluate(str(folder), SOURCE, Protocol(context=32)).perplexity > 1
     said = f"note: {folder}: config.json has no index_sha256, so it is not known whether the channel numbers"
     assert capsys.readouterr().err.startswith(said)
 
@@ -211,9 +210,9 @@ def test_a_folder_that_does_not_tell_of_its_channel_numbers_is_named(tiny_reduce
 def test_the_dtype_is_that_of_the_checkpoint_or_the_one_given(tiny_checkpoint):
     name = str(tiny_checkpoint("bf16"))
     half, full = (evaluate(name, SOURCE, Protocol(context=32), dtype=dtype) for dtype in (None, "float32"))
-    assert half["protocol"]["dtype"] == "bfloat16"
-    assert full["protocol"]["dtype"] == "float32"
-    assert half["perplexity"] != full["perplexity"]
+    assert half.protocol.dtype == "bfloat16"
+    assert full.protocol.dtype == "float32"
+    assert half.perplexity != full.perplexity
     with pytest.raises(QectomyError, match=r"unknown --dtype 'int3'; known: float32, bfloat16, float16"):
         evaluate(name, SOURCE, Protocol(context=32), dtype="int3")
 
@@ -249,7 +248,7 @@ class TestDamage:
         for asked, why in ((None, "in which .* is stored"), ("float16", "which --dtype asks for")):
             with pytest.raises(NonFiniteError, match=f"NaN or Inf.* computed in float16, ({why}); --dtype float32"):
                 evaluate(str(folder), SOURCE, Protocol(context=32), dtype=asked, streamed=streamed)
-        assert evaluate(str(folder), SOURCE, Protocol(context=32), dtype="float32", streamed=streamed)["perplexity"]
+        assert evaluate(str(folder), SOURCE, Protocol(context=32), dtype="float32", streamed=streamed).perplexity
 
     def test_a_missing_tensor(self, tiny_copy):
         folder = tiny_copy()

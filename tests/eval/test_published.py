@@ -66,11 +66,11 @@ def test_joined_windows_are_those_of_gptq(name, suffix, model, tmp_path, monkeyp
         losses.append(torch.nn.functional.cross_entropy(logits[0], batch[0, 1:]) * length)
     expected = math.exp(torch.stack(losses).sum() / (len(losses) * length))
     found = evaluate(str(model), read_text(str(path), name), settle(name, None, None, None, [str(model)]))
-    assert found["perplexity"] == pytest.approx(expected, rel=1e-5)
-    protocol = found["protocol"]
-    assert protocol["name"] == name
-    assert protocol["windows"] == len(losses) > 3
-    assert protocol["bos"] == ("at the start of the text" if ids[0, 0] == tokenizer.bos_token_id else "none")
+    assert found.perplexity == pytest.approx(expected, rel=1e-5)
+    protocol = found.protocol
+    assert protocol.name == name
+    assert protocol.windows == len(losses) > 3
+    assert protocol.bos == ("at the start of the text" if ids[0, 0] == tokenizer.bos_token_id else "none")
 
 
 def harness(folder, documents, length):
@@ -92,9 +92,9 @@ def test_rolling_windows_are_those_of_the_harness(length, model, tmp_path):
     n_bytes, n_words = (
         sum(map(count, PAGES)) for count in (lambda p: len(p.encode()), lambda p: len(re.split(r"\s+", p)))
     )
-    assert found["bits_per_byte"] == pytest.approx(nats / n_bytes / math.log(2), rel=1e-5)
-    assert found["word_perplexity"] == pytest.approx(math.exp(nats / n_words), rel=1e-4)
-    assert found["protocol"]["documents"] == len(PAGES)
+    assert found.bits_per_byte == pytest.approx(nats / n_bytes / math.log(2), rel=1e-5)
+    assert found.word_perplexity == pytest.approx(math.exp(nats / n_words), rel=1e-4)
+    assert found.protocol.documents == len(PAGES)
 
 
 def test_pages_of_wikitext_are_detokenized_and_counted_as_they_stand(model, tmp_path):
@@ -104,10 +104,10 @@ def test_pages_of_wikitext_are_detokenized_and_counted_as_they_stand(model, tmp_
     docs = [{"page": page} for page in PAGES]
     loglikelihoods = harness(model, [preprocess_wikitext.wikitext_detokenizer(doc) for doc in docs], 64)
     results = [preprocess_wikitext.process_results(doc, [ll]) for doc, ll in zip(docs, loglikelihoods, strict=True)]
-    for metric, mine in (("word_perplexity", "word_perplexity"), ("bits_per_byte", "bits_per_byte")):
+    for metric, mine in (("word_perplexity", found.word_perplexity), ("bits_per_byte", found.bits_per_byte)):
         nats, weight = (sum(column) for column in zip(*[result[metric] for result in results], strict=True))
         theirs = math.exp(-nats / weight) if metric == "word_perplexity" else -nats / weight / math.log(2)
-        assert found[mine] == pytest.approx(theirs, rel=1e-4 if metric == "word_perplexity" else 1e-5)
+        assert mine == pytest.approx(theirs, rel=1e-4 if metric == "word_perplexity" else 1e-5)
     assert detokenized(PAGES[0]) != PAGES[0]
 
 
@@ -132,8 +132,8 @@ def test_rows_of_a_document():
 def test_a_text_is_cut_after_whole_documents(model, tmp_path):
     path = write_rows(tmp_path / "pages.jsonl", PAGES, "page")
     found = evaluate(str(model), read_text(str(path), "rolling"), settle("rolling", 64, None, 300, [str(model)]))
-    assert found["protocol"]["documents"] == 1
-    assert found["protocol"]["only_first_tokens"] == 300
+    assert found.protocol.documents == 1
+    assert found.protocol.only_first_tokens == 300
 
 
 def test_rows_end_where_datasets_ends_them(tmp_path):

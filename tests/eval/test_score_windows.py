@@ -13,6 +13,7 @@ from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.eval.score_windows import MOST_PADDING, batches, first_bad_layer, score_model
 from qectomy.eval.token_scores import score_rows, score_tokens
+from qectomy.record.texts import TextProtocol
 from qectomy.text.text import Source
 
 SOURCE = Source("raven", "hash", RAVEN * 2)
@@ -20,7 +21,7 @@ SOURCE = Source("raven", "hash", RAVEN * 2)
 
 def of_lengths(*lengths):
     tokens = torch.arange(len(lengths) * max(lengths)).view(len(lengths), -1) % VOCAB_SIZE
-    report = {"scored_bytes": 1, "scored_words": 1}
+    report = TextProtocol.model_construct(scored_bytes=1, scored_words=1)
     return ScoringWindows(tokens, torch.ones(len(lengths), dtype=torch.int64), report, torch.tensor(lengths))
 
 
@@ -125,9 +126,10 @@ class TestStreamed:
             for kind in (False, True)
         ]
         for key in ("perplexity", "bits_per_byte", "word_perplexity", "kl", "top1_agreement"):
-            assert results[1][key] == pytest.approx(results[0][key], rel=2e-5, abs=1e-6), key
-        assert [result["streamed"] for result in results] == [False, True]
-        assert results[0]["protocol"] == results[1]["protocol"]
+            ours, theirs = (getattr(result, key) for result in results)
+            assert theirs == pytest.approx(ours, rel=2e-5, abs=1e-6), key
+        assert [result.streamed for result in results] == [False, True]
+        assert results[0].protocol == results[1].protocol
 
     @pytest.mark.parametrize("family", ["gpt2", "llama"])
     @pytest.mark.parametrize("fields", [dict(norms=False, mlp_skip=False), dict(norms=False, shared_layers=True)])
@@ -138,7 +140,7 @@ class TestStreamed:
             evaluate(str(folder), SOURCE, Protocol(context=32), dtype="float64", streamed=kind)
             for kind in (False, True)
         )
-        assert layered["nll"] == pytest.approx(resident["nll"], rel=1e-6)
+        assert layered.nll == pytest.approx(resident.nll, rel=1e-6)
 
     def test_of_reduced_checkpoints_and_windows_of_unequal_lengths(self, tiny_reduced):
         name = str(tiny_reduced(("select", "key-shared")))
@@ -147,7 +149,7 @@ class TestStreamed:
             evaluate(name, text, Protocol(name="rolling", context=24), dtype="float32", streamed=kind)
             for kind in (False, True)
         ]
-        assert results[1]["bits_per_byte"] == pytest.approx(results[0]["bits_per_byte"], rel=1e-6)
+        assert results[1].bits_per_byte == pytest.approx(results[0].bits_per_byte, rel=1e-6)
 
     def test_reads_each_layer_once_whatever_the_text(self, tiny_checkpoint, monkeypatch):
         monkeypatch.setattr(layerwise_model, "STREAMED_TOKENS", 70)
@@ -183,11 +185,11 @@ def test_several_checkpoints_are_compared_on_the_same_windows(tiny_checkpoint, t
     names = [str(tiny_checkpoint()), str(tiny_checkpoint("mqa")), str(tiny_copy())]
     bos_tokenizer().save_pretrained(names[2])
     first, second, third = evaluate_all(names, str(text), Measure(protocol=Protocol(context=32)))
-    pair = second["paired"]
-    assert pair["ratio"] == pytest.approx(second["perplexity"] / first["perplexity"])
-    low, high = pair["ratio_95"]
-    assert low < pair["ratio"] < high
-    assert pair["against"] == names[0]
+    pair = second.paired
+    assert pair.ratio == pytest.approx(second.perplexity / first.perplexity)
+    low, high = pair.ratio_95
+    assert low < pair.ratio < high
+    assert pair.against == names[0]
     assert "paired" not in first
     assert "paired" not in third
-    assert "another tokenizer" in third["paired_refused"]
+    assert "another tokenizer" in third.paired_refused

@@ -39,24 +39,24 @@ def test_sums_of_windows():
 def test_the_ratio_and_its_interval_against_scipy():
     before, after, windows = draw()
     found = paired(before, after, windows)
-    assert found["ratio"] == pytest.approx(math.exp((after - before).mean()))
-    assert found["difference"] == pytest.approx(math.exp(after.mean()) - math.exp(before.mean()))
-    assert found["windows"] == 40
+    assert found.ratio == pytest.approx(math.exp((after - before).mean()))
+    assert found.difference == pytest.approx(math.exp(after.mean()) - math.exp(before.mean()))
+    assert found.windows == 40
     per_window = (after - before).view(40, -1).mean(1).numpy()
     theirs = stats.bootstrap(
         (per_window,), np.mean, n_resamples=20_000, method="percentile", random_state=np.random.default_rng(1)
     ).confidence_interval
-    assert np.log(found["ratio_95"]) == pytest.approx([theirs.low, theirs.high], abs=1e-3)
+    assert np.log(found.ratio_95) == pytest.approx([theirs.low, theirs.high], abs=1e-3)
 
 
 def test_pairing_is_what_makes_the_interval_narrow():
     before, after, windows = draw()
-    low, high = paired(before, after, windows)["ratio_95"]
+    low, high = paired(before, after, windows).ratio_95
     assert 1.0 < low < high < 1.1  # the effect shows ...
     alone = [perplexity_interval(nll, windows) for nll in (before, after)]
     assert alone[0][1] > alone[1][0]  # ... where the two bare numbers' intervals overlap
     shuffled = after.view(40, -1)[torch.randperm(40, generator=torch.Generator().manual_seed(5))].flatten()
-    wide = paired(before, shuffled, windows)["ratio_95"]
+    wide = paired(before, shuffled, windows).ratio_95
     assert wide[1] - wide[0] > 5 * (high - low)
 
 
@@ -65,7 +65,7 @@ def test_it_holds_the_truth_about_as_often_as_it_says(n, monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 1000)
     held = 0
     for seed in range(200):
-        low, high = paired(*draw(n=n, length=4, seed=seed))["ratio_95"]
+        low, high = paired(*draw(n=n, length=4, seed=seed)).ratio_95
         held += low <= math.exp(0.05) <= high
     assert 178 <= held <= 199  # of 200; 95 % of them is 190, five standard deviations of which are 15
 
@@ -82,9 +82,9 @@ def test_windows_of_unequal_lengths_count_by_their_tokens():
 def test_few_windows_give_no_interval(n):
     windows = torch.arange(8) % n
     found = paired(torch.ones(8), 2 * torch.ones(8), windows)
-    assert found["ratio"] == pytest.approx(math.e)
-    assert found["ratio_95"] is None
-    assert found["difference_95"] is None
+    assert found.ratio == pytest.approx(math.e)
+    assert found.ratio_95 is None
+    assert found.difference_95 is None
     assert perplexity_interval(torch.ones(8), windows) is None
 
 
@@ -94,7 +94,7 @@ def test_more_windows_than_are_drawn_are_taken_together():
     assert len(found.counts) == statistics.MOST_UNITS
     assert found.counts.tolist() == [5.0] * statistics.MOST_UNITS
     assert found.sums[0, :2].tolist() == [0 + 1 + 2 + 3 + 4, 5 + 6 + 7 + 8 + 9]
-    assert paired(torch.zeros(len(windows)), torch.ones(len(windows)), windows)["windows"] == len(windows)
+    assert paired(torch.zeros(len(windows)), torch.ones(len(windows)), windows).windows == len(windows)
 
 
 def test_the_draw_is_the_same_each_time_and_in_any_portions(monkeypatch):

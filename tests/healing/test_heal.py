@@ -190,14 +190,14 @@ def test_the_three_perplexities_are_those_of_eval(healed, raven):
     folders = {"original": healed.pair.original, "fitted": healed.pair.reduced, "healed": healed.out}
     for kind, folder in folders.items():
         found = evaluate(str(folder), source, protocol, dtype="float32", reference=str(healed.pair.original))
-        assert found["perplexity"] == pytest.approx(perplexity[kind], rel=1e-5)
+        assert found.perplexity == pytest.approx(perplexity[kind], rel=1e-5)
         told = healed.report["perplexity"]["protocol"]
-        assert found["protocol"] | {"first_token": 0, "fitted_on": False, "overlap": told["overlap"]} == told
-        assert kind != "healed" or found["overlap"] == told["overlap"] | {"fitted_text": True}
+        assert found.protocol.as_dict() | {"first_token": 0, "fitted_on": False, "overlap": told["overlap"]} == told
+        assert kind != "healed" or found.overlap.as_dict() == told["overlap"] | {"fitted_text": True}
         if kind != "original":
             assert perplexity[f"{kind}_ratio"] == pytest.approx(perplexity[kind] / perplexity["original"])
-            assert healed.healing["kl"][kind] == pytest.approx(found["kl"], rel=1e-4)
-            assert healed.healing["top1_agreement"][kind] == pytest.approx(found["top1_agreement"], abs=0.01)
+            assert healed.healing["kl"][kind] == pytest.approx(found.kl, rel=1e-4)
+            assert healed.healing["top1_agreement"][kind] == pytest.approx(found.top1_agreement, abs=0.01)
     costs = healed.report["perplexity"]
     assert (costs["before"], costs["after"]) == (perplexity["original"], perplexity["healed"])
     assert healed.report["kl"] == healed.healing["kl"]["healed"]

@@ -30,12 +30,13 @@ def short_report():
 
 def evaluation(tokens=20_000, interval=(1.01, 1.03), first=ORIGINAL, second=MINE, text=page_folders.SHA):
     protocol = {**page_folders._protocol(), "scored_tokens": tokens, "text_sha256": text}
-    paired = {"against": "./original", "ratio": 1.02, "windows": 40} | ({"ratio_95": interval} if interval else {})
-    rows = [
-        {"checkpoint": "./original", "fingerprint": first, "perplexity": 20.0, "protocol": protocol},
-        {"checkpoint": "./mine", "fingerprint": second, "perplexity": 20.4, "protocol": protocol, "paired": paired},
-    ]
-    return {"qectomy": "0.1.0", "results": rows}
+    found = page_folders.full_evaluation()
+    original, mine = found["results"]
+    original |= {"checkpoint": "./original", "fingerprint": first, "perplexity": 20.0, "protocol": protocol}
+    mine |= {"checkpoint": "./mine", "fingerprint": second, "perplexity": 20.4, "protocol": protocol}
+    mine["overlap"] = protocol["overlap"]
+    mine["paired"] |= {"against": "./original", "ratio": 1.02, "ratio_95": interval, "windows": 40}
+    return found
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 import pytest
 
+from qectomy.record.evaluation import Harness
 from qectomy.report.harness_table import show_harness
 from qectomy.report.tables import console
 
 SETTINGS = dict(limit=None, num_fewshot=None, max_length=2048, dtype=["float32", "bfloat16"], truncated=[0, 0])
+SETTINGS |= dict(batch_size=8, device="cpu", bootstrap_iters=1000, seeds={"torch": 0}, seconds=[1.0, 2.0])
 
 
 def row(task, metric, values, *, group=None, better=True, filter_name="none"):
@@ -30,7 +32,9 @@ def printed(monkeypatch, capsys):
     monkeypatch.setattr(console, "_height", 50)
 
     def show(tasks, **settings):
-        show_harness({"version": "0.4.13", "tasks": tasks, "settings": {**SETTINGS, **settings}})
+        show_harness(
+            Harness.model_validate({"version": "0.4.13", "tasks": tasks, "settings": {**SETTINGS, **settings}})
+        )
         return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
 
     return show

@@ -12,9 +12,8 @@ import pytest
 from markupsafe import Markup, escape
 
 from qectomy import __version__
-from qectomy.errors import CONTROLS, clean
+from qectomy.errors import CONTROLS, ReportError, clean
 from qectomy.report.page import charts
-from qectomy.report.page.checked import ReportError
 from qectomy.report.page.page import page
 from qectomy.report.page.reading import Point, read_folder
 from qectomy.report.page.verdict import verdict
@@ -254,7 +253,7 @@ def test_numbers_of_each_part(full):
     perplexity = section(html, "perplexity").words
     assert "fitted 26.158 – 1.0655 [1.0581, 1.0732]" in perplexity
     assert "healed 25.200 [23.60, 27.00] 1.0264 [1.0191, 1.0334]" in perplexity
-    assert "32,704 scored tokens of handbook.txt (sha256 e6e052066a829994), in windows of 512 tokens" in perplexity
+    assert "32,704 scored tokens of handbook.txt (sha256 e6e052066a829994); windows of 512 tokens" in perplexity
 
 
 def test_every_hash_and_command_is_there_whole(full):
@@ -445,7 +444,7 @@ def _infect(value, evil):
         return {key: _infect(item, evil) for key, item in value.items()}
     if isinstance(value, list):
         return [_infect(item, evil) for item in value]
-    return evil if isinstance(value, str) and value not in ("exact", "healed") else value
+    return evil if isinstance(value, str) and value not in ("exact", "evaluation", "bench") else value
 
 
 def _comparison_of(text, root):

@@ -3,17 +3,21 @@
 import json
 import os
 from contextlib import suppress
+from pathlib import Path
 
 import page_folders
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qectomy.errors import CONTROLS, clean
-from qectomy.report.page.checked import ReportError, WrongField
+from qectomy.errors import CONTROLS, ReportError, clean
+from qectomy.record.base import checked
+from qectomy.record.bench import Bench
+from qectomy.record.evaluation import Evaluation
+from qectomy.report.page.checked import WrongField
 from qectomy.report.page.page import page
 from qectomy.report.page.reading import read_folder, read_folders, read_points
-from qectomy.report.page.shapes import BENCH, EVALUATION, REDUCED
+from qectomy.report.page.shapes import REDUCED
 
 
 @pytest.fixture
@@ -152,13 +156,15 @@ def _replaced(value, place, other):
 @given(st.integers(1, 400), JSON)
 def test_whatever_stands_anywhere_is_shown_or_refused(place, other):
     for kind, content in (
-        (REDUCED, page_folders.healed_report()),
-        (EVALUATION, page_folders.full_evaluation()),
-        (BENCH, page_folders.full_bench()),
+        (Evaluation, page_folders.full_evaluation()),
+        (Bench, page_folders.full_bench()),
     ):
         damaged, _ = _replaced(content, place, other)
-        with suppress(WrongField):
-            kind(damaged, "")
+        with suppress(ReportError):
+            checked(damaged, kind, Path("x"))
+    damaged, _ = _replaced(page_folders.healed_report(), place, other)
+    with suppress(WrongField):
+        REDUCED(damaged, "")
 
 
 SMALL = {name: value for name, value in page_folders.healed_report().items() if name not in ("layers", "token_sample")}

@@ -2,11 +2,13 @@
 
 import pytest
 from conversions import convert_tiny
+from page_folders import full_evaluation
 from tiny_models import save_variant
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.sizes import totals
 from qectomy.models.query_maps import parse_recipe
+from qectomy.record.evaluation import Evaluated
 from qectomy.report import tables
 from qectomy.report.evaluation_table import show_evaluations
 from qectomy.report.inspection_table import show_inspection
@@ -18,18 +20,6 @@ NEEDS = dict(
     disk_bytes=3_400_000,
     seconds=150.0,
     stages={"start": 3.0, "fitting": 90.0, "forward": 45.0, "reload": 12.0},
-)
-PROTOCOL = dict(
-    text="[red]text[/]",
-    text_sha256="0" * 64,
-    scored_tokens=1234,
-    context=32,
-    stride=32,
-    bos="none",
-    dtype="float32",
-    windows=38,
-    in_words="windows of 32 tokens",
-    tail="the rest is left out",
 )
 
 
@@ -136,11 +126,12 @@ def test_a_conversion(tiny_checkpoint, raven, tmp_path, printed):
 def test_evaluations_show_names_as_they_are(compared, printed):
     """rich reads square brackets as markup; [/nope] alone would be an error."""
     names = ["plain", "[red]x[/]", "[/nope]", "[bold]", ":bird:", "\\[x]"]
-    numbers = dict(perplexity=12.34567, bits_per_byte=0.98765, word_perplexity=None, tokens_per_second=1.0)
-    numbers |= dict(perplexity_95=[12.0, 13.0], protocol=PROTOCOL)
+    numbers = full_evaluation()["results"][0] | dict(perplexity=12.34567, bits_per_byte=0.98765)
+    numbers |= dict(tokens_per_second=1.0, perplexity_95=[12.0, 13.0])
+    numbers["protocol"] |= dict(text="[red]text[/]", text_sha256="0" * 64, scored_tokens=1234)
     if compared:
         numbers |= dict(kl=0.0123, top1_agreement=0.875)
-    show_evaluations([dict(checkpoint=name, **numbers) for name in names])
+    show_evaluations([Evaluated.model_validate(numbers | dict(checkpoint=name)) for name in names])
     text = printed()
     for name in names:
         assert name in text

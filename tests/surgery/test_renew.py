@@ -17,6 +17,7 @@ from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.config_files import has_model_code, model_code
 from qectomy.checkpoint.file_identity import fingerprint
 from qectomy.errors import CheckpointError, OutputError
+from qectomy.record.bench import BenchModel
 from qectomy.report.page.reading import read_folder
 from qectomy.surgery import renew as module
 from qectomy.surgery.renew import has_old_code, renew
@@ -152,10 +153,10 @@ def test_code_that_the_config_seeks_elsewhere_is_sought_beside_the_weights(old):
     }
     assert fingerprint(folder) != known
     assert json.loads((folder / "qectomy.json").read_text())["renewed"]["fingerprints"] == [known]
-    found = read_folder(folder)
-    assert found.owns([{"fingerprint": known}])  # an evaluation.json from before stays this folder's
-    assert found.owns([{"fingerprint": fingerprint(folder)}])
-    assert not found.owns([{"fingerprint": "f" * 32}])
+    found, row = read_folder(folder), BenchModel.model_construct
+    assert found.owns([row(fingerprint=known)])  # an evaluation.json from before stays this folder's
+    assert found.owns([row(fingerprint=fingerprint(folder))])
+    assert not found.owns([row(fingerprint="f" * 32)])
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from qectomy.conversion.stopwatch import Stopwatch
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.samples import MOST_BYTES, NEW_TOKENS, PROMPTS
 from qectomy.models.query_maps import QueryMapSpec
+from qectomy.record.texts import TextProtocol
 from qectomy.runs.input_hashes import FileWatch
 from qectomy.runs.run_dir import RunDir
 from qectomy.text.windows import Windows
@@ -82,7 +83,7 @@ def try_out(source: Checkpoint, work: Work, settings: ConvertSettings, fitted: i
     tokens = torch.randint(source.dims.vocab_size, (fitted + held, work.context), generator=generator)
     texts = (
         Windows(tokens[:fitted], False, []),
-        ScoringWindows(tokens[fitted:], torch.ones(held).long(), {"scored_bytes": 1}),
+        ScoringWindows(tokens[fitted:], torch.ones(held).long(), TextProtocol.model_construct(scored_bytes=1)),
     )
     refine = RefineSettings(steps=RefineSettings().steps_for(work.fitted * work.context))
     runner, watch, marks = LayerRunner(cut, tuple(maps), work.context, settings.device), Stopwatch(), list[Seconds]()

@@ -1,8 +1,10 @@
 """The sections on sizes, speed, time and provenance."""
 
+from collections.abc import Callable
 from typing import Any
 
 from qectomy.models.query_maps import ranges
+from qectomy.record.bench import BenchModel, Decode, Prefill, Spread
 from qectomy.report.page import numbers
 from qectomy.report.page.blocks import Block, Cell, Chart, Command, Facts, Prose, Section, Table
 from qectomy.report.page.charts import removed_chart, singular_chart
@@ -117,72 +119,58 @@ def singular_section(folder: Folder, key: str) -> Section | None:
 def bench_section(folder: Folder, key: str) -> Section | None:
     """What inference costs: loading, memory, prefill and decoding of each model, and the ratios."""
     bench = folder.bench
-    if not bench.get("models"):
+    if bench is None:
         return None
-    models = bench["models"]
-    if not folder.owns(models):
+    if not folder.owns(bench.models):
         return Section(key=f"{key}-bench", title="Inference", blocks=[Prose(text=FOREIGN.format(file="bench.json"))])
-    rows = _size_rows(models, bench.get("ratios", {}).get("load"))
-    for name, words in (("prefill", "Prefill"), ("decode", "Decode")):
-        ratios = {row.get("batch"): row for row in bench.get("ratios", {}).get(name, [])}
-        for place, first in enumerate(models[0].get(name, [])):
-            cells = [_at(model, name, place) for model in models]
-            ratio = ratios.get(first.get("batch"), {})
-            label = f"{words}, batch {first.get('batch', numbers.DASH)}, tokens/s"
-            label += f", prompts of {first['tokens']:,}" if "tokens" in first else ""
-            limit = _two(ratio.get("byte_limit"))
-            speeds = (_spread(cell.get("tokens_per_second"), numbers.short) for cell in cells)
-            rows.append((label, *speeds, _spread(ratio.get("ratio"), _two), limit))
-    told = [f"{bench[name]}" for name in ("device", "dtype") if name in bench]
-    told += [f"{bench['threads']} thread{'s' * (bench['threads'] != 1)}"] if "threads" in bench else []
+    a, b = bench.models
+    rows = _size_rows(a, b, bench.ratios.load)
+    for one, other, filling in zip(a.prefill, b.prefill, bench.ratios.prefill, strict=False):
+        label = f"Prefill, batch {one.batch}, tokens/s, prompts of {one.tokens:,}"
+        rows.append((label, *_speeds(one, other), _spread(filling.ratio, _two), numbers.DASH))
+    for step, their_step, ratio in zip(a.decode, b.decode, bench.ratios.decode, strict=False):
+        label = f"Decode, batch {step.batch}, tokens/s"
+        rows.append((label, *_speeds(step, their_step), _spread(ratio.ratio, _two), _two(ratio.byte_limit)))
     table = Table(
-        caption=f"Measured by qectomy bench{': ' if told else ''}{', '.join(told)}",
-        columns=("", *(model["checkpoint"] for model in models), "ratio", "bytes allow"),
+        caption=f"Measured by qectomy bench: {bench.device}, {bench.dtype}, {bench.threads} thread"
+        f"{'s' * (bench.threads != 1)}",
+        columns=("", a.checkpoint, b.checkpoint, "ratio", "bytes allow"),
         rows=rows,
         note="Median [low, high] of the repetitions. Ratio: the original’s cost over the reduced one’s, so that above "
         "1 favours the reduced; where its interval holds 1 the two cannot be told apart. Bytes allow: the ratio if "
         "only the weights’ bytes, which every decoded token reads, took time.",
     )
-    blocks: list[Block] = [table]
-    if "command" in bench:
-        blocks.append(Command(label="Measure it again", text=bench["command"]))
+    blocks = (table, Command(label="Measure it again", text=bench.command))
     return Section(key=f"{key}-bench", title="Inference", blocks=blocks)
 
 
-def _size_rows(models: list[dict[str, Any]], load: dict[str, Any] | None) -> list[tuple[str, ...]]:
-    rows = []
-    for name, words, write in (
-        ("parameters", "Parameters", numbers.whole),
-        ("bytes", "Weights", numbers.bytes_),
-        ("peak_memory_bytes", "Peak memory", numbers.bytes_),
-        ("kv_cache_bytes_per_token", "Key/value cache a token", numbers.bytes_),
+def _size_rows(a: BenchModel, b: BenchModel, load: Spread | None) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for words, ours, theirs, write in (
+        ("Parameters", a.parameters, b.parameters, numbers.whole),
+        ("Weights", a.bytes, b.bytes, numbers.bytes_),
+        ("Peak memory", a.peak_memory_bytes, b.peak_memory_bytes, numbers.bytes_),
+        ("Key/value cache a token", a.kv_cache_bytes_per_token, b.kv_cache_bytes_per_token, numbers.bytes_),
     ):
-        values = [model.get(name) for model in models]
-        if any(value is not None for value in values):
-            share = numbers.DASH
-            if len(values) == 2 and values[1] and values[0] is not None:
-                share = numbers.ratio(values[0] / values[1])
-            rows.append((words, *map(write, values), share, ""))
-    if any("load_seconds" in model for model in models):
-        cells = [_spread(model.get("load_seconds"), numbers.seconds) for model in models]
+        if ours is not None or theirs is not None:
+            share = numbers.ratio(ours / theirs) if ours is not None and theirs else numbers.DASH
+            rows.append((words, write(ours), write(theirs), share, ""))
+    if a.load_seconds or b.load_seconds:
+        cells = (_spread(model.load_seconds, numbers.seconds) for model in (a, b))
         rows.append(("Load", *cells, _spread(load, _two), ""))
     return rows
+
+
+def _speeds(*rows: Prefill | Decode) -> list[str]:
+    return [_spread(row.tokens_per_second, numbers.short) for row in rows]
 
 
 def _two(value: float | int | None) -> str:
     return numbers.plain(value, 2)
 
 
-def _at(model: dict[str, Any], name: str, place: int) -> dict[str, Any]:
-    found = model.get(name, [])
-    return found[place] if place < len(found) else {}
-
-
-def _spread(found: dict[str, float] | None, write: Any) -> str:
-    if found is None:
-        return numbers.DASH
-    spread = f" [{write(found['low'])}, {write(found['high'])}]" if {"low", "high"} <= found.keys() else ""
-    return write(found["median"]) + spread
+def _spread(found: Spread | None, write: Callable[[float], str]) -> str:
+    return numbers.DASH if found is None else f"{write(found.median)} [{write(found.low)}, {write(found.high)}]"
 
 
 def timing_section(folder: Folder, key: str) -> Section | None:

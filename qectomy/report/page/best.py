@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from qectomy.record.scores import Perplexity
 from qectomy.report.page.reading import Folder
 from qectomy.report.text_words import text_doubt
 
@@ -28,20 +29,19 @@ def best_report(folder: Folder) -> dict[str, Any]:
 
 def saved_measurement(folder: Folder) -> dict[str, Any] | None:
     """Return what evaluation.json says of this checkpoint beside its original, both known by their files; else None."""
-    rows = folder.evaluation.get("results", [])
-    original = folder.report.get("source", {}).get("fingerprint")
-    mine = next((row for row in rows if "paired" in row and row.get("fingerprint") in folder.fingerprints), None)
-    if mine is None or original is None or rows[0].get("fingerprint") != original or "ratio" not in mine["paired"]:
+    rows = folder.results
+    mine = next((row for row in rows if row.paired and row.fingerprint in folder.fingerprints), None)
+    if mine is None or mine.paired is None or rows[0].fingerprint != folder.report.get("source", {}).get("fingerprint"):
         return None
-    paired = {name: value for name, value in mine["paired"].items() if name != "against"}
-    bounds = {
-        f"{when}_95": row["perplexity_95"]
-        for when, row in (("before", rows[0]), ("after", mine))
-        if "perplexity_95" in row
-    }
-    values = {"before": rows[0]["perplexity"], "after": mine["perplexity"]}
-    protocol = mine.get("protocol", {}) | {name: mine[name] for name in ("overlap",) if name in mine}
-    return {**values, **paired, **bounds, "protocol": protocol, "file": SAVED}
+    found = Perplexity(
+        before=rows[0].perplexity,
+        before_95=rows[0].perplexity_95,
+        after=mine.perplexity,
+        after_95=mine.perplexity_95,
+        protocol=mine.protocol.model_copy(update={"overlap": mine.overlap}),
+        **mine.paired.model_dump(exclude={"against"}),
+    )
+    return {**found.model_dump(exclude_none=True), "file": SAVED}
 
 
 def _worth(report: dict[str, Any], perplexity: dict[str, Any]) -> tuple[Any, ...]:

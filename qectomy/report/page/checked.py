@@ -7,13 +7,9 @@ and a field that nobody knows is dropped: files of older and newer versions are 
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from qectomy.errors import QectomyError, clean, shown
+from qectomy.errors import clean, shown
 
 Kind = Callable[[Any, str], Any]
-
-
-class ReportError(QectomyError):
-    """A folder or file that no page can be made of, or a page that cannot be written."""
 
 
 class WrongField(Exception):

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from qectomy.record.evaluation import Task, TaskValue
 from qectomy.report.page import numbers
 from qectomy.report.page.blocks import Block, Cell, Chart, Facts, Section, Table
 from qectomy.report.page.charts import healing_chart
@@ -61,26 +62,24 @@ def _steps(healing: dict[str, Any]) -> str:
 
 def task_section(folder: Folder, key: str) -> Section | None:
     """The tasks of lm-eval, the difference marked where it is beyond two standard errors."""
-    found = folder.evaluation.get("lm_eval", {})
-    tasks = [task for task in found.get("tasks", []) if task["values"]]
-    if not tasks:
+    found = folder.evaluation.lm_eval if folder.evaluation else None
+    if not found or not found.tasks:
         return None
-    names = list(dict.fromkeys(value["checkpoint"] for task in tasks for value in task["values"]))
+    names = list(dict.fromkeys(value.checkpoint for task in found.tasks for value in task.values))
     columns = ["task", "n", names[0]]
     for name in names[1:]:
         columns += [name, "difference"]
     rows = []
-    for task in tasks:
-        values = {value["checkpoint"]: value for value in task["values"]}
-        first = values.get(names[0], {})
-        metric = task["metric"] + (f", {task['filter']}" if task.get("filter", "none") != "none" else "")
-        row: list[str | Cell] = [f"{task['task']} ({metric})", numbers.whole(task.get("n")), _with_error(first)]
+    for task in found.tasks:
+        values = {value.checkpoint: value for value in task.values}
+        first = values.get(names[0])
+        metric = task.metric + (f", {task.filter}" if task.filter != "none" else "")
+        row: list[str | Cell] = [f"{task.task} ({metric})", numbers.whole(task.n), _with_error(first)]
         for name in names[1:]:
-            row += [_with_error(values.get(name, {})), _difference(first, values.get(name, {}), task)]
+            row += [_with_error(values.get(name)), _difference(first, values.get(name), task)]
         rows.append(row)
-    version = f" {found['version']}" if "version" in found else ""
     table = Table(
-        caption=f"Tasks of lm-evaluation-harness{version}, value ± standard error",
+        caption=f"Tasks of lm-evaluation-harness {found.version}, value ± standard error",
         columns=columns,
         rows=rows,
         note="▼ worse, ▲ better: the difference is beyond two of its standard errors, √(s₁² + s₂²). Both models answer "
@@ -89,20 +88,20 @@ def task_section(folder: Folder, key: str) -> Section | None:
     return Section(key=f"{key}-tasks", title="Tasks", blocks=(table,))
 
 
-def _with_error(value: dict[str, Any]) -> str:
-    error = f" ± {numbers.plain(value['stderr'], 4)}" if "stderr" in value else ""
-    return numbers.plain(value.get("value"), 4) + error
+def _with_error(found: TaskValue | None) -> str:
+    if found is None:
+        return numbers.DASH
+    error = f" ± {numbers.plain(found.stderr, 4)}" if found.stderr is not None else ""
+    return numbers.plain(found.value, 4) + error
 
 
-def _difference(first: dict[str, Any], other: dict[str, Any], task: dict[str, Any]) -> Cell:
+def _difference(first: TaskValue | None, other: TaskValue | None, task: Task) -> Cell:
     """The difference of two values; marked where it is more than two standard errors."""
-    if "value" not in first or "value" not in other:
+    if first is None or other is None:
         return Cell(text=numbers.DASH)
-    gap = other["value"] - first["value"]
+    gap = other.value - first.value
     text = numbers.signed(gap, 4)
-    if "stderr" not in first or "stderr" not in other:
+    if first.stderr is None or other.stderr is None or abs(gap) <= 2 * math.hypot(first.stderr, other.stderr):
         return Cell(text=text)
-    if abs(gap) <= 2 * math.hypot(first["stderr"], other["stderr"]):
-        return Cell(text=text)
-    better = (gap > 0) == task.get("higher_is_better", True)
+    better = (gap > 0) == (task.higher_is_better is not False)
     return Cell(text=f"{'▲' if better else '▼'} {text}", mark="better" if better else "worse")

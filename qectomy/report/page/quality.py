@@ -1,9 +1,11 @@
 """The sections on what the model lost on average: perplexity, loss by position, error by layer."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from qectomy.models.query_maps import ranges
+from qectomy.record.evaluation import Evaluated
 from qectomy.report.moved_words import moved_meaning, moved_table
 from qectomy.report.page import numbers
 from qectomy.report.page.best import SAVED, best_report
@@ -25,10 +27,10 @@ def perplexity_section(folder: Folder, key: str) -> Section | None:
     found = report.get("perplexity")
     if found:
         blocks += _perplexity(report, found, key)
-    if folder.evaluation.get("results") and not folder.owns(folder.evaluation["results"]):
+    if folder.results and not folder.owns(folder.results):
         blocks.append(Prose(text=FOREIGN.format(file="evaluation.json")))
-    elif folder.evaluation.get("results"):
-        blocks += _evaluation(folder.evaluation["results"], found.get("protocol", {}) if found else {})
+    elif folder.results:
+        blocks += _evaluation(folder.results, found.get("protocol", {}) if found else {})
         if best_report(folder).get("perplexity", {}).get("file") == SAVED:
             blocks.append(Prose(text="The verdict goes by this measurement, the best there is."))
     return Section(key=f"{key}-perplexity", title="Perplexity", blocks=blocks) if blocks else None
@@ -117,27 +119,25 @@ def protocol_words(protocol: dict[str, Any], report: dict[str, Any]) -> str:
     return words + ". Perplexity on other text differs."
 
 
-def _evaluation(results: list[dict[str, Any]], known: dict[str, Any]) -> list[Block]:
-    rows = []
-    for result in results:
-        paired = result.get("paired", {})
-        rows.append(
-            (
-                result["checkpoint"],
-                numbers.plain(result["perplexity"]),
-                numbers.between(result.get("perplexity_95")),
-                numbers.ratio(paired.get("ratio")),
-                numbers.between(paired.get("ratio_95"), "ratio"),
-                numbers.plain(result.get("bits_per_byte"), 4),
-                numbers.short(result.get("kl")),
-                numbers.percent(result.get("top1_agreement"), 2),
-            )
+def _evaluation(results: Sequence[Evaluated], known: dict[str, Any]) -> list[Block]:
+    rows = [
+        (
+            result.checkpoint,
+            numbers.plain(result.perplexity),
+            numbers.between(result.perplexity_95),
+            numbers.ratio(result.paired.ratio if result.paired else None),
+            numbers.between(result.paired.ratio_95 if result.paired else None, "ratio"),
+            numbers.plain(result.bits_per_byte, 4),
+            numbers.short(result.kl),
+            numbers.percent(result.top1_agreement, 2),
         )
+        for result in results
+    ]
     columns = ("checkpoint", "perplexity", "95 %", "ratio", "95 %", "bits/byte", "KL", "same top token")
     table = Table(caption="Measured again by qectomy eval", columns=columns, rows=rows)
-    protocol = results[0].get("protocol", {})
-    same = protocol and all(protocol.get(name) == known.get(name) for name in SAME_MEASURE)
-    told = [(row["checkpoint"], text_doubt({}, row)) for row in results if "overlap" in row]
+    protocol = results[0].protocol.as_dict()
+    same = all(protocol.get(name) == known.get(name) for name in SAME_MEASURE)
+    told = [(row.checkpoint, text_doubt({}, {"overlap": row.overlap.as_dict()})) for row in results if row.overlap]
     doubts = [Prose(text=f"{name}: {doubt[1]}.") for name, doubt in told if doubt]
     return [table, Prose(text="By the protocol above." if same else protocol_words(protocol, {})), *doubts]
 

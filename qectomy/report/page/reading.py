@@ -10,9 +10,12 @@ from typing import Any
 from qectomy.checkpoint.checkpoint import sha256
 from qectomy.checkpoint.file_identity import fingerprint
 from qectomy.checkpoint.headers import MAX_JSON_BYTES, parse_json, read_regular
-from qectomy.errors import clean
-from qectomy.report.page.checked import Kind, ReportError, WrongField
-from qectomy.report.page.shapes import BENCH, CURVE_ROW, EVALUATION, POINTS, REDUCED
+from qectomy.errors import ReportError, clean
+from qectomy.record.base import AnyRecord, read_record
+from qectomy.record.bench import Bench, BenchModel
+from qectomy.record.evaluation import Evaluated, Evaluation
+from qectomy.report.page.checked import Kind, WrongField
+from qectomy.report.page.shapes import CURVE_ROW, POINTS, REDUCED
 from qectomy.report.page.stored import LayerSizes, stored_layers
 
 
@@ -22,16 +25,20 @@ class Folder:
 
     name: str
     report: dict[str, Any]  # qectomy.json
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    bench: dict[str, Any] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+    bench: Bench | None = None
     curve: list[dict[str, Any]] = field(default_factory=list)  # of its healing
     layers: list[LayerSizes] = field(default_factory=list)  # by the headers of its weights
     fingerprint: str = ""  # of its files, by which results are known to be its own
 
-    def owns(self, rows: list[dict[str, Any]]) -> bool:
-        """Whether results, one a checkpoint, are of this one too, as far as they say whose they are."""
-        said = {row["fingerprint"] for row in rows if "fingerprint" in row}
-        return not said or not self.fingerprint or not said.isdisjoint(self.fingerprints)
+    @property
+    def results(self) -> Sequence[Evaluated]:
+        """What evaluation.json says of checkpoints on a text."""
+        return (self.evaluation and self.evaluation.results) or ()
+
+    def owns(self, rows: Sequence[Evaluated | BenchModel]) -> bool:
+        """Whether results, one a checkpoint, are of this one too, as far as its own files are there to say."""
+        return not self.fingerprint or not self.fingerprints.isdisjoint(row.fingerprint for row in rows)
 
     @property
     def fingerprints(self) -> set[str]:
@@ -68,8 +75,8 @@ def read_folder(path: Path, name: str | None = None) -> Folder:
     return Folder(
         name=clean(name or path.resolve().name or str(path)),
         report=report,
-        evaluation=_optional(path / "evaluation.json", EVALUATION),
-        bench=_optional(path / "bench.json", BENCH),
+        evaluation=_optional(path / "evaluation.json", Evaluation),
+        bench=_optional(path / "bench.json", Bench),
         curve=curve,
         layers=stored_layers(path),
         fingerprint=_fingerprint(path),
@@ -145,8 +152,8 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _optional(path: Path, kind: Kind) -> dict[str, Any]:
-    return read_json(path, kind) if path.exists() else {}
+def _optional(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
+    return read_record(path, kind) if path.exists() else None
 
 
 def _number(text: str) -> Any:

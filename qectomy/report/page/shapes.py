@@ -1,4 +1,4 @@
-"""What the page reads of qectomy.json, evaluation.json, bench.json, healing.csv and a file of other points."""
+"""What the page reads of qectomy.json, healing.csv and a file of other points."""
 
 from typing import Any
 
@@ -208,109 +208,6 @@ REDUCED = record(
         "renewed": record({"qectomy": string, "created": string, "fingerprints": listed(string)}),
     },
     required=("qectomy", "layers", "parameters", "bytes"),
-)
-EVALUATION = record(
-    {
-        "qectomy": string,
-        "created": string,
-        "command": string,
-        "results": listed(
-            record(
-                {
-                    "checkpoint": string,
-                    "fingerprint": string,
-                    "perplexity": positive,
-                    "perplexity_95": interval,
-                    "bits_per_byte": number,
-                    "word_perplexity": positive,
-                    "per_position": _positions("nll"),
-                    "tokens_per_second": amount,
-                    "protocol": PROTOCOL,
-                    "overlap": OVERLAP,
-                    "kl": number,
-                    "top1_agreement": share,
-                    "paired": record(
-                        {
-                            "against": string,
-                            "ratio": positive,
-                            "ratio_95": interval,
-                            "difference": number,
-                            "difference_95": interval,
-                            "windows": count,
-                        }
-                    ),
-                },
-                required=("checkpoint", "perplexity"),
-            )
-        ),
-        "lm_eval": record(
-            {
-                "version": string,
-                "tasks": listed(
-                    record(
-                        {
-                            "task": string,
-                            "metric": string,
-                            "filter": string,
-                            "higher_is_better": flag,
-                            "n": count,
-                            "values": listed(
-                                record({"checkpoint": string, "value": number, "stderr": amount}, ("checkpoint",))
-                            ),
-                        },
-                        required=("task", "metric", "values"),
-                    )
-                ),
-                "settings": mapping(lambda value, where: value),
-            }
-        ),
-    }
-)
-SPREAD = record({"median": number, "low": number, "high": number}, required=("median",))
-BENCH = record(
-    {
-        "qectomy": string,
-        "created": string,
-        "command": string,
-        "device": string,
-        "dtype": string,
-        "threads": count,
-        "models": listed(
-            record(
-                {
-                    "checkpoint": string,
-                    "fingerprint": string,
-                    "parameters": amount,
-                    "bytes": amount,
-                    "load_seconds": SPREAD,
-                    "peak_memory_bytes": amount,
-                    "kv_cache_bytes_per_token": amount,
-                    "prefill": listed(record({"batch": count, "tokens": count, "tokens_per_second": SPREAD})),
-                    "decode": listed(
-                        record(
-                            {
-                                "batch": count,
-                                "tokens_per_second": SPREAD,
-                                "bytes_read_per_token": amount,
-                                "limit_ratio": number,
-                            }
-                        )
-                    ),
-                },
-                required=("checkpoint",),
-            )
-        ),
-        "ratios": record(
-            {
-                "prefill": listed(record({"batch": count, "ratio": SPREAD})),
-                "decode": listed(
-                    record({"batch": count, "ratio": SPREAD, "byte_limit": number, "share_of_limit": number})
-                ),
-                "load": SPREAD,
-            }
-        ),
-    },
-    required=("models",),
 )
 POINTS = listed(
     record(

@@ -108,8 +108,7 @@ def checks(folder: Folder) -> list[Check]:
     """Return what speaks for and against the numbers of a report, those in doubt first."""
     report = best_report(folder)
     found = [*_measure_checks(report), *_fit_checks(report), *_file_checks(report)]
-    evaluated = folder.evaluation.get("results", [])
-    if len(evaluated) > 1 and folder.owns(evaluated) and report.get("method") != "exact":
+    if len(folder.results) > 1 and folder.owns(folder.results) and report.get("method") != "exact":
         found += [] if saved_measurement(folder) else [Check(holds=None, text=NOT_ITS_ORIGINAL)]
     return sorted(found, key=lambda check: {False: 0, None: 1, True: 2}[check.holds])
 

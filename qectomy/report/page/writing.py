@@ -3,8 +3,7 @@
 import os
 from pathlib import Path
 
-from qectomy.errors import note
-from qectomy.report.page.checked import ReportError
+from qectomy.errors import ReportError, note
 from qectomy.report.page.page import page
 from qectomy.report.page.reading import read_folder
 from qectomy.report.saved import write_whole
