@@ -11,7 +11,6 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +22,7 @@ from qectomy.conversion.layerwise import Progress
 from qectomy.conversion.settings import ConvertSettings, default_context
 from qectomy.errors import QectomyError
 from qectomy.models.query_maps import parse_exact, parse_recipe
+from qectomy.record.reduced import Exact, Fitted
 from qectomy.report.query_share import query_share
 from qectomy.runs.output import check_absent
 from qectomy.text.text import read_source
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     if options.replace:
         shutil.rmtree(options.out, ignore_errors=True)
     check_absent(options.out)
-    reports: dict[str, dict[str, Any]] = {}
+    reports: dict[str, Fitted | Exact] = {}
     try:
         for name, whole in kept.items():
             settings = ConvertSettings(
@@ -71,7 +71,9 @@ def run(options: argparse.Namespace) -> None:
             )
             out = options.out / name.replace(":", "-")
             if whole is None:
-                reports[name] = convert(source, out, recipes[name], settings, progress(name))
+                fitted = convert(source, out, recipes[name], settings, progress(name))
+                assert fitted is not None, "one process"
+                reports[name] = fitted
             else:
                 reports[name] = convert_exact(source, out, settings, whole, progress(name))
     finally:
@@ -79,28 +81,28 @@ def run(options: argparse.Namespace) -> None:
             show(source, reports, options.out)
 
 
-def show(source: Checkpoint, reports: dict[str, dict[str, Any]], out: Path) -> None:
+def show(source: Checkpoint, reports: dict[str, Fitted | Exact], out: Path) -> None:
     """Print the table, what was measured and where everything lies."""
     table = Table("query map", "parameters", "W_Q removed", "perplexity", "ratio", "seconds")
     first = next(iter(reports.values()))
-    table.add_row(
-        "(original)", f"{first['parameters']['before']:,}", "", f"{first['perplexity']['before']:.3f}", "1", ""
-    )
+    measured = first.perplexity
+    assert measured is not None, "each is given a text"
+    table.add_row("(original)", f"{first.parameters.before:,}", "", f"{measured.before:.3f}", "1", "")
     for name, report in reports.items():
         queries = query_share(report)
         table.add_row(
             name,
-            f"{report['parameters']['after']:,}",
+            f"{report.parameters.after:,}",
             f"{queries.removed:.1%}" if queries else "",
-            f"{report['perplexity']['after']:.3f}",
-            f"{report['perplexity']['ratio']:.3f}",
-            f"{report['seconds']['total']:.0f}",
+            f"{report.perplexity.after:.3f}" if report.perplexity else "",
+            f"{report.perplexity.ratio:.3f}" if report.perplexity else "",
+            f"{report.seconds['total']:.0f}",
         )
-    protocol, console = first["perplexity"]["protocol"], Console(highlight=False)
+    protocol, console = measured.protocol, Console(highlight=False)
     console.print(table)
     console.print(
-        f"{source.family.model_type}, {source.dims.n_layers} layers; perplexity on {protocol['scored_tokens']:,} "
-        f"tokens of {protocol['text']},\nwhich is not fitted on, in windows of {protocol['context']}.",
+        f"{source.family.model_type}, {source.dims.n_layers} layers; perplexity on {protocol.scored_tokens:,} "
+        f"tokens of {protocol.text},\nwhich is not fitted on, in windows of {protocol.context}.",
         f"Each reduced checkpoint, its report (qectomy.json) and its model card (README.md):\n{out}/MAP",
         sep="\n",
         markup=False,

@@ -2,10 +2,8 @@
 
 import gc
 import hashlib
-import json
 import math
 import subprocess
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +48,7 @@ def reload_here(patch: pytest.MonkeyPatch) -> None:
             return others(command, **options)
         try:
             return subprocess.CompletedProcess(
-                command, 0, f"{json.dumps(asdict(reload._reload(Path(command[-1]))))}\n", ""
+                command, 0, f"{reload._reload(Path(command[-1])).model_dump_json()}\n", ""
             )
         except (QectomyError, SafetensorError) as error:
             return subprocess.CompletedProcess(command, reload.REFUSED, "", f"{type(error).__name__}: {error}")
@@ -58,7 +56,7 @@ def reload_here(patch: pytest.MonkeyPatch) -> None:
             return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
 
     patch.setattr(reload.subprocess, "run", run)
-    patch.setattr(record, "write_page", lambda folder: None)  # it takes half a second; its own tests draw it
+    patch.setattr(record, "write_page", lambda folder, report: None)  # it takes half a second; its own tests draw it
 
 
 def convert_tiny(
@@ -72,8 +70,8 @@ def convert_tiny(
     progress: Any = None,
     processes: Any = None,
     **settings: Any,
-) -> dict[str, Any]:
-    """Convert with QUICK settings; return the report, or None in all but the first of several processes."""
+) -> Any:
+    """Convert with QUICK settings; return what users read in qectomy.json, None in all but the first process."""
     checkpoint = open_checkpoint(source)
     recipe = tuple(parse_recipe(query, checkpoint.dims))
     with pytest.MonkeyPatch.context() as patch:
@@ -81,7 +79,8 @@ def convert_tiny(
         if not fresh_process:
             reload_here(patch)
         told = ConvertSettings(**{"texts": (str(text),), **QUICK, **settings})
-        return convert(checkpoint, out, recipe, told, progress, resume=resume, clean=clean, processes=processes)
+        report = convert(checkpoint, out, recipe, told, progress, resume=resume, clean=clean, processes=processes)
+        return report.as_dict() if report else None
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -63,7 +63,7 @@ def heal_tiny(
     draw: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Heal with quick settings, without the picture; return the report."""
+    """Heal with quick settings, without the picture; return what users read in qectomy.json."""
     with pytest.MonkeyPatch.context() as patch:
         reload_here(patch)
         if not draw:  # half the time of a run
@@ -72,7 +72,7 @@ def heal_tiny(
             str(pair.reduced), str(pair.original), out, told(text, **settings), resume=resume, progress=progress
         )
     assert report is not None
-    return report
+    return report.as_dict()
 
 
 def trained_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor], steps: int) -> bool:

@@ -62,20 +62,22 @@ def full_report() -> dict[str, Any]:
     edges = [1, 2, 4, 8, 16, 32, 64, 128, 256]
     loss = [3.0 + 2.5 / (i + 1) for i in range(len(edges))]
     return {
-        "qectomy": "0.1.0",
-        "versions": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0"},
-        "created": "2026-11-26T10:36:08+00:00",
+        **MADE,
+        "format": 1,
+        "method": "fitted",
         "command": "qectomy convert ./smollm2 --out ./reduced --text foldoc.txt --eval-text handbook.txt",
         "source": {
             "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "model_type": "llama",
             "dtype": "BF16",
             "sha256": {"config.json": OTHER_SHA, "model.safetensors": SHA[::-1]},
+            "fingerprint": "0" * 32,
         },
         "calibration": {
             "texts": [{"file": "foldoc.txt", "sha256": OTHER_SHA, "tokens": 32768, "first_token": 0}],
             "context": 512,
             "seed": 0,
+            "refit": True,
         },
         "layers": [_layer(index) for index in range(N_LAYERS)],
         "perplexity": {
@@ -83,6 +85,7 @@ def full_report() -> dict[str, Any]:
             "after": 26.158,
             "ratio": 26.158 / 24.551,
             "ratio_95": [1.0581, 1.0732],
+            "difference": 1.607,
             "difference_95": [1.41, 1.83],
             "before_95": [22.9, 26.4],
             "after_95": [24.4, 28.1],
@@ -114,7 +117,12 @@ def full_report() -> dict[str, Any]:
         "forward_pass_seconds": 38.2,
         "peak_memory_bytes": 1240000000,
         "device": "cpu",
-        "reload_check": {"largest_relative_logit_error": 0.0, "peak_memory_bytes": 410000000},
+        "reload_check": {
+            "largest_relative_logit_error": 0.0,
+            "largest_relative_logit_error_cached": 1e-7,
+            "peak_memory_bytes": 410000000,
+        },
+        "tensors_sha256": {"model.norm.weight": SHA},
     }
 
 
@@ -122,26 +130,47 @@ def healed_report() -> dict[str, Any]:
     """The same, healed."""
     report = full_report()
     curve = [
-        {"step": 5 * i, "tokens": 20480 * i, "validation_perplexity": 20.1 + 1.5 * math.exp(-i / 3), "train_loss": 0.07}
+        {
+            "step": 5 * i,
+            "tokens": 20480 * i,
+            "train_loss": 0.07,
+            "validation_loss": 0.06,
+            "validation_kl": 0.06,
+            "validation_perplexity": 20.1 + 1.5 * math.exp(-i / 3),
+        }
         for i in range(11)
     ]
     ratios = {"fitted_ratio": 26.158 / 24.551, "healed_ratio": 25.2 / 24.551}
     report["perplexity"] |= {"after": 25.2, "ratio": ratios["healed_ratio"], "ratio_95": [1.0191, 1.0334]}
     report["perplexity"] |= {"after_95": [23.6, 27.0]}
     report["healing"] = {
+        **MADE,
         "command": "qectomy heal ./reduced --teacher ./smollm2 --out ./healed --text foldoc.txt --tokens 200k",
         "created": "2026-11-26T11:36:08+00:00",
-        "texts": [{"text": "foldoc.txt", "sha256": OTHER_SHA, "tokens": 204800}],
+        "texts": [
+            {
+                "text": "foldoc.txt",
+                "sha256": OTHER_SHA,
+                "left_out": [0, 32768],
+                "validation_tokens": 16384,
+                "tokens": 204800,
+            }
+        ],
         "tokens": 204800,
         "steps": 50,
         "planned_steps": 50,
         "best_step": 50,
         "tokens_a_step": 4096,
-        "settings": {"loss": "kl", "lr": 3e-4, "minutes": None},
+        "trained_parameters": 125667648,
+        "micro_batch": 8,
+        "accumulation": 1,
+        "processes": 1,
+        "budget": {"tokens": 204800, "evaluations": 10, "validation_tokens": 16384},
+        "settings": {"loss": "kl", "lr": 3e-4, "minutes": None, "train": "all"},
         "device": "cpu (x86_64)",
         "fitted_sha256": {"model.safetensors": SHA},
         "teacher_is_source": True,
-        "seconds": {"training": 1201.0},
+        "seconds": {"training": 1201.0, "this_process": 1300.0},
         "validation": {"original_perplexity": 20.0, "curve": curve},
         "perplexity": {
             "original": 24.551,

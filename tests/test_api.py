@@ -146,19 +146,20 @@ def test_convert_verify_and_materialize(cli, quick, tiny_checkpoint, raven, tmp_
     fitted = qectomy.convert(
         model, tmp_path / "fitted", text=[raven], **QUICK, progress=lambda *step: seen.append(step)
     )
-    assert fitted == json.loads((tmp_path / "fitted/qectomy.json").read_text())
-    assert fitted["command"] == (
+    assert fitted.as_dict() == json.loads((tmp_path / "fitted/qectomy.json").read_text())
+    assert fitted.command == (
         f"qectomy.convert({str(model)!r}, {str(tmp_path / 'fitted')!r}, text=[{str(raven)!r}], tokens=320, "
         "context=32, eval_tokens=160)"
     )
-    assert [layer["map"] for layer in fitted["layers"]] == ["key-shared"] * 2
+    assert [layer.map for layer in fitted.layers] == ["key-shared"] * 2
     assert len(seen) > 1
     told = ["--text", raven, "--tokens", "320", "--context", "32", "--eval-tokens", "160", "--json"]
     theirs = cli("convert", model, "--out", tmp_path / "theirs", *told).json()
-    assert (fitted["tensors_sha256"], fitted["perplexity"]) == (theirs["tensors_sha256"], theirs["perplexity"])
+    assert fitted.tensors_sha256 == theirs["tensors_sha256"]
+    assert fitted.as_dict()["perplexity"] == theirs["perplexity"]
 
     exact = qectomy.convert(str(model), str(tmp_path / "exact"), query="exact")
-    assert exact["method"] == "exact"
+    assert exact.method == "exact"
     certificate = qectomy.verify(tmp_path / "exact", model, text=raven, tokens=64, context=32)
     told = ["--against", model, "--text", raven, "--tokens", "64", "--context", "32", "--json"]
     assert same(certificate, cli("verify", tmp_path / "exact", *told).json())
@@ -211,7 +212,7 @@ def test_a_plan_writes_nothing(cli, tiny_checkpoint, tmp_path):  # noqa: F811
     for query in ("select", "exact"):
         told = ["--query", query, "--dry-run", "--no-probe", "--json"]
         ours = qectomy.convert(model, out, query=query, dry_run=True, no_probe=True)
-        assert same(ours, cli("convert", model, "--out", out, *told).json())
+        assert same(ours.as_dict(), cli("convert", model, "--out", out, *told).json())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -220,11 +221,11 @@ def test_heal(quick, tiny_checkpoint, raven, tmp_path):
     qectomy.convert(model, reduced, query="select", text=raven, **QUICK)
     quick_heal = dict(tokens=256, batch_tokens=128, context=32, validation_tokens=160, eval_tokens=160, evaluations=1)
     healed = qectomy.heal(reduced, model, tmp_path / "healed", text=raven, **quick_heal)
-    assert healed == json.loads((tmp_path / "healed/qectomy.json").read_text())
-    assert healed["healing"]["steps"] == 2
-    assert healed["healing"]["command"].startswith(f"qectomy.heal({str(reduced)!r}, {str(model)!r}, ")
+    assert healed.as_dict() == json.loads((tmp_path / "healed/qectomy.json").read_text())
+    assert healed.healing.steps == 2
+    assert healed.healing.command.startswith(f"qectomy.heal({str(reduced)!r}, {str(model)!r}, ")
     one_go = qectomy.convert(model, tmp_path / "both", query="select", text=raven, heal=256, **QUICK)
-    assert one_go["healing"]["settings"]["tokens"] == 256
+    assert one_go.as_dict()["healing"]["settings"]["tokens"] == 256
 
 
 @pytest.mark.parametrize(

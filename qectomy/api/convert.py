@@ -4,7 +4,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from qectomy.api.arguments import begin, check_out, check_texts, name_or_none, names
 from qectomy.api.options import (
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qectomy.checkpoint.checkpoint import Checkpoint
     from qectomy.conversion.settings import ConvertSettings
     from qectomy.models.query_maps import QueryMapSpec
+    from qectomy.record.reduced import Exact, Fitted, FoldPlan, Plan
     from qectomy.runs.run_dir import GoOn
 
 
@@ -83,12 +84,12 @@ def convert(
     clean: Clean = False,
     progress: bool | Progress = False,
     command: str | None = None,
-) -> dict[str, Any]:
+) -> "Fitted | Exact | Plan | FoldPlan | None":
     """Take W_Q out of a checkpoint, write the reduced one to `out` and return its record, which is `out`/qectomy.json.
 
     The options are those of `qectomy convert`, with `dry_run` the plan is returned. `progress`: True for bars on
     stderr, or a function (done, total, note). `command`: what the record says made it; by default this call. Under
-    torchrun every process calls this, and all but the first are returned an empty record. Raises QectomyError.
+    torchrun every process calls this, and all but the first are returned None. Raises QectomyError.
     """
     command = begin(convert, locals())
     texts, held = names(text), name_or_none(eval_text)
@@ -132,13 +133,13 @@ def convert(
                 "with `qectomy heal --train query-key`"
             )
         if (kept := parse_exact(query, source.dims)) is None:
-            return _fit(source, tuple(parse_recipe(query, source.dims)), settings, asked, processes) or {}
+            return _fit(source, tuple(parse_recipe(query, source.dims)), settings, asked, processes)
         if heal is not None:
             raise QectomyError("--query exact loses nothing: there is nothing to heal; leave --heal out")
         if no_refit:
             raise QectomyError("--query exact fits nothing: there is nothing to refit; leave --no-refit out")
         # it fits nothing: there is nothing to share
-        return _exact(source, settings, kept, asked) if processes.is_main else {}
+        return _exact(source, settings, kept, asked) if processes.is_main else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +162,7 @@ def _fit(
     settings: "ConvertSettings",
     asked: _Asked,
     processes: ProcessGroup,
-) -> dict[str, Any] | None:
+) -> "Fitted | Plan | None":
     """Run a conversion with a recipe: its plan, its fit, or that and healing."""
     if asked.dry_run:
         if not processes.is_main:
@@ -225,7 +226,7 @@ def _fit_and_heal(
     settings: "ConvertSettings",
     tokens: int,
     asked: _Asked,
-) -> dict[str, Any]:
+) -> "Fitted":
     """Run a fit and healing: the fitted checkpoint lies in OUT.fitted until the healed one is there."""
     from qectomy.healing.convert_and_heal import convert_and_heal
     from qectomy.healing.settings import HealSettings
@@ -248,13 +249,12 @@ def _fit_and_heal(
         )
 
 
-def _plan(
-    source: "Checkpoint", recipe: "tuple[QueryMapSpec, ...]", settings: "ConvertSettings", probe: bool
-) -> dict[str, Any]:
+def _plan(source: "Checkpoint", recipe: "tuple[QueryMapSpec, ...]", settings: "ConvertSettings", probe: bool) -> "Plan":
     """Return what a conversion would write and need."""
     from qectomy.checkpoint.sizes import totals
     from qectomy.conversion.forecast.forecast import forecast
     from qectomy.conversion.settings import check_context
+    from qectomy.record.reduced import Plan
 
     check_context(source, settings.context)
     settings.check_refit(source, recipe)
@@ -269,10 +269,13 @@ def _plan(
         refit=settings.refit,
         probe=probe,
     )
-    return {"plan": [str(spec) for spec in recipe], **totals(source, recipe, settings.stored_dtype), "needs": needs}
+    totalled = totals(source, recipe, settings.stored_dtype)
+    return Plan(plan=[str(spec) for spec in recipe], **totalled, needs=needs)
 
 
-def _exact(source: "Checkpoint", settings: "ConvertSettings", kept: frozenset[int], asked: _Asked) -> dict[str, Any]:
+def _exact(
+    source: "Checkpoint", settings: "ConvertSettings", kept: frozenset[int], asked: _Asked
+) -> "Exact | FoldPlan":
     """Fold what goes exactly, or return only the plan of it, which reads the weights."""
     from qectomy.conversion.exact import convert_exact, dry_run_exact
 
@@ -282,4 +285,5 @@ def _exact(source: "Checkpoint", settings: "ConvertSettings", kept: frozenset[in
         from qectomy.conversion.forecast.forecast import forecast_exact
 
         plan = dry_run_exact(source, settings, kept, progress)
-        return plan | {"needs": forecast_exact(source, plan["bytes"]["after"], settings.stored_dtype)}
+        plan.needs = forecast_exact(source, plan.bytes.after, settings.stored_dtype)
+        return plan

@@ -3,11 +3,14 @@
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from qectomy.api.arguments import begin, check_out, check_texts, name_or_none, names
 from qectomy.api.options import Argument, Context, Device, Field, Name, Names, Option, ResumeOnly
 from qectomy.progress import Progress, stage
+
+if TYPE_CHECKING:
+    from qectomy.record.reduced import Fitted
 
 
 def heal(
@@ -95,12 +98,12 @@ def heal(
     seed: Annotated[int, Option("Seed of everything random.", min=0, max=2**31 - 1)] = 0,
     progress: bool | Progress = False,
     command: str | None = None,
-) -> dict[str, Any]:
+) -> "Fitted | None":
     """Train a reduced checkpoint to predict what `teacher`, its original, predicts; return the record of `out`.
 
     The options are those of `qectomy heal`; numbers of tokens are whole numbers. `progress`: True for bars on stderr,
     or a function (done, total, note). `command`: what the record says made it; by default this call. Under a launcher
-    every process calls this, and all but the first are returned an empty record. Raises QectomyError.
+    every process calls this, and all but the first are returned None. Raises QectomyError.
     """
     given = {**locals(), "command": begin(heal, locals())}
     texts, held = names(text), name_or_none(eval_text)
@@ -116,5 +119,4 @@ def heal(
     given["context"] = context or default_context(open_checkpoint(reduced, reduced=True))
     settings = HealSettings(**{setting.name: given[setting.name] for setting in fields(HealSettings)})
     with stage(progress, "healing") as report:
-        healed = run(reduced, os.fspath(teacher), out, settings, resume=go_on, clean=clean, progress=report)
-    return healed or {}
+        return run(reduced, os.fspath(teacher), out, settings, resume=go_on, clean=clean, progress=report)

@@ -53,7 +53,7 @@ def page(
         for each in found:
             check_original(each, model)
         found = [
-            replace(each, report={**each.report, "generation": generation_of(model, folder, None)})
+            replace(each, report=each.report.model_copy(update={"generation": generation_of(model, folder, None)}))
             for each, folder in zip(found, paths, strict=True)
         ]
     points = [point for file in names(also) for point in read_points(Path(file))]

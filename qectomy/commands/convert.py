@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from qectomy.commands.heal import show_healed
 from qectomy.commands.terminal import command_line, print_json, show_verdict, takes_options_of, usage_errors
 from qectomy.distributed.launch import launch
 from qectomy.errors import QectomyError
+
+if TYPE_CHECKING:
+    from qectomy.record.reduced import Exact, Fitted, FoldPlan, Plan
 
 
 @takes_options_of(run)
@@ -22,14 +25,12 @@ def convert(as_json: bool, **given: Any) -> None:
     """
     with _one_speaks(), usage_errors():
         report = run(**given, progress=True, command=command_line())
-    if not report:  # another process has it
+    if report is None:  # another process has it
         return
     if as_json:
         print_json(report)
-    elif "healing" in report:
-        show_healed(report, given["out"])
     else:
-        _show(report, given["out"], given["dry_run"])
+        _show(report, given["out"])
 
 
 @contextmanager
@@ -43,17 +44,21 @@ def _one_speaks() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def _show(report: dict[str, Any], out: Path, dry_run: bool) -> None:
+def _show(report: "Fitted | Exact | Plan | FoldPlan", out: Path) -> None:
     """Print what a conversion wrote, or would write."""
+    from qectomy.record.reduced import Fitted, FoldPlan, Plan
     from qectomy.report.tables import show_conversion, show_exact, show_plan
 
-    if "plan" in report:
+    if isinstance(report, Plan):
         show_plan(report)
-        return
-    if dry_run or report.get("method") == "exact":
+    elif isinstance(report, FoldPlan):
         show_exact(report)
+    elif isinstance(report, Fitted) and report.healing:
+        show_healed(report, report.healing, out)
     else:
-        show_conversion(report)
-    if not dry_run:
+        if isinstance(report, Fitted):
+            show_conversion(report)
+        else:
+            show_exact(report)
         show_verdict(out)
         typer.echo(f"wrote {out}")

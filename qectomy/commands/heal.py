@@ -1,12 +1,16 @@
 """The command that heals a reduced checkpoint; `cli.py` registers it."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from qectomy.api.heal import heal as run
 from qectomy.commands.terminal import command_line, print_json, show_verdict, takes_options_of, usage_errors
+
+if TYPE_CHECKING:
+    from qectomy.record.healing import Healing
+    from qectomy.record.reduced import Fitted
 
 
 @takes_options_of(run)
@@ -18,16 +22,18 @@ def heal(as_json: bool, **given: Any) -> None:
     """
     with usage_errors():
         report = run(**given, progress=True, command=command_line())
-    if as_json and report:
+    if report is None:  # another process has it
+        return
+    if as_json:
         print_json(report)
-    elif report:
-        show_healed(report, given["out"])
+    elif report.healing:
+        show_healed(report, report.healing, given["out"])
 
 
-def show_healed(report: dict[str, Any], out: Path) -> None:
+def show_healed(report: "Fitted", healing: "Healing", out: Path) -> None:
     """Print the outcome of a healing run."""
     from qectomy.report.tables import show_healing
 
-    show_healing(report)
+    show_healing(report, healing)
     show_verdict(out)
     typer.echo(f"wrote {out}")

@@ -13,7 +13,7 @@ def report(as_json: bool, **given: Any) -> None:
     """Write one HTML page on reduced checkpoints: what was removed, what it cost, whether to believe it.
 
     It needs nothing beside it and no network. It shows qectomy.json, and where they lie in the folder evaluation.json
-    (`eval --save`), bench.json (`bench --save`) and healing.csv.
+    (`eval --save`) and bench.json (`bench --save`).
     """
     note_old_code(given["folders"])
     result = page(**given)

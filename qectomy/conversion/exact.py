@@ -12,7 +12,7 @@ import torch
 
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.checkpoint.config_files import copy_companions, copy_model_code, reduced_config, write_reduced_config
-from qectomy.checkpoint.headers import TORCH_NAMES, read_json
+from qectomy.checkpoint.headers import TORCH_NAMES
 from qectomy.checkpoint.type_range import check_range
 from qectomy.conversion.settings import ConvertSettings, check_context
 from qectomy.conversion.stopwatch import Stopwatch
@@ -26,7 +26,10 @@ from qectomy.eval.reload import check_reload
 from qectomy.eval.samples import token_sample
 from qectomy.models.query_maps import QueryMapSpec, ranges
 from qectomy.progress import Progress
-from qectomy.report.record import provenance, write_report
+from qectomy.record.base import made
+from qectomy.record.base import read_record as read_report
+from qectomy.record.reduced import Exact, ExactLayer, FoldPlan, source_of
+from qectomy.report.record import write_report
 from qectomy.runs.input_hashes import SourceWatch
 from qectomy.runs.produce import produce
 from qectomy.runs.run_dir import GoOn, finished
@@ -45,7 +48,7 @@ def convert_exact(
     *,
     resume: GoOn = False,
     clean: bool = False,
-) -> dict[str, Any]:
+) -> Exact:
     """Write what exact folding leaves of a checkpoint to `out`, and return its report (also in `out`/qectomy.json).
 
     With an evaluation text (`settings.eval_text`, or the first of its texts) both models' perplexity is measured on
@@ -62,29 +65,29 @@ def convert_exact(
     told = _fingerprint(settings, kept, held) | unchanged.fingerprint
     since = watch.add("hashing", watch.begun)
     if resume and finished(out, told):
-        return read_json(out / "qectomy.json")
+        return read_report(out / "qectomy.json", Exact)
     check_range(source, settings.stored_dtype)
     plan = plan_exact(source, settings.stored_dtype, kept, progress)
     since = watch.add("planning", since)
 
-    def finish(folder: Path, digests: dict[str, str]) -> dict[str, Any]:
+    def finish(folder: Path, digests: dict[str, str]) -> Exact:
         config = reduced_config(source, plan.recipe, settings.stored_dtype or source.dtype)
         write_reduced_config(folder, config | ({"tie_word_embeddings": False} if plan.choice.untied else {}))
         copy_companions(source.folder, folder)
         copy_model_code(source.family, folder)
         measured = _measure(source, folder, held, watch, watch.add("folding", since))
-        report = {
-            **provenance(source, settings.command, unchanged.weights),
-            "method": "exact",
-            "layers": layer_records(source, plan),
-            "tie": _tie(source, plan),
-            **measured,
+        seconds = watch.seconds | {"total": time.perf_counter() - watch.begun}
+        report = Exact(
+            **made(settings.command),
             **sizes(source, plan, settings.stored_dtype),
-            "seconds": {stage: round(value, 3) for stage, value in watch.seconds.items()}
-            | {"total": round(time.perf_counter() - watch.begun, 3)},
-            "peak_memory_bytes": max(peak_memory_bytes(), measured["reload_check"]["peak_memory_bytes"]),
-            "tensors_sha256": digests,
-        }
+            source=source_of(source, unchanged.weights),
+            layers=layer_records(source, plan),
+            tie=_tie(source, plan),
+            **measured,
+            seconds={stage: round(value, 3) for stage, value in seconds.items()},
+            peak_memory_bytes=max(peak_memory_bytes(), measured["reload_check"].peak_memory_bytes),
+            tensors_sha256=digests,
+        )
         write_report(folder, report, source)
         return report
 
@@ -121,36 +124,33 @@ def dry_run_exact(
     settings: ConvertSettings,
     kept: frozenset[int] = frozenset(),
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> FoldPlan:
     """Return what `convert_exact` would write, by its plan alone; the weights are read, nothing is written."""
     plan = plan_exact(source, settings.stored_dtype, kept, progress)
-    return {
-        "dry_run": True,
-        "layers": layer_records(source, plan),
-        "tie": _tie(source, plan),
-        **sizes(source, plan, settings.stored_dtype),
-    }
+    return FoldPlan(
+        layers=layer_records(source, plan), tie=_tie(source, plan), **sizes(source, plan, settings.stored_dtype)
+    )
 
 
-def layer_records(source: Checkpoint, plan: ExactPlan) -> list[dict[str, Any]]:
+def layer_records(source: Checkpoint, plan: ExactPlan) -> list[ExactLayer]:
     """Return one record a layer: its maps, the verdict on its W_Q, and the condition numbers behind them."""
     records = []
     for index, spec in enumerate(plan.recipe):
         layer = source.dims.stored_layer(index)
         verdict = plan.choice.verdicts[layer]
         records.append(
-            {
-                "index": index,
-                "map": str(spec),
-                "value_map": spec.value,
-                "output_map": spec.output,
-                "how": verdict.how,
-                "reason": verdict.reason,
-                "W_Q_condition": _finite(verdict.condition),
-                "basis_condition": _finite(verdict.basis_condition),
-                "pivot_condition": _finite(plan.pivot_conditions.get(layer)),
-                "value_reason": plan.left.get(layer),
-            }
+            ExactLayer(
+                index=index,
+                map=str(spec),
+                value_map=spec.value,
+                output_map=spec.output,
+                how=verdict.how,
+                reason=verdict.reason,
+                W_Q_condition=_finite(verdict.condition),
+                basis_condition=_finite(verdict.basis_condition),
+                pivot_condition=_finite(plan.pivot_conditions.get(layer)),
+                value_reason=plan.left.get(layer),
+            )
         )
     return records
 
@@ -195,7 +195,7 @@ def _windows(source: Checkpoint, settings: ConvertSettings) -> ScoringWindows | 
 def _measure(
     source: Checkpoint, work: Path, held: ScoringWindows | None, watch: Stopwatch, since: float
 ) -> dict[str, Any]:
-    """Compare the written model with the original, and with itself in a fresh process.
+    """Return the fields of what a comparison of the written model with the original, and with itself reloaded, found.
 
     Raises QueryMapError where rounding left another model than the original.
     """
@@ -209,10 +209,10 @@ def _measure(
     result: dict[str, Any] = {"logit_error": error, "logit_error_on": "text" if held else "random tokens"}
     if held is not None:
         before, after = score_streamed([original, reduced], held)
-        result |= cost(before, after, held)
+        result |= dict(cost(before, after, held))
         result["token_sample"] = token_sample(source.folder, held, before, after)
     since = watch.add("measuring", since)
     logits = reduced.all_logits(reduced.states(tokens)[0, -RELOAD_TOKENS:])
     reload = check_reload(work, tokens, logits, source.folder, writes=held is not None)
     watch.add("reload", since)
-    return result | reload.record()
+    return result | {"reload_check": reload.check, "generation": reload.generation}

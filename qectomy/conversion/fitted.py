@@ -18,7 +18,6 @@ import torch
 from qectomy.calibrate.layer_runner import LayerRunner
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.checkpoint.config_files import copy_companions, copy_model_code
-from qectomy.checkpoint.headers import read_json
 from qectomy.checkpoint.sizes import scratch_bytes, totals
 from qectomy.checkpoint.type_range import check_range
 from qectomy.conversion.final_scores import FinalScores
@@ -29,13 +28,17 @@ from qectomy.conversion.stopwatch import Stopwatch
 from qectomy.distributed.process_group import ProcessGroup
 from qectomy.errors import QectomyError, TextError, UnsupportedArchitecture
 from qectomy.eval.metrics import cost
+from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.eval.reload import check_reload
 from qectomy.eval.samples import token_sample
 from qectomy.models.query_maps import QueryMapSpec, written
 from qectomy.progress import Progress
+from qectomy.record.base import made
+from qectomy.record.base import read_record as read_report
+from qectomy.record.reduced import Calibration, Fitted, FitText, Spans, source_of
 from qectomy.record.texts import Overlap
-from qectomy.report.record import conversion_report, write_report
+from qectomy.report.record import write_report
 from qectomy.runs.input_hashes import SourceWatch
 from qectomy.runs.output import check_room
 from qectomy.runs.run_dir import GoOn, RunDir, finished
@@ -56,7 +59,7 @@ def convert(
     resume: GoOn = False,
     clean: bool = False,
     processes: ProcessGroup | None = None,
-) -> dict[str, Any] | None:
+) -> Fitted | None:
     """Write the reduced checkpoint to `out` and return its report (also in `out`/qectomy.json).
 
     Of several processes, which torchrun started and which `processes` has joined, each calls this and fits on its share
@@ -83,7 +86,7 @@ def _convert(
     processes: ProcessGroup,
     resume: GoOn,
     clean: bool,
-) -> dict[str, Any] | None:
+) -> Fitted | None:
     watch = Stopwatch()
     _check_stock(source)
     check_context(source, settings.context)
@@ -98,7 +101,7 @@ def _convert(
     told = fingerprint(recipe, settings, fitted, held) | {"processes": processes.world_size} | unchanged.fingerprint
     check_alike(processes, told)
     if resume and processes.on_main(lambda: finished(out, told)):
-        return read_json(out / "qectomy.json") if processes.is_main else None
+        return read_report(out / "qectomy.json", Fitted) if processes.is_main else None
     processes.on_main(lambda: check_range(source, settings.stored_dtype))
     watch.add("hashing", since)
     runner = LayerRunner(source, recipe, settings.context, device)
@@ -125,7 +128,7 @@ def _check_stock(source: Checkpoint) -> None:
 
 def _finish(
     run: LayerPass, scores: FinalScores, digests: dict[str, str], fitted: Windows, unchanged: SourceWatch
-) -> dict[str, Any]:
+) -> Fitted:
     """Write what lies beside the weights, check that the result reloads, and return its report."""
     since, source, result = time.perf_counter(), run.source, run.work.result
     assert scores.expected is not None, "the first process"
@@ -134,29 +137,30 @@ def _finish(
     check_shards(result, run.specs, digests)
     reload = check_reload(result, *scores.expected, source.folder)
     run.watch.add("reload", since)
-    report = conversion_report(
-        source=source,
-        recipe=run.recipe,
-        command=run.settings.command,
-        stored_dtype=run.settings.stored_dtype,
-        context=run.settings.context,
-        seed=run.settings.seed,
-        refit=run.settings.refit,
-        device=run.settings.device,
-        hashes=unchanged.weights,
-        calibration=fitted.sources,
+    settings, seconds = run.settings, run.watch.seconds | {"total": run.watch.total}
+    report = Fitted(
+        **made(settings.command),
+        **totals(source, run.recipe, settings.stored_dtype),
+        source=source_of(source, unchanged.weights),
+        calibration=Calibration(
+            texts=[FitText(**told) for told in fitted.sources],
+            context=settings.context,
+            seed=settings.seed,
+            refit=settings.refit,
+        ),
         layers=run.layers,
-        measured={
-            **cost(scores.before, scores.after, run.held),
-            "token_sample": token_sample(source.folder, run.held, scores.before, scores.after),
-        },
-        seconds=run.watch.seconds,
-        total_seconds=run.watch.total,
-        forward_pass_seconds=run.forward_pass_seconds(scores.head_seconds),
-        reload=reload,
+        **dict(cost(scores.before, scores.after, run.held)),
+        token_sample=token_sample(source.folder, run.held, scores.before, scores.after),
+        seconds={stage: round(value, 3) for stage, value in seconds.items()},
+        forward_pass_seconds=round(run.forward_pass_seconds(scores.head_seconds), 3),
+        peak_memory_bytes=max(peak_memory_bytes(), reload.peak_memory_bytes),
+        device=settings.device,
         processes=run.share.processes.world_size,
+        reload_check=reload.check,
+        generation=reload.generation,
+        tensors_sha256=digests,
+        fitted_spans=Spans(**fitted.spans["fitted_spans"]),
     )
-    report |= {"tensors_sha256": digests, "fitted_spans": fitted.spans["fitted_spans"]}
     write_report(result, report, source)
     return report
 

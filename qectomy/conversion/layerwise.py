@@ -25,6 +25,7 @@ from qectomy.checkpoint.sizes import planned_tensors
 from qectomy.conversion.at_once import TOKENS_A_BATCH, TOKENS_ON_DEVICE
 from qectomy.conversion.final_scores import FinalScores, Head, final_scores
 from qectomy.conversion.moved import moved_by
+from qectomy.conversion.pass_steps import PassStep
 from qectomy.conversion.settings import ConvertSettings
 from qectomy.conversion.shared_run import SharedWriter, own_scratch
 from qectomy.conversion.stopwatch import Stopwatch
@@ -34,6 +35,7 @@ from qectomy.errors import NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.models.query_maps import QueryMapSpec, turns_stream
 from qectomy.progress import Progress
+from qectomy.record.reduced import AttentionKL, FittedLayer
 from qectomy.runs.input_hashes import FileWatch
 from qectomy.runs.run_dir import RunDir
 from qectomy.surgery.audit import spectrum
@@ -82,7 +84,7 @@ class LayerPass:
         self.teacher_seconds = 0.0  # float32 teacher layers on the evaluation windows
         self.basis = self._choose_basis()
         self.drifted = self.basis is not None  # whether the student's stream has left the teacher's
-        self.layers: list[dict[str, Any]] = []  # one record a layer
+        self.layers: list[FittedLayer] = []  # one record a layer
         self.coming: Layers  # those of the source that are still to be done
 
     def run(self, progress: Progress | None) -> tuple[FinalScores, dict[str, str]]:
@@ -104,9 +106,8 @@ class LayerPass:
             for layer in ahead:
                 record = self._timed_layer(layer, streams, writer)
                 self._keep(streams, writer, record)
-                kl = record["attention_kl"]
-                note = f"attention KL {kl['fitted']:.4f}, held out {kl['heldout']:.4f}"
-                tell(layer + 1, dims.n_layers, note)
+                if kl := record.attention_kl:
+                    tell(layer + 1, dims.n_layers, f"attention KL {kl.fitted:.4f}, held out {kl.heldout:.4f}")
             writer.finish()
             self._write_config()
             return self._score(streams), writer.digests
@@ -120,13 +121,12 @@ class LayerPass:
         self.watch.add("embedding", since)
         self._keep(streams, writer, None)
 
-    def _keep(self, streams: Streams, writer: SharedWriter, record: dict[str, Any] | None) -> None:
+    def _keep(self, streams: Streams, writer: SharedWriter, record: FittedLayer | None) -> None:
         """End a step: after this nothing of it is lost, and all that the next layers depend on is on the disk."""
         since = time.perf_counter()
         self.unchanged.check()
         self.layers += [record] if record else []
-        writer.keep(
-            states=self.share.processes.all_gather(streams.sync()),
+        step = PassStep(
             record=record,
             generator=self.generator.get_state().numpy().tobytes().hex(),
             drifted=self.drifted,
@@ -134,26 +134,28 @@ class LayerPass:
             total_seconds=self.watch.total,
             teacher_seconds=self.teacher_seconds,
         )
+        writer.keep(states=self.share.processes.all_gather(streams.sync()), **step.as_dict())
         self.watch.add("keeping", since)
 
     def _go_on_from(self, steps: list[dict[str, Any]], streams: Streams) -> None:
         """Be as this was when the last of some steps was kept."""
-        last = steps[-1]
-        self.layers = [step["record"] for step in steps[1:]]
+        found = [PassStep.model_validate(step) for step in steps]
+        self.layers, last = [step.record for step in found if step.record], found[-1]
         streams.enter(len(self.layers))
-        self.generator.set_state(torch.frombuffer(bytearray.fromhex(last["generator"]), dtype=torch.uint8))
-        self.drifted, self.teacher_seconds = last["drifted"], last["teacher_seconds"]
-        self.watch.go_on_from(last["seconds"], last["total_seconds"])
+        self.generator.set_state(torch.frombuffer(bytearray.fromhex(last.generator), dtype=torch.uint8))
+        self.drifted, self.teacher_seconds = last.drifted, last.teacher_seconds
+        self.watch.go_on_from(last.seconds, last.total_seconds)
 
-    def _timed_layer(self, layer: int, streams: Streams, writer: SharedWriter) -> dict[str, Any]:
+    def _timed_layer(self, layer: int, streams: Streams, writer: SharedWriter) -> FittedLayer:
         begun = time.perf_counter()
         try:
             record = self._layer(layer, streams, writer)
+            record.seconds = round(time.perf_counter() - begun, 3)
+            return record
         except torch.linalg.LinAlgError as error:
             raise NonFiniteError(
                 f"layer {layer} cannot be fitted: its weights or hidden states overflow float32"
             ) from error
-        return record | {"seconds": round(time.perf_counter() - begun, 3)}
 
     def _write_config(self) -> None:
         """Write the reduced model's config.json, by the first process, for all to open."""
@@ -239,7 +241,7 @@ class LayerPass:
                 writer.write_rows(name, start, rows)
                 start += len(rows)
 
-    def _layer(self, layer: int, streams: Streams, writer: SharedWriter) -> dict[str, Any]:
+    def _layer(self, layer: int, streams: Streams, writer: SharedWriter) -> FittedLayer:
         """Run, fit, write and run again one layer; return its record."""
         runner, spec = self.runner, self.recipe[layer]
         since = time.perf_counter()
@@ -275,7 +277,7 @@ class LayerPass:
         self._run_student(layer, student, streams)
         streams.enter(layer + 1)
         self.watch.add("forward", since)
-        return {"index": layer, "map": str(spec), "attention_kl": kl, "moved": moved, "singular_values": sigma}
+        return FittedLayer(index=layer, map=str(spec), attention_kl=kl, moved=moved, singular_values=sigma)
 
     def _read(self, layer: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Return the teacher's layer and the one that the fit starts from: the same but where the stream begins."""
@@ -301,12 +303,12 @@ class LayerPass:
             raise NonFiniteError(f"{name} does not fit in {self.specs[name].dtype}; use --dtype float32")
         return stored
 
-    def _attention_kl(self, teacher: nn.Module, student: nn.Module, streams: Streams) -> dict[str, float]:
+    def _attention_kl(self, teacher: nn.Module, student: nn.Module, streams: Streams) -> AttentionKL:
         """Mean KL of the attention in nats, over a few fitted and a few held-out windows, float32."""
-        share, result = self.share, {}
-        for name, own, total in (("fitted", share.fitted, share.n_fitted), ("heldout", share.held, share.n_held)):
+        share, means = self.share, []
+        for before, own, total in ((0, share.fitted, share.n_fitted), (self.n_fitted, share.held, share.n_held)):
             values = torch.zeros(min(total, KL_WINDOWS), device=self.runner.device)  # each in its place
-            first = (0 if name == "fitted" else self.n_fitted) - own.start
+            first = before - own.start
             for window in range(own.start, min(own.stop, KL_WINDOWS)):
                 start, pair = first + window, []
                 for module, states in ((teacher, streams.teacher), (student, streams.student)):
@@ -314,8 +316,8 @@ class LayerPass:
                     pair.append(self.runner.queries_keys(module, hidden))
                 values[window] = attention_kl(pair[0], pair[1], self.runner.causal(teacher)).mean()
             share.processes.all_reduce_(values)
-            result[name] = float(values.mean())
-        return result
+            means.append(float(values.mean()))
+        return AttentionKL(fitted=means[0], heldout=means[1])
 
     def _run_teacher(self, layer: int, teacher: nn.Module, streams: Streams) -> None:
         """Run the original layer on all windows and keep its stream after the attention and after the layer."""

@@ -16,7 +16,7 @@ import torch
 
 from qectomy.checkpoint.checkpoint import Checkpoint, differing_sizes
 from qectomy.checkpoint.config_files import DROPPED, VARIANT, has_model_code, load_config
-from qectomy.checkpoint.headers import TORCH_NAMES, read_json
+from qectomy.checkpoint.headers import TORCH_NAMES
 from qectomy.errors import CheckpointError, clean, shown
 from qectomy.eval.at_once import SAMPLED, SAMPLED_WINDOWS
 from qectomy.eval.layerwise_model import StreamedModel, random_tokens, relative_logit_error, score_streamed
@@ -25,6 +25,8 @@ from qectomy.eval.protocol import ScoringWindows
 from qectomy.models.heads import split_heads
 from qectomy.models.query_maps import IDENTITY, ranges
 from qectomy.progress import Progress
+from qectomy.record.base import read_record
+from qectomy.record.reduced import Written
 from qectomy.surgery.basis import Choice, Folds, Verdict, claim, read_query, rounding, standing_fold, usable_error
 from qectomy.surgery.checkpoint import ExactPlan, folded_tensors, layer_plan
 from qectomy.surgery.gauge import pivot_condition
@@ -92,11 +94,8 @@ def verify(
 def _as_written(reduced: Checkpoint) -> dict[str, bool]:
     """Return whether each tensor is the one of which qectomy.json has the sha256; nothing where it has none."""
     report = reduced.folder / "qectomy.json"
-    known = read_json(report) if report.is_file() else {}
-    digests = known.get("tensors_sha256") if isinstance(known, dict) else None
-    if not isinstance(digests, dict):
-        return {}
-    return {name: digests.get(name) == reduced.digest(name) for name in reduced.tensors}
+    digests = read_record(report, Written).tensors_sha256 if report.is_file() else None
+    return {} if digests is None else {name: digests.get(name) == reduced.digest(name) for name in reduced.tensors}
 
 
 def measure(
@@ -115,8 +114,7 @@ def measure(
         if held is not None and dtype == TORCH_NAMES[reduced.dtype]:
             before, after = score_streamed([theirs, ours], held)
             found = cost(before, after, held)
-            kept = ("kl", "top1_agreement")
-            result[dtype] |= {"ratio": found["perplexity"]["ratio"], **{name: found[name] for name in kept}}
+            result[dtype] |= {"ratio": found.perplexity.ratio, "kl": found.kl, "top1_agreement": found.top1_agreement}
     return result
 
 

@@ -10,8 +10,8 @@ import torch
 
 from qectomy.checkpoint.checkpoint import locate
 from qectomy.checkpoint.file_identity import fingerprint
-from qectomy.checkpoint.headers import TORCH_NAMES, read_json
-from qectomy.errors import CheckpointError, QectomyError, TextError
+from qectomy.checkpoint.headers import TORCH_NAMES
+from qectomy.errors import QectomyError, TextError
 from qectomy.eval.layerwise_model import StreamedModel, open_any, score_streamed
 from qectomy.eval.loading import check_dtype, load_model, naming_dtype, read_config
 from qectomy.eval.metrics import compare, summarize
@@ -28,9 +28,10 @@ from qectomy.eval.score_windows import score_model
 from qectomy.eval.token_scores import TokenScores
 from qectomy.progress import Progress
 from qectomy.record.evaluation import Evaluated, PairedWith
+from qectomy.record.reduced import Exact, Fitted, read_if_can
 from qectomy.record.texts import Overlap
 from qectomy.text.documents import Reading
-from qectomy.text.overlap import fitted_hashes, overlap, sketch_in
+from qectomy.text.overlap import Sketch, overlap
 from qectomy.text.text import Source, load_tokenizer, read_source
 
 OTHER_TOKENIZER = (
@@ -132,14 +133,16 @@ def _evaluate(name: str, source: Source, measure: Measure, progress: Progress | 
 
 def _overlap(windows: ScoringWindows, path: Path) -> Overlap:
     """Return how much of the measured text stands in what a checkpoint was fitted on, by its report."""
-    try:
-        report = read_json(path)
-    except CheckpointError:
-        report = None
-    if not isinstance(report, dict):
-        return Overlap(**overlap(windows.text, None))
-    same_text = windows.report.text_sha256 in fitted_hashes(report)
-    return Overlap(**overlap(windows.text, sketch_in(report)), fitted_text=same_text or None)
+    report = read_if_can(path)
+    same_text = report is not None and windows.report.text_sha256 in report.fitted_hashes
+    return Overlap(**overlap(windows.text, fitted_on(report)), fitted_text=same_text or None)
+
+
+def fitted_on(report: Fitted | Exact | None) -> Sketch | None:
+    """Return the sketch of what a checkpoint was fitted on, by its report: of a fold the empty one; None: unknown."""
+    if isinstance(report, Exact):
+        return Sketch()
+    return Sketch.of_record(report.fitted_spans.model_dump()) if report and report.fitted_spans else None
 
 
 def _not_comparable(

@@ -4,13 +4,12 @@ Dimensions: N scored tokens.
 """
 
 import math
-from typing import Any
 
 from qectomy.errors import NonFiniteError
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.statistics import by_position, mean_interval, paired, perplexity_interval
 from qectomy.eval.token_scores import TokenScores
-from qectomy.record.scores import LossByPosition, Paired, Summary
+from qectomy.record.scores import Change, Cost, LossByPosition, LossesByPosition, Paired, Perplexity, Summary
 
 MOST_NATS = 650.0  # whose exp a float holds with room for a ratio
 
@@ -43,33 +42,30 @@ def compare(before: TokenScores, after: TokenScores, windows: ScoringWindows) ->
     return paired(before.nll, after.nll, windows.places()[0])
 
 
-def cost(before: TokenScores, after: TokenScores, windows: ScoringWindows) -> dict[str, Any]:
+def cost(before: TokenScores, after: TokenScores, windows: ScoringWindows) -> Cost:
     """Return what a conversion cost, from the scores of both models on the same windows, float32."""
     one, other, both = summarize(before, windows), summarize(after, windows), compare(before, after, windows)
-    return {
-        "perplexity": {
-            "before": one.perplexity,
-            "after": other.perplexity,
-            **both.model_dump(mode="json"),
-            "before_95": one.perplexity_95 and list(one.perplexity_95),
-            "after_95": other.perplexity_95 and list(other.perplexity_95),
-            "protocol": {**windows.report.as_dict(), "dtype": "float32"},
-        },
-        "bits_per_byte": {"before": one.bits_per_byte, "after": other.bits_per_byte},
-        **_words(one.word_perplexity, other.word_perplexity),
-        "per_position": {
-            "edges": one.per_position.edges,
-            "before": one.per_position.nll,
-            "after": other.per_position.nll,
-        },
-        "kl": other.kl,
-        "kl_95": other.kl_95 and list(other.kl_95),
-        "top1_agreement": other.top1_agreement,
-    }
-
-
-def _words(before: float | None, after: float | None) -> dict[str, Any]:
-    return {} if before is None or after is None else {"word_perplexity": {"before": before, "after": after}}
+    assert other.kl is not None, "`after` has the other model as its reference"
+    assert other.top1_agreement is not None
+    words = one.word_perplexity, other.word_perplexity
+    return Cost(
+        perplexity=Perplexity(
+            before=one.perplexity,
+            after=other.perplexity,
+            **dict(both),
+            before_95=one.perplexity_95,
+            after_95=other.perplexity_95,
+            protocol=windows.report.model_copy(update={"dtype": "float32"}),
+        ),
+        bits_per_byte=Change(before=one.bits_per_byte, after=other.bits_per_byte),
+        word_perplexity=None if words[0] is None or words[1] is None else Change(before=words[0], after=words[1]),
+        per_position=LossesByPosition(
+            edges=one.per_position.edges, before=one.per_position.nll, after=other.per_position.nll
+        ),
+        kl=other.kl,
+        kl_95=other.kl_95,
+        top1_agreement=other.top1_agreement,
+    )
 
 
 def _exp(nats: float) -> float | None:

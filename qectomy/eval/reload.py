@@ -4,13 +4,10 @@ A few tokens also come one at a time, from the key/value cache: a model whose la
 one pass over a text and writes gibberish.
 """
 
-import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +21,8 @@ from qectomy.eval.layerwise_model import StreamedModel, relative_logit_error
 from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.same_tokenizer import check_same_tokenizer
 from qectomy.eval.samples import generation_of
+from qectomy.record.base import Amount, Count, Record
+from qectomy.record.reduced import Generation, ReloadCheck
 
 CACHED_STEPS = 4  # tokens that come one at a time, from the cache ...
 PROMPT = 12  # ... after so many at once; short, since some kinds of RoPE depend on the length of a long text
@@ -35,26 +34,25 @@ TOLERANCE = 1e-3  # of the largest logit; float32 rounding between two orders of
 CHILD = "import sys; sys.path[0] = sys.argv[1]; from qectomy.eval.reload import _main; _main(*sys.argv[2:])"
 
 
-@dataclass(frozen=True)
-class Reload:
+class Reload(Record):
     """What a fresh process found: the largest logit difference, relative to the largest logit, and its peak memory.
 
     `error`: in one pass over a text; `cached_error`: in decoding from the key/value cache.
     """
 
-    error: float
-    cached_error: float
-    peak_memory_bytes: int
-    generation: dict[str, Any] | None = None  # what original and written model write, if that was asked for
+    error: Amount
+    cached_error: Amount
+    peak_memory_bytes: Count
+    generation: Generation | None = None  # what original and written model write, if that was asked for
 
-    def record(self) -> dict[str, Any]:
+    @property
+    def check(self) -> ReloadCheck:
         """What a report says of it."""
-        check = {
-            "largest_relative_logit_error": self.error,
-            "largest_relative_logit_error_cached": self.cached_error,
-            "peak_memory_bytes": self.peak_memory_bytes,
-        }
-        return {"reload_check": check, **({"generation": self.generation} if self.generation else {})}
+        return ReloadCheck(
+            largest_relative_logit_error=self.error,
+            largest_relative_logit_error_cached=self.cached_error,
+            peak_memory_bytes=self.peak_memory_bytes,
+        )
 
 
 def check_reload(
@@ -80,7 +78,7 @@ def check_reload(
         expected.unlink()
     told = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if told:  # the check was through, whatever became of the process afterwards
-        return _passed(Reload(**json.loads(told[-1])), done.returncode if len(told) == 1 and writes else 0)
+        return _passed(Reload.model_validate_json(told[-1]), done.returncode if len(told) == 1 and writes else 0)
     if done.returncode < 0:
         raise Stopped(
             f"the process that reloads the written checkpoint was killed (signal {-done.returncode}): most likely out "
@@ -106,7 +104,7 @@ def _passed(found: Reload, ended: int) -> Reload:
             "names, go on with --resume, and report this"
         )
     if ended:
-        found = replace(found, generation={"skipped": f"the process that let both models write ended ({ended})"})
+        found.generation = Generation(skipped=f"the process that let both models write ended ({ended})")
     return found
 
 
@@ -123,7 +121,9 @@ def _reload(folder: Path) -> Reload:
             raise NonFiniteError("the written checkpoint gives NaN or Inf in a fresh process")
         error = max(error, float((logits - wanted[:, start : start + SLICE]).abs().max()))
     cached_error = _cached_error(checkpoint, tokens[:, : PROMPT + CACHED_STEPS])
-    return Reload(error / float(wanted.abs().max()), cached_error, peak_memory_bytes())
+    return Reload(
+        error=error / float(wanted.abs().max()), cached_error=cached_error, peak_memory_bytes=peak_memory_bytes()
+    )
 
 
 def _cached_error(checkpoint: Checkpoint, text: torch.Tensor) -> float:
@@ -144,6 +144,7 @@ def _main(original: str, writes: str, folder: str) -> None:
     except (QectomyError, SafetensorError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(REFUSED)
-    print(json.dumps(asdict(found)), flush=True)  # at once: what follows is only to be looked at
+    print(found.model_dump_json(), flush=True)  # at once: what follows is only to be looked at
     if writes:
-        print(json.dumps(asdict(replace(found, generation=generation_of(Path(original), Path(folder))))))
+        found.generation = generation_of(Path(original), Path(folder))
+        print(found.model_dump_json())

@@ -15,6 +15,7 @@ import torch
 from qectomy.eval.loading import load_model
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.token_scores import TokenScores
+from qectomy.record.reduced import Generation, TokenLoss, TokenSample, Writing
 from qectomy.text.text import load_tokenizer
 
 SAMPLE_TOKENS = 256  # shown, from the start of one window
@@ -33,7 +34,7 @@ CHAT_PROMPTS = (  # as a user's message, where the tokenizer has a chat template
 TEMPLATE_SECONDS = 10.0  # for a template, which is a program that came with the folder
 
 
-def token_sample(folder: Path, windows: ScoringWindows, before: TokenScores, after: TokenScores) -> dict[str, Any]:
+def token_sample(folder: Path, windows: ScoringWindows, before: TokenScores, after: TokenScores) -> TokenSample:
     """Return the tokens of the window that got worse most like the average one, and both models' loss of each, in nats.
 
     So that it is neither the best nor the worst that is shown. `folder`: of the tokenizer. It is to be looked at:
@@ -42,10 +43,10 @@ def token_sample(folder: Path, windows: ScoringWindows, before: TokenScores, aft
     try:
         return _token_sample(folder, windows, before, after)
     except Exception as error:
-        return {"text": windows.report.text, "tokens": [], "skipped": f"{type(error).__name__}: {str(error)[:200]}"}
+        return TokenSample(text=windows.report.text, skipped=f"{type(error).__name__}: {str(error)[:200]}")
 
 
-def _token_sample(folder: Path, windows: ScoringWindows, before: TokenScores, after: TokenScores) -> dict[str, Any]:
+def _token_sample(folder: Path, windows: ScoringWindows, before: TokenScores, after: TokenScores) -> TokenSample:
     within, positions = windows.places()
     change = torch.zeros(len(windows.tokens), dtype=torch.float64).index_add_(0, within, after.nll - before.nll)
     count = torch.zeros(len(windows.tokens), dtype=torch.float64).index_add_(0, within, torch.ones_like(before.nll))
@@ -59,11 +60,11 @@ def _token_sample(folder: Path, windows: ScoringWindows, before: TokenScores, af
     pieces = _pieces(
         load_tokenizer(folder), windows.tokens[window, : min(windows.length(window), SAMPLE_TOKENS)].tolist()
     )
-    tokens = [
-        dict(zip(("text", "before", "after"), (piece, *losses.get(at, (None, None))), strict=True))
-        for at, piece in enumerate(pieces)
-    ]
-    return {"text": windows.report.text, "window": window, "tokens": tokens}
+    tokens = []
+    for at, piece in enumerate(pieces):
+        one, other = losses.get(at, (None, None))
+        tokens.append(TokenLoss(text=piece, before=one, after=other))
+    return TokenSample(text=windows.report.text, window=window, tokens=tokens)
 
 
 def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
@@ -77,14 +78,16 @@ def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
     return pieces
 
 
-def generation_of(original: Path, reduced: Path, most_bytes: int | None = MOST_BYTES) -> dict[str, Any]:
+def generation_of(original: Path, reduced: Path, most_bytes: int | None = MOST_BYTES) -> Generation:
     """Return what both models write after each prompt, the most likely token each time, one in memory at a time.
 
     Models larger than `most_bytes` are left out, and so is what cannot be run: this is to be looked at, not relied on.
     """
     sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (original, reduced)]
     if most_bytes is not None and max(sizes) > most_bytes:
-        return {"skipped": f"over {most_bytes / 1e9:.0f} GB of weights; run `qectomy report DIR --original ORIGINAL`"}
+        return Generation(
+            skipped=f"over {most_bytes / 1e9:.0f} GB of weights; run `qectomy report DIR --original ORIGINAL`"
+        )
     try:
         tokenizer = load_tokenizer(reduced)
         prompts, ids, how = _prompts(tokenizer)
@@ -94,21 +97,22 @@ def generation_of(original: Path, reduced: Path, most_bytes: int | None = MOST_B
             texts.append([write(model, tokenizer, each, ends_turn=prompts is CHAT_PROMPTS) for each in ids])
             del model
     except Exception as error:  # a tokenizer or a config may be one that generates nothing
-        return {"skipped": f"the models did not write ({type(error).__name__}: {str(error).strip()[:200]})"}
+        return Generation(skipped=f"the models did not write ({type(error).__name__}: {str(error).strip()[:200]})")
     samples = [
-        dict(zip(("prompt", "original", "reduced"), row, strict=True)) for row in zip(prompts, *texts, strict=True)
+        Writing(prompt=prompt, original=ours, reduced=theirs)
+        for prompt, ours, theirs in zip(prompts, *texts, strict=True)
     ]
-    return {"max_new_tokens": NEW_TOKENS, "decoding": "greedy", **how, "samples": samples}
+    return Generation(max_new_tokens=NEW_TOKENS, decoding="greedy", prompt_format=how, samples=samples)
 
 
-def _prompts(tokenizer: Any) -> tuple[tuple[str, ...], list[torch.Tensor], dict[str, str]]:
-    """Return the prompts, their tokens (1, L), and what a report says of how one became the other.
+def _prompts(tokenizer: Any) -> tuple[tuple[str, ...], list[torch.Tensor], str | None]:
+    """Return the prompts, their tokens (1, L), and what a report says of how one became the other; None: as it is.
 
     A model that was taught to chat gets messages, in its own template; if that fails, it continues texts as others do.
     """
-    plain, how = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in PROMPTS], dict[str, str]()
+    plain = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in PROMPTS]
     if not getattr(tokenizer, "chat_template", None):
-        return PROMPTS, plain, how
+        return PROMPTS, plain, None
     try:
         with _time_limit(TEMPLATE_SECONDS):
             messages = [[{"role": "user", "content": prompt}] for prompt in CHAT_PROMPTS]
@@ -116,8 +120,8 @@ def _prompts(tokenizer: Any) -> tuple[tuple[str, ...], list[torch.Tensor], dict[
             ids = [tokenizer.apply_chat_template(message, **options)["input_ids"] for message in messages]
     except Exception as error:
         why = f"{type(error).__name__}: {str(error).strip()[:200]}"
-        return PROMPTS, plain, {"prompt_format": f"plain text, since the tokenizer's chat template failed ({why})"}
-    return CHAT_PROMPTS, ids, {"prompt_format": "a user's message in the tokenizer's chat template"}
+        return PROMPTS, plain, f"plain text, since the tokenizer's chat template failed ({why})"
+    return CHAT_PROMPTS, ids, "a user's message in the tokenizer's chat template"
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.conversion.fitted import convert
@@ -16,6 +15,7 @@ from qectomy.healing.heal import heal
 from qectomy.healing.settings import HealSettings
 from qectomy.models.query_maps import QueryMapSpec
 from qectomy.progress import Progress
+from qectomy.record.reduced import Fitted
 from qectomy.runs.run_dir import HEALING, GoOn, RunDir, check_out
 
 
@@ -29,7 +29,7 @@ def convert_and_heal(
     *,
     resume: GoOn = False,
     clean: bool = False,
-) -> dict[str, Any]:
+) -> Fitted:
     """Write the fitted checkpoint to OUT.fitted, heal it to `out`, remove the first; return the report.
 
     `resume` and `clean` are those of `convert`, for the fit. What goes wrong in healing leaves OUT.fitted, and

@@ -6,13 +6,14 @@ from typing import Any
 
 from qectomy.checkpoint.checkpoint import Checkpoint
 from qectomy.errors import TextError
+from qectomy.eval.evaluate import fitted_on
 from qectomy.eval.protocol import Protocol, ScoringWindows, scoring_windows
 from qectomy.healing.export import fitted_report
 from qectomy.healing.settings import HealSettings
 from qectomy.progress import Progress
 from qectomy.record.texts import Overlap
 from qectomy.text.documents import Documents, Reading, own_hash
-from qectomy.text.overlap import FittedSpans, overlap, sketch_in
+from qectomy.text.overlap import FittedSpans, overlap
 from qectomy.text.packing import Packed, Reserved, pack
 from qectomy.text.text import Source, load_tokenizer, read_source, text_of
 from qectomy.text.windows import Opening, first_tokens
@@ -57,7 +58,7 @@ def prepare(
         vocab_size=vocab_size,
         reserved=reserved,
         reading=reading,
-        spans=FittedSpans(held.text, sketch_in(fitted_report(student))),
+        spans=FittedSpans(held.text, fitted_on(fitted_report(student))),
         progress=progress,
     )
     found = Overlap(**packed.spans.get("overlap", overlap("", None)))
@@ -101,13 +102,8 @@ def fitted_span(student: Checkpoint, name: str, own: str) -> tuple[int, int]:
 
     `own`: a file's sha256; a dataset is known by its name alone.
     """
-    calibration = fitted_report(student).get("calibration")
-    texts = calibration.get("texts") if isinstance(calibration, dict) else None
-    known_by = "file" if own == name else "sha256"
-    for text in texts if isinstance(texts, list) else []:
-        if not isinstance(text, dict):
-            continue
-        first, tokens = text.get("first_token"), text.get("tokens")
-        if text.get(known_by) == own and isinstance(first, int) and isinstance(tokens, int):
-            return first, first + tokens
+    report = fitted_report(student)
+    for text in report.calibration.texts if report and report.calibration else ():
+        if own == (text.file if own == name else text.sha256):
+            return text.first_token, text.first_token + text.tokens
     return 0, 0

@@ -15,13 +15,14 @@ from torch import Tensor
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.checkpoint.config_files import copy_companions, copy_model_code, with_code, write_reduced_config
 from qectomy.checkpoint.finite import all_finite
-from qectomy.checkpoint.headers import TORCH_NAMES, read_json
+from qectomy.checkpoint.headers import TORCH_NAMES
 from qectomy.checkpoint.shards import ShardWriter, TensorSpec
 from qectomy.checkpoint.sizes import totals
-from qectomy.errors import NonFiniteError, OutputError, QectomyError
+from qectomy.errors import NonFiniteError, OutputError
 from qectomy.eval.at_once import RELOAD_TOKENS
 from qectomy.eval.layerwise_model import StreamedModel, score_streamed
 from qectomy.eval.metrics import cost
+from qectomy.eval.peak_memory import peak_memory_bytes
 from qectomy.eval.protocol import ScoringWindows
 from qectomy.eval.reload import Reload, check_reload
 from qectomy.eval.samples import token_sample
@@ -32,9 +33,22 @@ from qectomy.healing.models import Distillation, Unchanged
 from qectomy.healing.plan import Plan
 from qectomy.healing.settings import HealSettings
 from qectomy.progress import Progress
-from qectomy.report.page.reading import read_json as read_report
-from qectomy.report.page.shapes import REDUCED
-from qectomy.report.record import made, provenance, write_report
+from qectomy.record.base import made
+from qectomy.record.healing import (
+    CurveRow,
+    HealedAgreement,
+    HealedChange,
+    HealedPerplexity,
+    HealedText,
+    Healing,
+    HealingSeconds,
+    HealingSettings,
+    Spent,
+    Validation,
+)
+from qectomy.record.reduced import Fitted, FittedLayer, Source, read_if_can, source_of
+from qectomy.record.scores import Cost
+from qectomy.report.record import write_report
 from qectomy.runs.output import cause
 from qectomy.runs.run_dir import RunDir
 from qectomy.text.packing import Packed, PackedWindows
@@ -73,7 +87,7 @@ def export(
     progress: Progress | None,
     begun: float,
     unchanged: Unchanged,
-) -> dict[str, Any]:
+) -> Fitted:
     """Publish the healed checkpoint, its curve, report and card as the run's output; return the report.
 
     Raises Stopped, and leaves no output, if a file of either checkpoint is another by then.
@@ -88,13 +102,26 @@ def export(
         curve = curve_of(outcome.history, outcome.plan.tokens_a_step)
         write_curve(work, curve, outcome.original_perplexity, outcome.best_step)
         scores, reload = _measure(student, original, work, held, device, progress)
-        healing = _record(
-            settings, outcome, packed, curve, scores, held, outcome.generated, device, time.perf_counter() - begun
+        costs = {kind: cost(scores["original"], scores[kind], held) for kind in ("fitted", "healed")}
+        fitted, source = fitted_report(student), source_of(original, unchanged.original.weights)
+        healing = _record(settings, outcome, packed, curve, costs, device, fitted, source, unchanged.student.weights)
+        healing.seconds.this_process = round(time.perf_counter() - begun, 3)
+        if fitted and healing.teacher_is_source:
+            source.name = fitted.source.name  # the hub's, where the fit knew it
+        report = Fitted(
+            **(_of_the_fit(fitted) if fitted else _without_a_fit(student, original, settings, reload))
+            | dict(costs["healed"])
+            | {
+                "source": source,
+                "token_sample": token_sample(original.folder, held, scores["original"], scores["healed"]),
+                "reload_check": reload.check,
+                "generation": reload.generation,
+                "tensors_sha256": digests,
+                "fitted_spans": packed.spans.get("fitted_spans"),
+                "healing": healing,
+            }
         )
-        report = _report(student, original, settings, healing, held, scores, reload, unchanged)
-        report |= {"tensors_sha256": digests, "fitted_spans": packed.spans.get("fitted_spans")}
-        name = report["source"].get("name")  # the hub's, where the fit knew it
-        write_report(work, report, replace(original, name=name) if isinstance(name, str) else original)
+        write_report(work, report, replace(original, name=source.name))
         unchanged.check()
         run.publish()
     return report
@@ -170,92 +197,78 @@ def _record(
     settings: HealSettings,
     outcome: Outcome,
     packed: Packed,
-    curve: list[dict[str, int | float | None]],
-    scores: dict[str, TokenScores],
-    held: ScoringWindows,
-    generated: dict[str, Any] | None,
+    curve: list[CurveRow],
+    costs: dict[str, Cost],
     device: str,
-    total_seconds: float,
-) -> dict[str, Any]:
-    """Return what qectomy.json says of the healing; `generated` is where text that the original wrote comes from."""
-    plan = outcome.plan
-    costs = {kind: cost(scores["original"], scores[kind], held) for kind in ("fitted", "healed")}
-    told = asdict(settings) | {"lr": outcome.lr, "evaluations": outcome.budget.evaluations}
-    told["validation_tokens"] = outcome.budget.validation_tokens
+    fitted: Fitted | None,
+    source: Source,
+    hashes: dict[str, str],
+) -> Healing:
+    """Return what qectomy.json says of the healing; `hashes` are those of the checkpoint that was healed."""
+    plan, budget, before, after = outcome.plan, outcome.budget, costs["fitted"], costs["healed"]
+    told = asdict(settings) | {"lr": outcome.lr, "evaluations": budget.evaluations}
+    told["validation_tokens"] = budget.validation_tokens
     for name in ("command", "texts", "device"):
         told.pop(name)
+    return Healing(
+        **made(settings.command),
+        texts=[HealedText(**text) for text in packed.report],
+        self_generated=outcome.generated,
+        tokens=outcome.steps * plan.tokens_a_step,
+        steps=outcome.steps,
+        planned_steps=plan.steps,
+        best_step=outcome.best_step,
+        trained_parameters=outcome.trained,
+        settings=HealingSettings(**told),
+        budget=Spent(**asdict(budget)),
+        micro_batch=plan.micro_batch,
+        accumulation=plan.accumulation,
+        tokens_a_step=plan.tokens_a_step,
+        processes=outcome.processes,
+        device=_device_name(device),
+        seconds=HealingSeconds(training=round(outcome.seconds, 3), this_process=0.0),
+        validation=Validation(original_perplexity=outcome.original_perplexity, curve=curve),
+        perplexity=HealedPerplexity(
+            original=before.perplexity.before,
+            original_95=before.perplexity.before_95,
+            fitted=before.perplexity.after,
+            fitted_95=before.perplexity.after_95,
+            fitted_ratio=before.perplexity.ratio,
+            fitted_ratio_95=before.perplexity.ratio_95,
+            healed=after.perplexity.after,
+            healed_95=after.perplexity.after_95,
+            healed_ratio=after.perplexity.ratio,
+            healed_ratio_95=after.perplexity.ratio_95,
+        ),
+        kl=HealedChange(fitted=before.kl, healed=after.kl),
+        top1_agreement=HealedAgreement(fitted=before.top1_agreement, healed=after.top1_agreement),
+        fitted_sha256=hashes,
+        teacher_is_source=fitted is None or fitted.source.sha256 == source.sha256,
+        earlier=fitted.healing if fitted else None,
+    )
+
+
+def _of_the_fit(fitted: Fitted) -> dict[str, Any]:
+    """Return what a healed checkpoint's report keeps of the fitted one's; results of that one are not its own."""
+    return dict(fitted) | {"renewed": None}
+
+
+def _without_a_fit(student: Checkpoint, original: Checkpoint, settings: HealSettings, reload: Reload) -> dict[str, Any]:
+    """Return the same where nothing is known of the fit but what the weights tell."""
     return {
-        "texts": packed.report,
-        "self_generated": generated,
-        "tokens": outcome.steps * plan.tokens_a_step,
-        "steps": outcome.steps,
-        "planned_steps": plan.steps,
-        "best_step": outcome.best_step,
-        "trained_parameters": outcome.trained,
-        "settings": told,
-        "budget": asdict(outcome.budget),
-        "micro_batch": plan.micro_batch,
-        "accumulation": plan.accumulation,
-        "tokens_a_step": plan.tokens_a_step,
-        "processes": outcome.processes,
-        "device": _device_name(device),
-        "seconds": {"training": round(outcome.seconds, 3), "this_process": round(total_seconds, 3)},
-        "validation": {"original_perplexity": outcome.original_perplexity, "curve": curve},
-        "perplexity": {
-            "original": costs["fitted"]["perplexity"]["before"],
-            "original_95": costs["fitted"]["perplexity"]["before_95"],
-            **{kind: found["perplexity"]["after"] for kind, found in costs.items()},
-            **{f"{kind}_95": found["perplexity"]["after_95"] for kind, found in costs.items()},
-            **{f"{kind}_ratio": found["perplexity"]["ratio"] for kind, found in costs.items()},
-            **{f"{kind}_ratio_95": found["perplexity"]["ratio_95"] for kind, found in costs.items()},
-        },
-        "kl": {kind: found["kl"] for kind, found in costs.items()},
-        "top1_agreement": {kind: found["top1_agreement"] for kind, found in costs.items()},
-    }
-
-
-def _report(
-    student: Checkpoint,
-    original: Checkpoint,
-    settings: HealSettings,
-    healing: dict[str, Any],
-    held: ScoringWindows,
-    scores: dict[str, TokenScores],
-    reload: Reload,
-    inputs: Unchanged,
-) -> dict[str, Any]:
-    """Return the fitted checkpoint's report with the healing; costs and the reload check are the healed model's."""
-    made_by = provenance(original, settings.command, inputs.original.weights)
-    report = {
-        **made_by,
-        "layers": [{"index": index, "map": str(spec)} for index, spec in enumerate(student.recipe)],
+        **made(settings.command),
         **totals(original, student.recipe, student.dtype),
-        **fitted_report(student),
-    }
-    healing |= {"earlier": report["healing"]} if "healing" in report else {}
-    teacher = made_by["source"]
-    healing |= {"teacher_is_source": report["source"].get("sha256") == teacher["sha256"]}
-    if healing["teacher_is_source"]:
-        teacher = teacher | {"name": report["source"].get("name", teacher["name"])}  # the hub's, where the fit knew it
-    report["source"] = teacher
-    return {
-        **report,
-        **cost(scores["original"], scores["healed"], held),
-        "token_sample": token_sample(original.folder, held, scores["original"], scores["healed"]),
-        **reload.record(),
-        "healing": {**made(settings.command), "fitted_sha256": inputs.student.weights, **healing},
+        "layers": [FittedLayer(index=index, map=str(spec)) for index, spec in enumerate(student.recipe)],
+        "seconds": {},
+        "peak_memory_bytes": max(peak_memory_bytes(), reload.peak_memory_bytes),
     }
 
 
-def fitted_report(student: Checkpoint) -> dict[str, Any]:
-    """Return the qectomy.json of the checkpoint that is healed; nothing, if there is none that can be read."""
+def fitted_report(student: Checkpoint) -> Fitted | None:
+    """Return the record of the checkpoint that is healed; None, if there is none of it that can be read."""
     path = student.folder / "qectomy.json"
-    try:
-        read_report(path, REDUCED)  # every field that is known is what it should be
-        found = {name: value for name, value in read_json(path).items() if value is not None}
-    except QectomyError:
-        return {}
-    return found if len(found.get("layers", [])) == student.dims.n_layers else {}
+    found = read_if_can(path) if path.is_file() else None
+    return found if isinstance(found, Fitted) and len(found.layers) == student.dims.n_layers else None
 
 
 def _device_name(device: str) -> str:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from qectomy.checkpoint.checkpoint import Checkpoint
-from qectomy.checkpoint.headers import read_json
 from qectomy.conversion.fitted import check_device
 from qectomy.conversion.settings import check_context
 from qectomy.distributed.process_group import ProcessGroup, join
@@ -45,6 +44,8 @@ from qectomy.healing.trainer import HealTrainer, Watch, ended_at, validation_los
 from qectomy.healing.training_arguments import reporters, training_arguments
 from qectomy.healing.translate_errors import explained
 from qectomy.progress import Progress
+from qectomy.record.base import read_record as read_report
+from qectomy.record.reduced import Fitted
 from qectomy.runs.output import check_room, interruptible
 from qectomy.runs.records import read_record
 from qectomy.runs.run_dir import HEALING, GoOn, RunDir, check_out, finished
@@ -82,7 +83,7 @@ def heal(
     resume: GoOn = False,
     clean: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Any] | None:
+) -> Fitted | None:
     """Write the healed checkpoint to `out`; return its report (also in `out`/qectomy.json).
 
     Run by torchrun or `accelerate launch`, every process calls this; all but the first return None. Raises a
@@ -102,7 +103,7 @@ def heal(
     job = Job(student, original, settings, processes, RunDir(out, HEALING), progress, unchanged)
     told = processes.on_main(lambda: fingerprint(settings, unchanged))
     if resume and processes.on_main(lambda: finished(out, told, HEALING)):
-        return read_json(out / "qectomy.json") if processes.is_main else None
+        return read_report(out / "qectomy.json", Fitted) if processes.is_main else None
     check_room(out, _bytes_needed(student, settings) - job.folder.nbytes())
     try:
         if clean:

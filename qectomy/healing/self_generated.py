@@ -28,7 +28,7 @@ from qectomy.healing.devices import multiplies_bfloat16
 from qectomy.healing.settings import GENERATED, VALIDATION
 from qectomy.models.family import Dimensions
 from qectomy.progress import Progress
-from qectomy.report.record import made
+from qectomy.record.base import made
 from qectomy.runs.records import read_record, write_json
 from qectomy.text.text import load_tokenizer
 

@@ -25,6 +25,12 @@ def _clean(value: Any) -> Any:
     return clean(value) if isinstance(value, str) else value
 
 
+def _finite(number: float) -> float:
+    if not abs(number) < 1e300:  # of which some are still added up and divided
+        raise ValueError("it should be a finite number")
+    return number
+
+
 def _ordered(ends: tuple[float, float]) -> tuple[float, float]:
     if ends[0] > ends[1]:
         raise ValueError("it should be an interval [low, high]")
@@ -35,9 +41,9 @@ Text = Annotated[str, Strict(), BeforeValidator(_clean)]
 Flag = Annotated[bool, Strict()]
 Size = Annotated[int, Strict(), Field(gt=0, lt=10**18)]
 Count = Annotated[int, Strict(), Field(ge=0, lt=10**18)]
-Number = Annotated[float, Strict(), Field(gt=-1e300, lt=1e300)]  # neither of which NaN is
-Amount = Annotated[float, Strict(), Field(ge=0, lt=1e300)]
-Positive = Annotated[float, Strict(), Field(gt=0, lt=1e300)]
+Number = Annotated[float, Strict(), AfterValidator(_finite)]
+Amount = Annotated[Number, Field(ge=0)]
+Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[float, Strict(), Field(ge=0, le=1)]
 Interval = Annotated[tuple[Number, Number], AfterValidator(_ordered)]
 Plain = Text | Flag | Count | Number  # a setting of something

@@ -29,6 +29,11 @@ class Evaluated(Summary):
     overlap: Overlap | None = None  # with what this checkpoint was fitted on
     protocol: TextProtocol
 
+    @property
+    def own_protocol(self) -> TextProtocol:
+        """The protocol, which all share, with this checkpoint's overlap."""
+        return self.protocol.model_copy(update={"overlap": self.overlap})
+
 
 class TaskValue(Record):
     checkpoint: Text

@@ -75,3 +75,15 @@ class Change(Record):
 
     before: Number
     after: Number
+
+
+class Cost(Record):
+    """What a conversion cost, on one text."""
+
+    perplexity: Perplexity
+    bits_per_byte: Change
+    word_perplexity: Change | None = None  # None: beyond any number
+    per_position: LossesByPosition
+    kl: Number  # to the original, nats a token
+    kl_95: Interval | None = None
+    top1_agreement: Share

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.record.reduced import Exact, Reduced
 
 CARD_BYTES = 256_000  # read of the source's card; the fields that matter stand at its top
 SHORT = 200  # characters of a field that is carried over
@@ -39,11 +40,11 @@ def origin(source: Checkpoint) -> Origin:
     )
 
 
-def card_metadata(report: dict[str, Any], name: str, known: Origin) -> str:
+def card_metadata(report: Reduced, name: str, known: Origin) -> str:
     """Return the lines between a card's two `---`."""
     from huggingface_hub import ModelCardData
 
-    exact, results = report.get("method") == "exact", eval_results(report)
+    exact, results = isinstance(report, Exact), eval_results(report)
     more: dict[str, Any] = {}
     if known.hub_id is not None and not exact:
         # Of the Hub's four relations the one that is true: weights were fitted on text. None is of an exact folding.
@@ -64,29 +65,29 @@ def card_metadata(report: dict[str, Any], name: str, known: Origin) -> str:
     return data.to_yaml()
 
 
-def eval_results(report: dict[str, Any]) -> list[Any]:
+def eval_results(report: Reduced) -> list[Any]:
     """Return what was measured of the reduced model, for the card's model-index; nothing without perplexity."""
     from huggingface_hub import EvalResult
 
-    if "perplexity" not in report:
+    if report.perplexity is None:
         return []
-    protocol, perplexity = report["perplexity"]["protocol"], report["perplexity"]
+    protocol, perplexity = report.perplexity.protocol, report.perplexity
     measured = {
-        "perplexity": ("Perplexity", perplexity["after"]),
-        "perplexity_ratio": ("Perplexity, as a multiple of the original's", perplexity["ratio"]),
-        "word_perplexity": ("Word perplexity", report.get("word_perplexity", {}).get("after")),
-        "bits_per_byte": ("Bits per byte", report["bits_per_byte"]["after"]),
-        "kl_divergence": ("Mean KL to the original, nats a token", report["kl"]),
-        "top1_agreement": ("Share of tokens with the original's most likely next token", report["top1_agreement"]),
+        "perplexity": ("Perplexity", perplexity.after),
+        "perplexity_ratio": ("Perplexity, as a multiple of the original's", perplexity.ratio),
+        "word_perplexity": ("Word perplexity", report.word_perplexity and report.word_perplexity.after),
+        "bits_per_byte": ("Bits per byte", report.bits_per_byte and report.bits_per_byte.after),
+        "kl_divergence": ("Mean KL to the original, nats a token", report.kl),
+        "top1_agreement": ("Share of tokens with the original's most likely next token", report.top1_agreement),
     }
-    text = one_line(protocol["text"])
+    text = one_line(protocol.text)
     config, split = _dataset(text)[1:]
     conditions = {
-        "sha256": protocol["text_sha256"],
-        "context": protocol["context"],
-        "stride": protocol["stride"],
-        "scored_tokens": protocol["scored_tokens"],
-        "dtype": protocol["dtype"],
+        "sha256": protocol.text_sha256,
+        "context": protocol.context,
+        "stride": protocol.stride,
+        "scored_tokens": protocol.scored_tokens,
+        "dtype": protocol.dtype,
     }
     return [
         EvalResult(

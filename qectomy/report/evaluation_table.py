@@ -43,14 +43,14 @@ def show_evaluations(results: list[Evaluated]) -> None:
                 console.print(f"{row.checkpoint}: {why}", markup=False)
     for row in results:
         # Of what was fitted on nothing there is no overlap.
-        if row.overlap and (doubt := text_doubt({}, {"overlap": row.overlap.as_dict()})):
+        if row.overlap and (doubt := text_doubt(row.own_protocol)):
             console.print(f"{row.checkpoint}: {doubt[1]}", markup=False)
     protocol = results[0].protocol
     name = f"{protocol.name}: " if protocol.name else ""
     if protocol.only_first_tokens is not None:
         name += f"NOT the whole text, its first {protocol.only_first_tokens:,} tokens or so: "
     dtypes = ", ".join(dtypes_of(results))
-    read_as = f", {words}" if (words := read_as_words(protocol.as_dict())) else ""
+    read_as = f", {words}" if (words := read_as_words(protocol)) else ""
     console.print(
         f"{name}{protocol.text} (sha256 {protocol.text_sha256[:16]}{read_as}), "
         f"{protocol.scored_tokens:,} tokens scored in {protocol.windows:,} windows, {dtypes}: "

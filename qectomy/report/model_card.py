@@ -2,9 +2,11 @@
 
 import re
 import textwrap
-from typing import Any
+from collections import Counter
 
 from qectomy.checkpoint.checkpoint import Checkpoint
+from qectomy.record.reduced import Exact, Fitted, Reduced
+from qectomy.record.scores import Perplexity
 from qectomy.report.card_metadata import Origin, card_metadata, one_line, origin
 from qectomy.report.card_verdict import card_verdict
 from qectomy.report.moved_words import has_refitted_dense, moved_meaning, moved_table
@@ -43,17 +45,15 @@ LIMITS_ALL = """\
 - The key/value cache keeps its size, and engines that know only stock models need W_Q back, which saves nothing."""
 
 
-def model_card(report: dict[str, Any], source: Checkpoint) -> str:
+def model_card(report: Reduced, source: Checkpoint) -> str:
     """Return the README.md of a reduced checkpoint. Names and texts are data: none of them adds structure."""
-    exact = report.get("method") == "exact"
-    recipe = ", ".join(f"{name} ({count} layers)" for name, count in _counts(report["layers"]).items())
-    how = (EXACT if exact else FITTED).format(
-        family=source.family.model_type,
-        version=report["qectomy"],
-        recipe=recipe,
-        ending=_ending(report),
-        kept=", but for those of `dense` layers," if "dense" in _counts(report["layers"]) else "",
-    )
+    recipe = ", ".join(f"{name} ({count} layers)" for name, count in Counter(report.maps).items())
+    told = {"family": source.family.model_type, "version": report.qectomy, "recipe": recipe}
+    if isinstance(report, Fitted):
+        kept = ", but for those of `dense` layers," if "dense" in report.maps else ""
+        how, limits = FITTED.format(**told, ending=_ending(report), kept=kept), LIMITS_FITTED
+    else:
+        how, limits = EXACT.format(**told), LIMITS_EXACT
     known, kind = _origin(report, source), kind_words(report)
     return f"""---
 {card_metadata(report, f"{one_line(source.name)} {kind}", known)}
@@ -83,7 +83,7 @@ back: `qectomy materialize PATH --out STOCK`.
 
 ## Limits
 
-{LIMITS_EXACT if exact else LIMITS_FITTED.format(targets=_targets(source))}
+{limits.format(targets=_targets(source))}
 {LIMITS_ALL}
 
 ## Licence
@@ -98,12 +98,11 @@ Theory: Karbevski & Mijoski, "Key and Value Weights Are Probably All You Need", 
 """
 
 
-def _origin(report: dict[str, Any], source: Checkpoint) -> Origin:
+def _origin(report: Reduced, source: Checkpoint) -> Origin:
     """Return what is known of the original. Healed by another teacher, `source` has the original's name alone."""
-    known = origin(source)
-    if report.get("healing", {}).get("teacher_is_source", True):
-        return known
-    return Origin(hub_id=source.name if "/" in source.name else None)
+    if isinstance(report, Fitted) and report.healing and not report.healing.teacher_is_source:
+        return Origin(hub_id=source.name if "/" in source.name else None)
+    return origin(source)
 
 
 def _made_from(source: Checkpoint, known: Origin) -> str:
@@ -130,49 +129,45 @@ def _licence(source: Checkpoint, known: Origin) -> str:
     return f"{said}. Its terms hold for this checkpoint too."
 
 
-def _ending(report: dict[str, Any]) -> str:
-    healing = report.get("healing")
+def _ending(report: Fitted) -> str:
+    healing = report.healing
     refitted = REFITTED.format(dense=DENSE_TOO if has_refitted_dense(report) else "")
-    how = HOW + (refitted if report.get("calibration", {}).get("refit", True) else LEFT)
+    how = HOW + (refitted if report.calibration is None or report.calibration.refit else LEFT)
     if healing is None:
         return f"No training from end to end. {how}"
-    if not healing["best_step"]:
+    if not healing.best_step:
         return f"{how} Healing it, by training against the original, made it no better (`healing.png`)."
-    texts = ", ".join(f"`{_code(text['text'])}`" for text in healing["texts"])
-    if healing["self_generated"]:
+    texts = ", ".join(f"`{_code(text.text)}`" for text in healing.texts)
+    if healing.self_generated:
         texts = "text that the original wrote itself"
-    kept, all_of_it = healing["best_step"] * healing["tokens_a_step"], healing["tokens"]
+    kept, all_of_it = healing.best_step * healing.tokens_a_step, healing.tokens
     after = "" if kept == all_of_it else f", of which the first {kept:,} made what is kept,"
     return how + HEALED.format(tokens=all_of_it, after=after, texts=texts)
 
 
-def _commands(report: dict[str, Any]) -> str:
-    healing = report.get("healing")
-    return report["command"] if healing is None else "\n".join(dict.fromkeys((report["command"], healing["command"])))
+def _commands(report: Reduced) -> str:
+    healing = report.healing if isinstance(report, Fitted) else None
+    return "\n".join(dict.fromkeys([report.command, *([healing.command] if healing else [])]))
 
 
-def _table(report: dict[str, Any]) -> str:
-    parameters = report["parameters"]
-    removed = 1 - parameters["after"] / parameters["before"]
+def _table(report: Reduced) -> str:
+    parameters = report.parameters
     rows = [
         "| | original | reduced |",
         "|---|---|---|",
-        f"| parameters | {parameters['before']:,} | {parameters['after']:,} ({removed:.1%} fewer) |",
+        f"| parameters | {parameters.before:,} | {parameters.after:,} ({parameters.removed:.1%} fewer) |",
         *_query_row(report),
-        f"| bytes | {report['bytes']['before']:,} | {report['bytes']['after']:,} |",
+        f"| bytes | {report.bytes.before:,} | {report.bytes.after:,} |",
     ]
-    if "perplexity" in report:
-        perplexity, bits = report["perplexity"], report["bits_per_byte"]
-        rows += [
-            f"| perplexity | {perplexity['before']:.3f} | {perplexity['after']:.3f} "
-            f"(x {perplexity['ratio']:.3f}{_interval(perplexity)}) |",
-            *_fitted_row(report),
-            f"| bits per byte | {bits['before']:.4f} | {bits['after']:.4f} |",
-        ]
+    if found := report.perplexity:
+        ratio = f"x {found.ratio:.3f}{_interval(found)}"
+        rows += [f"| perplexity | {found.before:.3f} | {found.after:.3f} ({ratio}) |", *_fitted_row(report)]
+    if bits := report.bits_per_byte:
+        rows.append(f"| bits per byte | {bits.before:.4f} | {bits.after:.4f} |")
     return "\n".join(rows) + "\n"
 
 
-def _query_row(report: dict[str, Any]) -> list[str]:
+def _query_row(report: Reduced) -> list[str]:
     """How much of W_Q went, of all layers'."""
     if (found := query_share(report)) is None:
         return []
@@ -181,39 +176,41 @@ def _query_row(report: dict[str, Any]) -> list[str]:
     return [f"| of which W_Q, and what stands in its place | {before} | {after} ({found.removed:.1%} fewer{more}) |"]
 
 
-def _interval(perplexity: dict[str, Any]) -> str:
-    if not perplexity.get("ratio_95"):
+def _interval(perplexity: Perplexity) -> str:
+    if not perplexity.ratio_95:
         return ""
-    low, high = perplexity["ratio_95"]
+    low, high = perplexity.ratio_95
     return f"; {low:.3f} to {high:.3f} with 95 % confidence"
 
 
-def _fitted_row(report: dict[str, Any]) -> list[str]:
+def _fitted_row(report: Reduced) -> list[str]:
     """What the reduced model was at before it was healed."""
-    if "healing" not in report:
+    if not isinstance(report, Fitted) or not report.healing:
         return []
-    found = report["healing"]["perplexity"]
-    return [f"| perplexity before healing | | {found['fitted']:.3f} (x {found['fitted_ratio']:.3f}) |"]
+    found = report.healing.perplexity
+    return [f"| perplexity before healing | | {found.fitted:.3f} (x {found.fitted_ratio:.3f}) |"]
 
 
-def _measured(report: dict[str, Any]) -> str:
-    if "perplexity" not in report:
-        return f"Largest difference of a logit {report['logit_error']:.1e} of the largest, on random tokens.\n"
-    protocol, agreement = report["perplexity"]["protocol"], report["top1_agreement"]
+def _measured(report: Reduced) -> str:
+    if isinstance(report, Exact) and not report.perplexity:
+        return f"Largest difference of a logit {report.logit_error:.1e} of the largest, on random tokens.\n"
+    assert report.perplexity, "a fit is always measured"
+    protocol = report.perplexity.protocol
     read_as = f"; {_code(words)}" if (words := read_as_words(protocol)) else ""
-    told = None if report.get("method") == "exact" else text_doubt(report, protocol)
+    told = text_doubt(protocol, report) if isinstance(report, Fitted) else None
     doubt = f"\n{told[1][0].upper()}{told[1][1:]}." if told else ""
-    return f"""Mean KL to the original {report["kl"]:.4f} nats a token; same most likely token {agreement:.2%} of the
-time. Measured on {protocol["scored_tokens"]:,} tokens of `{_code(protocol["text"])}`
-(sha256 {protocol["text_sha256"][:16]}{read_as}), windows of {protocol["context"]} tokens, stride {protocol["stride"]},
-BOS: {protocol["bos"]}, float32. Perplexity on other text differs.{doubt}
+    kl, agreement = report.kl, report.top1_agreement
+    return f"""Mean KL to the original {kl:.4f} nats a token; same most likely token {agreement:.2%} of the
+time. Measured on {protocol.scored_tokens:,} tokens of `{_code(protocol.text)}`
+(sha256 {protocol.text_sha256[:16]}{read_as}), windows of {protocol.context} tokens, stride {protocol.stride},
+BOS: {protocol.bos}, float32. Perplexity on other text differs.{doubt}
 """
 
 
-def _moved(report: dict[str, Any]) -> str:
+def _moved(report: Reduced) -> str:
     """Say by layer what changed beside W_Q; nothing of an exact fold, or where an older version fitted."""
     heads, rows = moved_table(report)
-    if not rows:
+    if not rows or not isinstance(report, Fitted):
         return ""
     table = [f"| {' | '.join(map(_escaped, row))} |" for row in (heads, *rows)]
     table.insert(1, f"|{'---|' * len(heads)}")
@@ -226,13 +223,6 @@ def _targets(source: Checkpoint) -> str:
     roles = source.family.roles
     modules = (roles.reduced_key.module, roles.reduced_value.module, roles.output.module)
     return ", ".join(dict.fromkeys(f"`{module.rpartition('.')[2]}`" for module in modules))
-
-
-def _counts(layers: list[dict[str, Any]]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for layer in layers:
-        counts[layer["map"]] = counts.get(layer["map"], 0) + 1
-    return counts
 
 
 def _indented(text: str) -> str:

@@ -1,7 +1,8 @@
 """How much of W_Q went: one definition for every place that says so."""
 
 from dataclasses import dataclass
-from typing import Any
+
+from qectomy.record.reduced import Exact, Folded, Reduced, Totals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,32 +27,30 @@ class QueryShare:
         return f"of all {self.layers} layers; {100 * self.of_reduced:.1f} % of the {self.reduced} reduced"
 
 
-def kind_words(report: dict[str, Any]) -> str:
+def kind_words(report: Reduced) -> str:
     """Say in a few words what a checkpoint is, with the layers that it concerns where some kept their W_Q."""
-    if report.get("method") == "exact":
+    if isinstance(report, Exact):
         return "folded exactly"
-    maps = [layer["map"] for layer in report["layers"]]
-    reduced = sum(name != "dense" for name in maps)
-    return "without W_Q" + ("" if reduced == len(maps) else f" in {reduced} of {len(maps)} layers")
+    reduced = sum(name != "dense" for name in report.maps)
+    return "without W_Q" + ("" if reduced == len(report.maps) else f" in {reduced} of {len(report.maps)} layers")
 
 
-def query_share(report: dict[str, Any]) -> QueryShare | None:
+def query_share(found: Totals) -> QueryShare | None:
     """Return the shares of a report, or of a plan, whose `query_parameters` count the layers that are not dense.
 
     None where there is nothing to take a share of. An exact fold counts every layer, and reduces all or none of it.
     """
-    found = report.get("query_parameters", {})
-    maps = report["plan"] if "plan" in report else [layer["map"] for layer in report["layers"]]
-    reduced = len(maps) if report.get("method") == "exact" else sum(name != "dense" for name in maps)
-    if not found.get("before") or not reduced:
+    counted, maps = found.query_parameters, found.maps
+    reduced = len(maps) if isinstance(found, Folded) else sum(name != "dense" for name in maps)
+    if not counted.before or not reduced:
         return None
-    before = found["before"] * len(maps) / reduced
-    gone = found["before"] - found["after"]
+    before = counted.before * len(maps) / reduced
+    gone = counted.before - counted.after
     return QueryShare(
         before=before,
         after=before - gone,
         removed=gone / before,
-        of_reduced=gone / found["before"],
+        of_reduced=gone / counted.before,
         reduced=reduced,
         layers=len(maps),
     )

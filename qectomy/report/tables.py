@@ -9,6 +9,8 @@ from rich.table import Table
 
 from qectomy.errors import clean
 from qectomy.models.query_maps import ranges
+from qectomy.record.healing import Healing
+from qectomy.record.reduced import Exact, Fitted, FoldPlan, Plan, Totals
 from qectomy.report.moved_words import moved_summary
 from qectomy.report.query_share import query_share
 from qectomy.report.text_words import text_doubt
@@ -23,80 +25,72 @@ FATES = {
 }
 
 
-def show_plan(plan: dict[str, Any]) -> None:
+def show_plan(plan: Plan) -> None:
     """Print the plan of a dry run."""
-    console.print(", ".join(f"{i}={name}" for i, name in enumerate(plan["plan"])), markup=False)
+    console.print(", ".join(f"{i}={name}" for i, name in enumerate(plan.plan)), markup=False)
     _show_sizes(plan)
-    show_needs(plan["needs"])
+    show_needs(plan.needs)
     console.print("dry run: nothing was written, and the texts were not read")
 
 
-def show_conversion(report: dict[str, Any]) -> None:
+def show_conversion(report: Fitted) -> None:
     """Print the outcome of a conversion."""
-    perplexity = report["perplexity"]
+    perplexity, bits = report.perplexity, report.bits_per_byte
     _show_sizes(report)
     console.print(
-        f"perplexity {perplexity['before']:.3f} -> {perplexity['after']:.3f} (x {perplexity['ratio']:.4f}; 95 %: "
-        f"{between(perplexity['ratio_95'], 4)}), "
-        f"bits per byte {report['bits_per_byte']['before']:.4f} -> {report['bits_per_byte']['after']:.4f}, "
-        f"KL {report['kl']:.4f}, top-1 agreement {report['top1_agreement']:.1%}"
+        f"perplexity {perplexity.before:.3f} -> {perplexity.after:.3f} (x {perplexity.ratio:.4f}; 95 %: "
+        f"{between(perplexity.ratio_95, 4)}), bits per byte {bits.before:.4f} -> {bits.after:.4f}, "
+        f"KL {report.kl:.4f}, top-1 agreement {report.top1_agreement:.1%}"
     )
     console.print(f"moved, ‖W' - W‖ / ‖W‖: {'; '.join(moved_summary(report))}", markup=False)
-    show_doubt(report, perplexity["protocol"])
-    seconds, forward = report["seconds"]["total"], report["forward_pass_seconds"]
-    console.print(
-        f"{seconds:.0f} s, as long as the original takes to read the same tokens {seconds / forward:.1f} times; peak "
-        f"memory {size(report['peak_memory_bytes'])}"
-    )
+    show_doubt(report)
+    seconds, forward = report.seconds["total"], report.forward_pass_seconds
+    times = f", as long as the original takes to read the same tokens {seconds / forward:.1f} times" if forward else ""
+    console.print(f"{seconds:.0f} s{times}; peak memory {size(report.peak_memory_bytes)}")
 
 
-def show_healing(report: dict[str, Any]) -> None:
+def show_healing(report: Fitted, healing: Healing) -> None:
     """Print what healing came to."""
-    healing, protocol = report["healing"], report["perplexity"]["protocol"]
-    perplexity = healing["perplexity"]
+    protocol, found, kl, agreement = report.perplexity.protocol, healing.perplexity, healing.kl, healing.top1_agreement
     table = Table("model", "perplexity", "ratio", "95 %", "KL", "top-1 agreement")
-    table.add_row("original", f"{perplexity['original']:.3f}", "1", "", "", "")
-    for kind in ("fitted", "healed"):
-        table.add_row(
-            kind,
-            f"{perplexity[kind]:.3f}",
-            f"{perplexity[f'{kind}_ratio']:.4f}",
-            between(perplexity[f"{kind}_ratio_95"], 4),
-            f"{healing['kl'][kind]:.4f}",
-            f"{healing['top1_agreement'][kind]:.1%}",
-        )
+    table.add_row("original", f"{found.original:.3f}", "1", "", "", "")
+    for kind, perplexity, ratio, interval, nats, same in (
+        ("fitted", found.fitted, found.fitted_ratio, found.fitted_ratio_95, kl.fitted, agreement.fitted),
+        ("healed", found.healed, found.healed_ratio, found.healed_ratio_95, kl.healed, agreement.healed),
+    ):
+        table.add_row(kind, f"{perplexity:.3f}", f"{ratio:.4f}", between(interval, 4), f"{nats:.4f}", f"{same:.1%}")
     console.print(table)
-    fitted_on = ", which the reduced model was fitted on" if protocol["fitted_on"] else ""
+    fitted_on = ", which the reduced model was fitted on" if protocol.fitted_on else ""
     console.print(
-        f"measured on {protocol['scored_tokens']:,} tokens of {protocol['text']} in windows of {protocol['context']}, "
+        f"measured on {protocol.scored_tokens:,} tokens of {protocol.text} in windows of {protocol.context}, "
         f"not trained on{fitted_on}",
         markup=False,
     )
-    show_doubt(report, protocol)
-    if not healing["teacher_is_source"]:
+    show_doubt(report)
+    if not healing.teacher_is_source:
         console.print("the teacher is not the checkpoint that the reduced one was made from, by its qectomy.json")
-    seconds = healing["seconds"]["training"]
-    early = healing["steps"] < healing["planned_steps"]
-    stopped = f", of {healing['planned_steps']} planned (--patience, --minutes)" if early else ""
-    best = f"step {healing['best_step']} was best on the validation windows and is kept"
-    if not healing["best_step"]:
+    seconds, early = healing.seconds.training, healing.steps < healing.planned_steps
+    stopped = f", of {healing.planned_steps} planned (--patience, --minutes)" if early else ""
+    best = f"step {healing.best_step} was best on the validation windows and is kept"
+    if not healing.best_step:
         best = "no step was better on the validation windows than the start, whose weights are kept: try a lower --lr"
     console.print(
-        f"{healing['tokens']:,} tokens in {healing['steps']} steps{stopped}, {seconds:.0f} s "
-        f"({healing['tokens'] / max(seconds, 1e-9):,.0f} tokens/s); {best}"
+        f"{healing.tokens:,} tokens in {healing.steps} steps{stopped}, {seconds:.0f} s "
+        f"({healing.tokens / max(seconds, 1e-9):,.0f} tokens/s); {best}"
     )
 
 
-def show_doubt(report: dict[str, Any], protocol: dict[str, Any]) -> None:
+def show_doubt(report: Fitted) -> None:
     """Print whether the measured text stands in what was fitted or trained on."""
-    if doubt := text_doubt(report, protocol):
+    if doubt := text_doubt(report.perplexity.protocol, report):
         console.print(("" if doubt[0] else "! ") + doubt[1], markup=False)
 
 
-def show_exact(report: dict[str, Any]) -> None:
+def show_exact(report: Exact | FoldPlan) -> None:
     """Print the outcome of an exact conversion, or of its dry run."""
     table = Table("layers", "W_Q", "W_V", "W_O", "cond W_Q", "cond Θ", "cond pivots")
-    for layers, row in _runs(report["layers"], "map", "value_map", "output_map"):
+    records = [layer.model_dump() for layer in report.layers]
+    for layers, row in _runs(records, "map", "value_map", "output_map"):
         conditions = (_worst(row[name]) for name in ("W_Q_condition", "basis_condition", "pivot_condition"))
         table.add_row(layers, row["map"], row["value_map"], row["output_map"], *conditions)
     console.print(table)
@@ -105,29 +99,26 @@ def show_exact(report: dict[str, Any]) -> None:
         "go, of the change of basis that takes it out, of the pivots of a gauge",
         markup=False,
     )
-    show_verdicts(report["layers"])
-    for layers, row in _runs([layer for layer in report["layers"] if layer["value_reason"]], "value_reason"):
+    show_verdicts(records)
+    for layers, row in _runs([layer for layer in records if layer["value_reason"]], "value_reason"):
         console.print(f"heads of {layers_of(layers)} without a gauge: {row['value_reason']}", markup=False)
     _show_sizes(report)
-    if report["tie"] != "none":
-        what = "stay tied" if report["tie"] == "kept" else "are no longer tied; what the head adds is counted"
+    if report.tie != "none":
+        what = "stay tied" if report.tie == "kept" else "are no longer tied; what the head adds is counted"
         console.print(f"embedding and head {what}")
-    if report.get("dry_run"):
-        if "needs" in report:
-            show_needs(report["needs"], "an exact")
+    if isinstance(report, FoldPlan):
+        if report.needs:
+            show_needs(report.needs, "an exact")
         console.print("dry run: nothing was written")
         return
-    on = report["logit_error_on"]
-    console.print(
-        f"largest difference of a logit in float64, on {on}: {report['logit_error']:.1e} of the largest logit"
-    )
-    if "perplexity" in report:
-        perplexity = report["perplexity"]
+    on, error = report.logit_error_on, report.logit_error
+    console.print(f"largest difference of a logit in float64, on {on}: {error:.1e} of the largest logit")
+    if found := report.perplexity:
         console.print(
-            f"perplexity {perplexity['before']:.4f} -> {perplexity['after']:.4f} (x {perplexity['ratio']:.6f}), "
-            f"KL {max(report['kl'], 0):.1e}, top-1 agreement {report['top1_agreement']:.2%}"
+            f"perplexity {found.before:.4f} -> {found.after:.4f} (x {found.ratio:.6f}), "
+            f"KL {max(report.kl or 0, 0):.1e}, top-1 agreement {report.top1_agreement:.2%}"
         )
-    console.print(f"{report['seconds']['total']:.0f} s; peak memory {size(report['peak_memory_bytes'])}")
+    console.print(f"{report.seconds['total']:.0f} s; peak memory {size(report.peak_memory_bytes)}")
 
 
 def show_verdicts(layers: list[dict[str, Any]]) -> None:
@@ -237,12 +228,11 @@ def size(n_bytes: int | float) -> str:
     return f"{n_bytes:.2f} TB"
 
 
-def _show_sizes(report: dict[str, Any]) -> None:
-    parameters, n_bytes = report["parameters"], report["bytes"]
+def _show_sizes(report: Totals) -> None:
+    parameters, n_bytes = report.parameters, report.bytes
     console.print(
-        f"parameters {parameters['before']:,} -> {parameters['after']:,} "
-        f"({1 - parameters['after'] / parameters['before']:.2%} fewer), "
-        f"bytes {size(n_bytes['before'])} -> {size(n_bytes['after'])}"
+        f"parameters {parameters.before:,} -> {parameters.after:,} ({parameters.removed:.2%} fewer), "
+        f"bytes {size(n_bytes.before)} -> {size(n_bytes.after)}"
     )
     if (queries := query_share(report)) is not None:
         console.print(f"W_Q removed {100 * queries.removed:.1f} %, {queries.words}")

@@ -7,7 +7,7 @@ the weights that it was given, would be again: it leaves nothing behind, unless 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qectomy.checkpoint.shards import MAX_SHARD_BYTES, ShardWriter, TensorSpec
 from qectomy.errors import OutputError, QectomyError, Stopped, Untrusted, note, resumable
@@ -17,13 +17,15 @@ from qectomy.runs.output import cause, check_room, interruptible, make_parents, 
 from qectomy.runs.run_dir import ANEW, GoOn, RunDir, check_out, versions
 from qectomy.runs.step_writer import write_steps
 
+Report = TypeVar("Report")
+
 
 def produce(
     out: Path,
     told: dict[str, Any],
     specs: dict[str, TensorSpec],
     steps: Sequence[Callable[[ShardWriter], None]],
-    finish: Callable[[Path, dict[str, str]], dict[str, Any]],
+    finish: Callable[[Path, dict[str, str]], Report],
     inputs: FileWatch,
     *,
     resume: GoOn = False,
@@ -31,7 +33,7 @@ def produce(
     progress: Progress | None = None,
     doing: str = "",
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> dict[str, Any]:
+) -> Report:
     """Make the output of tensors, some of which each step writes, and return its report.
 
     `told` is all that decides what it is. `finish(folder, sha256 of each tensor)` writes what lies beside the weights

@@ -139,21 +139,3 @@ class FittedSpans:
 def overlap(measured: str, fitted: Sketch | None) -> dict[str, Any]:
     """Return how much of a text stands in what a checkpoint was fitted on; None: it keeps no sketch."""
     return FittedSpans(measured, fitted or Sketch(below=0, complete=False)).record()["overlap"]
-
-
-def sketch_in(report: dict[str, Any]) -> Sketch | None:
-    """Return the sketch that a report has, of a checkpoint folded exactly the empty one; None: unknown."""
-    if report.get("method") == "exact" and "healing" not in report:
-        return Sketch()
-    return Sketch.of_record(report.get("fitted_spans"))
-
-
-def fitted_hashes(report: dict[str, Any]) -> set[str]:
-    """Return the sha256 of each text that a report says was fitted or trained on, in an earlier healing, too."""
-    parts, healing = [report.get("calibration")], report.get("healing")
-    while isinstance(healing, dict):
-        parts.append(healing)
-        healing = healing.get("earlier")
-    texts = [part.get("texts") for part in parts if isinstance(part, dict)]
-    entries = [entry for listed in texts if isinstance(listed, list) for entry in listed if isinstance(entry, dict)]
-    return {entry["sha256"] for entry in entries if isinstance(entry.get("sha256"), str)}

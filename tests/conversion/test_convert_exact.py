@@ -14,6 +14,7 @@ from qectomy.conversion.exact import convert_exact, dry_run_exact
 from qectomy.conversion.settings import ConvertSettings
 from qectomy.errors import QectomyError, QueryMapError, TextError
 from qectomy.models.query_maps import parse_exact
+from qectomy.record.reduced import Sizes
 
 NORM_FREE = dict(norms=False, mlp_skip=False)
 
@@ -34,18 +35,18 @@ def test_the_report_tells_what_lies_in_the_folder(shape, tiny_checkpoint, raven,
     before = hashes(source)
     report = run(source, tmp_path / "out", eval_text=str(raven), eval_tokens=160, context=32)
     assert hashes(source) == before
-    assert json.loads((tmp_path / "out/qectomy.json").read_text()) == report
+    assert json.loads((tmp_path / "out/qectomy.json").read_text()) == report.as_dict()
     old, new = open_checkpoint(source), open_checkpoint(tmp_path / "out", reduced=True)
-    assert report["parameters"] == {"before": old.parameters, "after": new.parameters}
-    assert report["bytes"] == {"before": old.nbytes, "after": new.nbytes}
+    assert report.parameters == Sizes(before=old.parameters, after=new.parameters)
+    assert report.bytes == Sizes(before=old.nbytes, after=new.nbytes)
     assert new.parameters < old.parameters
-    assert report["method"] == "exact"
-    assert [layer["map"] for layer in report["layers"]] == [str(spec) for spec in new.recipe]
-    assert report["perplexity"]["before"] == pytest.approx(measured(source, raven), rel=1e-5)
-    assert report["perplexity"]["after"] == pytest.approx(measured(tmp_path / "out", raven), rel=1e-5)
-    assert report["perplexity"]["ratio"] == pytest.approx(1, abs=1e-4)
-    assert report["top1_agreement"] == 1
-    assert 0 < report["logit_error"] < 1e-5
+    assert report.method == "exact"
+    assert [layer.map for layer in report.layers] == [str(spec) for spec in new.recipe]
+    assert report.perplexity.before == pytest.approx(measured(source, raven), rel=1e-5)
+    assert report.perplexity.after == pytest.approx(measured(tmp_path / "out", raven), rel=1e-5)
+    assert report.perplexity.ratio == pytest.approx(1, abs=1e-4)
+    assert report.top1_agreement == 1
+    assert 0 < report.logit_error < 1e-5
     card = (tmp_path / "out/README.md").read_text()
     assert "folded exactly" in card
     assert "Nothing was fitted" in card
@@ -54,9 +55,9 @@ def test_the_report_tells_what_lies_in_the_folder(shape, tiny_checkpoint, raven,
 
 def test_no_text_is_needed(tiny_checkpoint, tmp_path):
     report = run(tiny_checkpoint(), tmp_path / "out")
-    assert "perplexity" not in report
+    assert report.perplexity is None
     assert "on random tokens" in (tmp_path / "out/README.md").read_text()
-    assert 0 < report["logit_error"] < 1e-5
+    assert 0 < report.logit_error < 1e-5
 
 
 def test_a_narrow_dtype_says_what_it_costs(tiny_checkpoint, tmp_path, raven):
@@ -64,14 +65,14 @@ def test_a_narrow_dtype_says_what_it_costs(tiny_checkpoint, tmp_path, raven):
     options = dict(eval_text=str(raven), eval_tokens=160, context=32)
     whole = run(source, tmp_path / "whole", **options)
     half = run(source, tmp_path / "half", dtype="float16", **options)
-    assert half["bytes"]["after"] < 0.6 * whole["bytes"]["after"]
-    assert half["logit_error"] > 100 * whole["logit_error"]
+    assert half.bytes.after < 0.6 * whole.bytes.after
+    assert half.logit_error > 100 * whole.logit_error
 
 
 def test_layers_can_be_left_whole(tmp_path):
     source = save_variant(tmp_path / "source", "gpt2", **NORM_FREE)
     report = run(source, tmp_path / "out", kept=frozenset({1}))
-    assert [(layer["map"], layer["value_map"], layer["how"]) for layer in report["layers"]] == [
+    assert [(layer.map, layer.value_map, layer.how) for layer in report.layers] == [
         ("identity", "gauge", "exact"),
         ("dense", "dense", "kept"),
     ]
@@ -89,22 +90,22 @@ def logits(folder):
 def test_a_tie_is_broken_only_where_that_pays(tmp_path):
     few = save_variant(tmp_path / "few", "llama", norms=False, tie_word_embeddings=True, vocab_size=24, pad_token_id=2)
     report = run(few, tmp_path / "untied")
-    assert report["tie"] == "broken"
+    assert report.tie == "broken"
     assert not json.loads((tmp_path / "untied/config.json").read_text())["tie_word_embeddings"]
     assert "lm_head.weight" in open_checkpoint(tmp_path / "untied", reduced=True).tensors
     many = save_variant(tmp_path / "many", "llama", norms=False, tie_word_embeddings=True)
     report = run(many, tmp_path / "tied")
-    assert report["tie"] == "kept"
-    assert "breaks the tie of embedding and head, which costs 10,240 parameters" in report["layers"][0]["reason"]
+    assert report.tie == "kept"
+    assert "breaks the tie of embedding and head, which costs 10,240 parameters" in report.layers[0].reason
 
 
 def test_the_dry_run_is_the_plan(tmp_path):
     source = save_variant(tmp_path / "source", "llama", **NORM_FREE)
     plan = dry_run_exact(open_checkpoint(source), ConvertSettings())
     report = run(source, tmp_path / "out")
-    assert plan["dry_run"]
+    assert plan.dry_run
     for key in ("layers", "tie", "parameters", "bytes", "query_parameters"):
-        assert plan[key] == report[key]
+        assert getattr(plan, key) == getattr(report, key)
 
 
 def test_what_is_refused_leaves_nothing(tiny_copy, tmp_path, raven):

@@ -36,7 +36,7 @@ from qectomy.errors import (
 from qectomy.eval.loading import read_config
 from qectomy.eval.protocol import Protocol, scoring_windows
 from qectomy.models.architectures import find_family
-from qectomy.report.page.reading import ReportError, read_curve, read_folder
+from qectomy.report.page.reading import ReportError, read_folder
 from qectomy.runs.produce import run_dir
 from qectomy.runs.run_dir import TOLD, RunDir, finished
 from qectomy.surgery.materialize import materialize
@@ -437,9 +437,6 @@ def test_reports_without_an_end(tmp_path):
         with pytest.raises(ReportError, match=f"{name} cannot be read: {name} is not a regular file"):
             read_folder(tmp_path)
         (tmp_path / name).unlink()
-    (tmp_path / "healing.csv").symlink_to("/dev/zero")
-    with pytest.raises(ReportError, match=r"healing.csv cannot be read: healing.csv is not a regular file"):
-        read_curve(tmp_path / "healing.csv")
     (tmp_path / "qectomy.json").unlink()
     (tmp_path / "qectomy.json").symlink_to("/dev/zero")
     with pytest.raises(ReportError, match=r"holds no qectomy.json"):

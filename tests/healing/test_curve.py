@@ -6,7 +6,8 @@ import math
 import pytest
 from matplotlib.image import imread
 
-from qectomy.healing.curve import COLUMNS, curve_of, write_curve
+from qectomy.healing.curve import curve_of, write_curve
+from qectomy.record.healing import CurveRow
 
 HISTORY = [
     {"eval_objective": 2.0, "eval_kl": 1.5, "eval_nll": 3.0, "step": 0},
@@ -21,32 +22,31 @@ HISTORY = [
 
 def test_a_row_for_each_validation():
     rows = curve_of(HISTORY, 128)
-    assert all(tuple(row) == COLUMNS for row in rows)
-    assert [row["step"] for row in rows] == [0, 2, 4]
-    assert [row["tokens"] for row in rows] == [0, 256, 512]
-    assert [row["train_loss"] for row in rows] == [None, pytest.approx(1.7), 1.0]
-    assert [row["validation_loss"] for row in rows] == [2.0, 1.25, 1.5]
-    assert [row["validation_kl"] for row in rows] == [1.5, 1.0, 1.25]
-    assert [row["validation_perplexity"] for row in rows] == [math.exp(x) for x in (3.0, 2.5, 2.75)]
-    assert [row["learning_rate"] for row in rows] == [None, 2e-3, 5e-4]
+    assert [row.step for row in rows] == [0, 2, 4]
+    assert [row.tokens for row in rows] == [0, 256, 512]
+    assert [row.train_loss for row in rows] == [None, pytest.approx(1.7), 1.0]
+    assert [row.validation_loss for row in rows] == [2.0, 1.25, 1.5]
+    assert [row.validation_kl for row in rows] == [1.5, 1.0, 1.25]
+    assert [row.validation_perplexity for row in rows] == [math.exp(x) for x in (3.0, 2.5, 2.75)]
+    assert [row.learning_rate for row in rows] == [None, 2e-3, 5e-4]
 
 
 def test_a_step_that_was_validated_again_after_a_resume_is_one_row():
     again = {"eval_objective": 1.2, "eval_kl": 0.9, "eval_nll": 2.4, "step": 2}
     rows = curve_of([*HISTORY, again], 128)
-    assert [row["step"] for row in rows] == [0, 2, 4]
-    assert rows[1]["validation_loss"] == 1.2
+    assert [row.step for row in rows] == [0, 2, 4]
+    assert rows[1].validation_loss == 1.2
 
 
 def test_the_files(tmp_path):
     rows = curve_of(HISTORY, 128)
     write_curve(tmp_path, rows, 5.0, 2)
     text = (tmp_path / "healing.csv").read_bytes().decode()
-    assert text.splitlines()[0] == ",".join(COLUMNS)
+    assert text.splitlines()[0] == ",".join(CurveRow.model_fields)
     assert "\r" not in text
     read = list(csv.DictReader(text.splitlines()))
     for row, line in zip(rows, read, strict=True):
-        assert {name: float(value) if value else None for name, value in line.items()} == row
+        assert {name: float(value) if value else None for name, value in line.items()} == row.model_dump()
     picture = imread(tmp_path / "healing.png")
     height, width = picture.shape[:2]
     assert 600 <= width <= 2000

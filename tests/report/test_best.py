@@ -10,7 +10,7 @@ from conversions import convert_tiny
 from qectomy.cli import main
 from qectomy.report.card_verdict import END, START
 from qectomy.report.page import verdict as verdict_module
-from qectomy.report.page.best import best_report
+from qectomy.report.page.best import best_measurement
 from qectomy.report.page.compare import summary
 from qectomy.report.page.page import page
 from qectomy.report.page.reading import read_folder
@@ -86,21 +86,17 @@ def test_a_saved_measurement_can_also_be_the_worse_news(folder):
 )
 def test_what_is_no_better_measurement_of_this_checkpoint_does_not(folder, change):
     found = folder(found=evaluation(**change))
-    assert best_report(found)["perplexity"]["file"] == "qectomy.json"
+    assert best_measurement(found).file == "qectomy.json"
     assert judged(found).word == "Close, on little text"
 
 
 def test_of_as_many_tokens_the_narrower_interval_counts(folder):
     found = folder(found=evaluation(tokens=2_000, interval=(1.0, 1.04)))
-    assert best_report(found)["perplexity"]["file"] == "evaluation.json"
+    assert best_measurement(found).file == "evaluation.json"
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_a_measurement_against_what_is_not_known_as_the_original_is_told(folder, known):
-    report = short_report()
-    if not known:  # as an older version wrote it
-        del report["source"]["fingerprint"]
-    found = folder(report, evaluation(first=OTHER if known else ORIGINAL))
+def test_a_measurement_against_what_is_not_known_as_the_original_is_told(folder):
+    found = folder(short_report(), evaluation(first=OTHER))
     assert judged(found).word == "Close, on little text"
     told = [check.text for check in checks(found) if check.holds is None]
     assert any("its first checkpoint is not known, by its files, to be the original" in text for text in told)
@@ -108,7 +104,9 @@ def test_a_measurement_against_what_is_not_known_as_the_original_is_told(folder,
 
 
 def test_a_checkpoint_that_was_renewed_is_still_known_by_its_older_files(folder):
-    report = short_report() | {"renewed": {"qectomy": "0.1.0", "fingerprints": [OTHER]}}
+    report = short_report() | {
+        "renewed": {"qectomy": "0.1.0", "created": "2026-11-26T10:36:08+00:00", "fingerprints": [OTHER]}
+    }
     assert judged(folder(report, evaluation(second=OTHER))).word == "Close"
 
 

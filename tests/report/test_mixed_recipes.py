@@ -7,6 +7,7 @@ import pytest
 from conversions import convert_tiny
 
 from qectomy.checkpoint.checkpoint import open_checkpoint
+from qectomy.record.reduced import AttentionKL, Exact, Fitted, FittedLayer, Plan, read_reduced
 from qectomy.report.model_card import model_card
 from qectomy.report.page import quality
 from qectomy.report.page.page import page
@@ -25,7 +26,7 @@ def mixed_report(kl=(2e-8, 4e-7)):
         fitted, heldout = (0.02, 0.03) if layer["index"] < 3 else kl
         layer |= {"map": "key-shared" if layer["index"] < 3 else "dense"}
         layer["attention_kl"] = {"fitted": fitted, "heldout": heldout}
-    report["query_parameters"] = {"before": 3 * ONE_LAYER, "after": 3 * ONE_LAYER / 9}
+    report["query_parameters"] = {"before": 3 * ONE_LAYER, "after": 3 * ONE_LAYER // 9}
     return report
 
 
@@ -54,14 +55,18 @@ def test_a_uniform_recipe_has_the_ratio_of_all_its_layers(folder):
     assert "Held-out attention error is 1." in check.text
 
 
+def layer_of(fitted, heldout):
+    return FittedLayer(index=0, map="select", attention_kl=AttentionKL(fitted=fitted, heldout=heldout))
+
+
 def test_roundings_have_no_ratio(folder):
     """Say of W_Q that was the identity already: both KL are what float32 leaves."""
     report = mixed_report()
     for layer in report["layers"]:
         layer["attention_kl"] = {"fitted": 3e-8, "heldout": 9e-7}
     assert fit_check(folder(report)) == []
-    assert heldout_ratio({"map": "select", "attention_kl": {"fitted": 3e-8, "heldout": 9e-7}}) is None
-    assert heldout_ratio({"map": "select", "attention_kl": {"fitted": 1e-5, "heldout": 2e-5}}) == pytest.approx(2)
+    assert heldout_ratio(layer_of(3e-8, 9e-7)) is None
+    assert heldout_ratio(layer_of(1e-5, 2e-5)) == pytest.approx(2)
 
 
 def test_the_layers_are_shown_without_ratios_of_dense_ones(folder, monkeypatch):
@@ -82,21 +87,21 @@ def test_the_layers_are_shown_without_ratios_of_dense_ones(folder, monkeypatch):
 
 
 def test_the_share_is_of_all_layers(folder):
-    found = query_share(mixed_report())
+    found = query_share(Fitted.model_validate(mixed_report()))
     assert (found.before, found.after) == (30 * ONE_LAYER, 30 * ONE_LAYER - 3 * ONE_LAYER * 8 / 9)
     assert found.removed == pytest.approx(0.1 * 8 / 9)
     assert found.of_reduced == pytest.approx(8 / 9)
     assert found.words == "of all 30 layers; 88.9 % of the 3 reduced"
-    assert query_share(page_folders.full_report()).words == "of all layers"
-    assert query_share(page_folders.exact_report()) is None
+    assert query_share(Fitted.model_validate(page_folders.full_report())).words == "of all layers"
+    assert query_share(Exact.model_validate(page_folders.exact_report())) is None
 
 
 def test_an_exact_fold_counts_every_layer():
     """Its query_parameters are of all of them, also of those whose map is called dense."""
-    report = page_folders.exact_report() | {"query_parameters": {"before": 300.0, "after": 270.0}}
+    report = page_folders.exact_report() | {"query_parameters": {"before": 300, "after": 270}}
     report["layers"][0]["map"] = "gauge"
-    found = query_share(report)
-    assert (found.before, found.removed, found.words) == (300.0, pytest.approx(0.1), "of all layers")
+    found = query_share(Exact.model_validate(report))
+    assert (found.before, found.removed, found.words) == (300, pytest.approx(0.1), "of all layers")
 
 
 def test_every_place_says_the_same_share(folder):
@@ -113,14 +118,15 @@ def test_every_place_says_the_same_share(folder):
 
 def test_terminal_card_and_page_of_a_real_folder_agree(tiny_checkpoint, raven, tmp_path, capsys):
     source = tiny_checkpoint("llama", num_hidden_layers=3)
-    report = convert_tiny(source, tmp_path / "out", "0=key-shared,1-2=dense", raven)
+    convert_tiny(source, tmp_path / "out", "0=key-shared,1-2=dense", raven)
+    report = read_reduced(tmp_path / "out/qectomy.json")
     share = query_share(report)
     assert share.removed == pytest.approx(share.of_reduced / 3)
     said = f"W_Q removed {100 * share.removed:.1f} %, of all 3 layers; {100 * share.of_reduced:.1f} % of the 1 reduced"
     show_conversion(report)
     assert said in " ".join(capsys.readouterr().out.split())
     needs = {"peak_memory_bytes": 1, "peak_memory_stage": "x", "disk_bytes": 1, "seconds": None, "stages": {}}
-    show_plan({**report, "plan": ["key-shared", "dense", "dense"], "needs": needs})
+    show_plan(Plan(**dict(report) | {"plan": ["key-shared", "dense", "dense"], "needs": needs}))
     assert said in " ".join(capsys.readouterr().out.split())
     row = (
         f"| of which W_Q, and what stands in its place | {share.before:,.0f} | {share.after:,.0f} ({share.removed:.1%}"

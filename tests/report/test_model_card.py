@@ -1,6 +1,5 @@
 """The model card's metadata is what the Hub takes, and nothing that it carries over can break it."""
 
-import copy
 import os
 import shutil
 from dataclasses import replace
@@ -11,10 +10,14 @@ import yaml
 from conversions import convert_tiny, reload_here
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from page_folders import healed_report
 
 from qectomy.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from qectomy.conversion.exact import convert_exact
 from qectomy.conversion.settings import ConvertSettings
+from qectomy.record.healing import Healing
+from qectomy.record.reduced import read_reduced
+from qectomy.record.scores import Change
 from qectomy.report.model_card import model_card
 
 
@@ -24,12 +27,13 @@ def converted(tiny_checkpoint, raven, tmp_path_factory):
     source = tiny_checkpoint("gpt2")
     out = tmp_path_factory.mktemp("card") / "out"
     command = "qectomy convert it --out there"
-    return convert_tiny(source, out, "0=key-shared,1=select", raven, command=command), open_checkpoint(source)
+    convert_tiny(source, out, "0=key-shared,1=select", raven, command=command)
+    return read_reduced(out / "qectomy.json"), open_checkpoint(source)
 
 
 @pytest.fixture
 def report(converted):
-    return copy.deepcopy(converted[0])
+    return converted[0].model_copy(deep=True)
 
 
 @pytest.fixture
@@ -81,26 +85,26 @@ def test_the_hub_reads_the_metadata(report, made, tmp_path):
 
 
 def test_the_measured_results_are_a_model_index(report, made, tmp_path):
-    report["word_perplexity"] = {"before": 800.5, "after": 900.25}
+    report.word_perplexity = Change(before=800.5, after=900.25)
     card = load(model_card(report, made()), tmp_path)
     name, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
     assert name == "local without W_Q"
     assert {result.metric_type: result.metric_value for result in results} == {
-        "perplexity": report["perplexity"]["after"],
-        "perplexity_ratio": report["perplexity"]["ratio"],
+        "perplexity": report.perplexity.after,
+        "perplexity_ratio": report.perplexity.ratio,
         "word_perplexity": 900.25,
-        "bits_per_byte": report["bits_per_byte"]["after"],
-        "kl_divergence": report["kl"],
-        "top1_agreement": report["top1_agreement"],
+        "bits_per_byte": report.bits_per_byte.after,
+        "kl_divergence": report.kl,
+        "top1_agreement": report.top1_agreement,
     }
-    protocol = report["perplexity"]["protocol"]
+    protocol = report.perplexity.protocol
     for result in results:
         assert (result.task_type, result.dataset_type, result.dataset_name) == ("text-generation", "text", "raven.txt")
         assert result.dataset_args == {
-            "sha256": protocol["text_sha256"],
+            "sha256": protocol.text_sha256,
             "context": 32,
             "stride": 32,
-            "scored_tokens": protocol["scored_tokens"],
+            "scored_tokens": protocol.scored_tokens,
             "dtype": "float32",
         }
         assert not result.verified
@@ -118,7 +122,7 @@ def test_the_measured_results_are_a_model_index(report, made, tmp_path):
     ],
 )
 def test_a_dataset_of_the_hub_is_named_as_one(report, made, text, expected):
-    report["perplexity"]["protocol"]["text"] = text
+    report.perplexity.protocol.text = text
     ((_, results),) = [model_index_to_eval_results(fields(report, made())["model-index"])]
     found = results[0]
     assert (found.dataset_type, found.dataset_config, found.dataset_split) == expected
@@ -162,13 +166,7 @@ def test_a_name_with_an_organisation_is_a_hub_id(report, made, name, expected):
 def test_of_another_teacher_only_the_originals_name_is_told(report, made):
     source = replace(made("---\nlicense: mit\n---\n", "hub/models--a--teacher/snapshots/x"), name="org/original")
     assert fields(report, source)["license"] == "mit"
-    report["healing"] = {
-        "best_step": 0,
-        "teacher_is_source": False,
-        "command": "heal",
-        "texts": [],
-        "perplexity": {"fitted": 2.0, "fitted_ratio": 1.5},
-    }
+    report.healing = Healing.model_validate(healed_report()["healing"] | {"teacher_is_source": False})
     found = fields(report, source)
     assert found["base_model"] == "org/original"
     assert "license" not in found
@@ -275,8 +273,8 @@ HOSTILE = [
 def test_hostile_names_stay_names(converted, report, name, tmp_path):
     """A folder, a text and a command may be called anything; the card's structure stays."""
     plain = load(model_card(report, converted[1]), tmp_path)
-    report["perplexity"]["protocol"]["text"] = name
-    report["command"] = f"qectomy convert '{name}' --text '```\n# not a heading'"
+    report.perplexity.protocol.text = name
+    report.command = f"qectomy convert '{name}' --text '```\n# not a heading'"
     written = model_card(report, replace(converted[1], name=name))
     card = load(written, tmp_path)
     assert card.data.to_dict().keys() == plain.data.to_dict().keys()
@@ -293,10 +291,8 @@ def test_hostile_names_stay_names(converted, report, name, tmp_path):
 
 
 def test_what_moved_is_a_table_of_every_layer(report, made):
-    report["layers"][1] |= {
-        "map": "dense",
-        "moved": {"W_K": 0.0, "W_V": 0.0, "W_O": 0.0081, "W_down": 0.55, "b_O": 0.03},
-    }
+    report.layers[1].map = "dense"
+    report.layers[1].moved = {"W_K": 0.0, "W_V": 0.0, "W_O": 0.0081, "W_down": 0.55, "b_O": 0.03}
     card = body(model_card(report, made()))
     assert "| 1 | dense | 0 % | 0 % | 0.81 % | 55 % | b\\_O 3.0 % |" in card
     assert len([line for line in card.splitlines() if line.startswith(("| 0 | key-shared", "| 1 |"))]) == 2
@@ -308,12 +304,12 @@ def test_what_moved_is_a_table_of_every_layer(report, made):
     report["layers"][1]["map"] = kept
     assert "b_O of a reduced layer also takes in the bias of its values" in " ".join(card.split())
     assert "--no-refit they stay" in " ".join(card.split())
-    report["calibration"]["refit"] = False
+    report.calibration.refit = False
     card = model_card(report, made(folder="left"))
     assert "layer by layer; nothing else was fitted." in card
     assert "refitted to them" not in card
-    for layer in report["layers"]:
-        del layer["moved"]
+    for layer in report.layers:
+        layer.moved = None
     assert "What moved" not in model_card(report, made(folder="older"))
 
 
@@ -330,7 +326,7 @@ def test_limits_and_interval_in_plain_words(report, made):
         assert card.count(f"\n{heading}\n") == 1
     assert "qectomy eval ORIGINAL PATH --text YOURS.txt --reference ORIGINAL" in card
     assert "before you serve this" in card
-    report["perplexity"]["ratio_95"] = None  # of a single window
+    report.perplexity.ratio_95 = None  # of a single window
     assert "confidence" not in model_card(report, made(folder="once"))
-    report["perplexity"]["ratio_95"] = [1.25, 1.5]
+    report.perplexity.ratio_95 = [1.25, 1.5]
     assert "; 1.250 to 1.500 with 95 % confidence)" in model_card(report, made(folder="again"))

@@ -13,7 +13,7 @@ from conversions import convert_tiny
 from tiny_models import RAVEN, VOCAB_SIZE, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from qectomy.errors import CheckpointError, Stopped
+from qectomy.errors import CheckpointError, Stopped, clean
 from qectomy.eval import reload, samples
 from qectomy.eval.protocol import Protocol, scoring_windows
 from qectomy.eval.samples import NEW_TOKENS, generation_of, token_sample, write
@@ -32,20 +32,20 @@ def test_the_window_shown_is_the_most_ordinary_one(windows, tiny_checkpoint):
     steps = torch.linspace(0, 1, len(windows.tokens), dtype=torch.float64)  # the mean change is the middle one's
     after = before + steps[within]
     found = token_sample(tiny_checkpoint(), windows, TokenScores(before), TokenScores(after))
-    chosen = found["window"]
+    chosen = found.window
     assert abs(float(steps[chosen] - steps.mean())) == pytest.approx(float((steps - steps.mean()).abs().min()))
-    tokens = found["tokens"]
-    assert "".join(token["text"] for token in tokens) == tiny_tokenizer().decode(windows.tokens[chosen])
-    assert tokens[0]["before"] is None
-    assert [t["before"] for t in tokens[1:]] == pytest.approx(before[within == chosen].tolist())
-    assert [t["after"] for t in tokens[1:]] == pytest.approx(after[within == chosen].tolist())
+    tokens = found.tokens
+    assert "".join(token.text for token in tokens) == tiny_tokenizer().decode(windows.tokens[chosen])
+    assert tokens[0].before is None
+    assert [t.before for t in tokens[1:]] == pytest.approx(before[within == chosen].tolist())
+    assert [t.after for t in tokens[1:]] == pytest.approx(after[within == chosen].tolist())
 
 
 def test_characters_of_several_tokens_come_with_their_last(tiny_checkpoint):
     source = Source("raven", "hash", "烏鴉說：永不再。é🐦" * 9)
     windows = scoring_windows(tiny_tokenizer(), source, Protocol(context=31), VOCAB_SIZE)
     scores = TokenScores(torch.zeros(int(windows.scored_mask().sum()), dtype=torch.float64))
-    pieces = [token["text"] for token in token_sample(tiny_checkpoint(), windows, scores, scores)["tokens"]]
+    pieces = [token.text for token in token_sample(tiny_checkpoint(), windows, scores, scores).tokens]
     assert len(pieces) == 31
     assert "\ufffd" not in "".join(pieces[1:-3])
     assert "" in pieces
@@ -55,29 +55,29 @@ def test_a_sample_that_cannot_be_made_is_told(windows, tiny_checkpoint, monkeypa
     monkeypatch.setattr(samples, "load_tokenizer", lambda folder: 1 / 0)
     scores = TokenScores(torch.zeros(int(windows.scored_mask().sum()), dtype=torch.float64))
     found = token_sample(tiny_checkpoint(), windows, scores, scores)
-    assert found["tokens"] == []
-    assert found["skipped"].startswith("ZeroDivisionError")
+    assert found.tokens == []
+    assert found.skipped.startswith("ZeroDivisionError")
 
 
 def test_both_models_write_greedily_whatever_their_folders_ask_for(tiny_checkpoint, tiny_copy):
     original, other = tiny_checkpoint(), tiny_copy("llama")
     GenerationConfig(do_sample=True, temperature=9.0, repetition_penalty=5.0).save_pretrained(other)
     found = generation_of(original, other)
-    assert found["decoding"] == "greedy"
-    assert [sample["prompt"] for sample in found["samples"]] == list(samples.PROMPTS)
+    assert found.decoding == "greedy"
+    assert [sample.prompt for sample in found.samples] == list(samples.PROMPTS)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(original), tiny_tokenizer()
-    for sample in found["samples"]:
-        assert sample["original"] == sample["reduced"]
-        ids = tokenizer(sample["prompt"], return_tensors="pt")["input_ids"]
+    for sample in found.samples:
+        assert sample.original == sample.reduced
+        ids = tokenizer(sample.prompt, return_tensors="pt")["input_ids"]
         start = ids.shape[1]
         for _ in range(NEW_TOKENS):
             with torch.no_grad():
                 ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
             if int(ids[0, -1]) == model.config.eos_token_id:
                 break
-        assert sample["original"] == tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+        assert sample.original == clean(tokenizer.decode(ids[0, start:], skip_special_tokens=True))
     assert write(model, tokenizer, tokenizer("Nevermore", return_tensors="pt")["input_ids"]) != ""
-    assert "prompt_format" not in found
+    assert found.prompt_format is None
 
 
 TEMPLATE = (
@@ -102,8 +102,8 @@ def test_a_model_that_chats_is_asked_in_its_template(tiny_copy, monkeypatch):
     monkeypatch.setattr(samples, "write", watch)
     found = generation_of(folder, folder)
     assert asked == 2 * [(f"[user]{prompt}\n[me]", True) for prompt in samples.CHAT_PROMPTS]
-    assert [sample["prompt"] for sample in found["samples"]] == list(samples.CHAT_PROMPTS)
-    assert found["prompt_format"] == "a user's message in the tokenizer's chat template"
+    assert [sample.prompt for sample in found.samples] == list(samples.CHAT_PROMPTS)
+    assert found.prompt_format == "a user's message in the tokenizer's chat template"
     assert len(samples.CHAT_PROMPTS) == len(samples.PROMPTS)  # by which the time of a conversion is foretold
 
 
@@ -121,8 +121,8 @@ def test_the_tokenizers_end_ends_a_turn(tiny_copy):
 def test_a_template_that_fails_or_does_not_end_leaves_plain_prompts(tiny_copy, monkeypatch):
     folder = with_template(tiny_copy("llama"), "{{ raise_exception('no users here') }}")
     found = generation_of(folder, folder)
-    assert "chat template failed (TemplateError: no users here)" in found["prompt_format"]
-    assert [sample["prompt"] for sample in found["samples"]] == list(samples.PROMPTS)
+    assert "chat template failed (TemplateError: no users here)" in found.prompt_format
+    assert [sample.prompt for sample in found.samples] == list(samples.PROMPTS)
 
     def endless(*arguments, **options):
         while True:
@@ -130,13 +130,13 @@ def test_a_template_that_fails_or_does_not_end_leaves_plain_prompts(tiny_copy, m
 
     monkeypatch.setattr(samples, "TEMPLATE_SECONDS", 0.2)
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.apply_chat_template", endless)
-    assert "TimeoutError: it took more than 0.2 s" in generation_of(folder, folder)["prompt_format"]
+    assert "TimeoutError: it took more than 0.2 s" in generation_of(folder, folder).prompt_format
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 def test_large_models_do_not_write(tiny_checkpoint):
     found = generation_of(tiny_checkpoint(), tiny_checkpoint(), most_bytes=1000)
-    assert "qectomy report DIR --original ORIGINAL" in found["skipped"]
+    assert "qectomy report DIR --original ORIGINAL" in found.skipped
 
 
 class TestFreshProcess:
@@ -151,7 +151,7 @@ class TestFreshProcess:
         child = f"print({told!r}, flush=True); import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
         found = self.run(child, tmp_path, monkeypatch)
         assert (found.error, found.peak_memory_bytes) == (0.0, 7)
-        assert "ended (-9)" in found.generation["skipped"]
+        assert "ended (-9)" in found.generation.skipped
 
     def test_wrong_logits_are_refused_whatever_it_writes(self, tmp_path, monkeypatch):
         told = json.dumps({"error": 0.5, "cached_error": 0.0, "peak_memory_bytes": 7})

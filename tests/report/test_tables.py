@@ -9,6 +9,7 @@ from qectomy.checkpoint.checkpoint import open_checkpoint
 from qectomy.checkpoint.sizes import totals
 from qectomy.models.query_maps import parse_recipe
 from qectomy.record.evaluation import Evaluated
+from qectomy.record.reduced import Plan, read_reduced
 from qectomy.report import tables
 from qectomy.report.evaluation_table import show_evaluations
 from qectomy.report.inspection_table import show_inspection
@@ -100,25 +101,23 @@ def test_an_audit(tiny_checkpoint, printed):
 def test_a_plan(tiny_checkpoint, printed):
     checkpoint = open_checkpoint(tiny_checkpoint())
     recipe = tuple(parse_recipe("0=dense,1=select", checkpoint.dims))
-    plan = {"plan": [str(s) for s in recipe], **totals(checkpoint, recipe), "needs": NEEDS}
+    plan = Plan(plan=[str(s) for s in recipe], **totals(checkpoint, recipe), needs=NEEDS)
     tables.show_plan(plan)
     text = printed()
     assert "0=dense, 1=select" in text
     told = "512.0 MB of memory, give or take 15 % (most in its stage refitting), 3.4 MB of disk and 2 minutes"
     assert f"a fitted conversion here needs about {told} (fitting 60%, forward 30%, reload 8%)" in text
-    tables.show_plan(plan | {"needs": NEEDS | {"seconds": None, "stages": None}})
+    tables.show_plan(plan.model_copy(update={"needs": NEEDS | {"seconds": None, "stages": None}}))
     assert "(most in its stage refitting), 3.4 MB of disk dry run" in printed()
     assert "dry run: nothing was written" in text
 
 
 def test_a_conversion(tiny_checkpoint, raven, tmp_path, printed):
-    report = convert_tiny(tiny_checkpoint(), tmp_path / "out", "select", raven)
+    convert_tiny(tiny_checkpoint(), tmp_path / "out", "select", raven)
+    report = read_reduced(tmp_path / "out/qectomy.json")
     tables.show_conversion(report)
-    text, perplexity = printed(), report["perplexity"]
-    assert (
-        f"perplexity {perplexity['before']:.3f} -> {perplexity['after']:.3f} (x {perplexity['ratio']:.4f}; 95 %: "
-        in text
-    )
+    text, perplexity = printed(), report.perplexity
+    assert f"perplexity {perplexity.before:.3f} -> {perplexity.after:.3f} (x {perplexity.ratio:.4f}; 95 %: " in text
     assert "s, as long as the original takes to read the same tokens" in text
 
 

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from page_folders import exact_report, full_report, healed_report
 
+from qectomy.eval.evaluate import fitted_on
+from qectomy.record.reduced import Exact, Fitted, Spans
+from qectomy.record.texts import Overlap
 from qectomy.report.text_words import text_doubt
-from qectomy.text.overlap import KEPT, WORDS, FittedSpans, Sketch, fitted_hashes, overlap, sketch_in, span_hashes
+from qectomy.text.overlap import KEPT, WORDS, FittedSpans, Sketch, overlap, span_hashes
 
 DICE = random.Random(0)
 VOCABULARY = [f"word{i}" for i in range(500)]
@@ -108,25 +112,30 @@ def test_what_was_validated_on_is_found_and_told_apart():
         assert kept is None or "validation_share" not in overlap(OTHER, kept)
 
 
-def test_the_texts_that_a_report_tells_of():
-    texts = lambda *names: {"texts": [{"sha256": name} for name in names]}  # noqa: E731
-    report = {"calibration": texts("a", "b"), "healing": texts("c") | {"earlier": texts("d")}}
-    assert fitted_hashes(report) == set("abcd")
-    for odd in ({}, {"calibration": 3, "healing": []}, {"healing": {"texts": [3, {"sha256": 4}, {}], "earlier": 5}}):
-        assert fitted_hashes(odd) == set()
+def test_the_texts_of_earlier_healings_count():
+    report = Fitted.model_validate(healed_report())
+    earlier = report.healing.model_copy(deep=True)
+    report.calibration.texts[0].sha256, report.healing.texts[0].sha256, earlier.texts[0].sha256 = "abc"
+    report.healing.earlier = earlier
+    assert report.fitted_hashes == set("abc")
+    assert Exact.model_validate(exact_report()).fitted_hashes == set()
 
 
 def test_a_report_without_a_sketch_tells_nothing():
-    assert sketch_in({}) is None
-    assert sketch_in({"method": "exact"}).complete
+    assert fitted_on(None) is None
+    assert fitted_on(Exact.model_validate(exact_report())).complete
+    fitted = Fitted.model_validate(full_report())
+    assert fitted_on(fitted) is None
+    fitted.fitted_spans = Spans(**sketch(OTHER).record())
+    assert fitted_on(fitted).hashes.tolist() == sketch(OTHER).hashes.tolist()
     for damaged in (None, [], {"words": 20}, {**Sketch().record(), "hashes": "x"}, {**Sketch().record(), "below": -1}):
-        assert sketch_in({"fitted_spans": damaged}) is None
-    assert sketch_in({"fitted_spans": {**sketch(OTHER).record(), "hashes": "AAAA"}}) is None
+        assert Sketch.of_record(damaged) is None
+    assert Sketch.of_record({**sketch(OTHER).record(), "hashes": "AAAA"}) is None
     assert overlap(OTHER, None) == {"share": None, "spans": 0, "words": 20, "complete": False}
 
 
 @pytest.mark.parametrize(
-    "found, fitted_on, digest, holds, words",
+    "found, was_fitted, digest, holds, words",
     [
         ({"share": 0.0, "spans": 500}, False, "b", True, "none of those fitted or trained on: 0.0% of 500 spans of 20"),
         ({"share": 0.009, "spans": 100}, False, "b", True, "none of those"),
@@ -155,13 +164,17 @@ def test_a_report_without_a_sketch_tells_nothing():
         ({"share": 0.0, "spans": 500, "validation_share": 0.0}, False, "b", True, "none of those fitted"),
     ],
 )
-def test_the_words_go_by_the_share_and_by_what_was_compared(found, fitted_on, digest, holds, words):
-    told = {"complete": True, "words": 20, **found} if found else {}
-    report = {"calibration": {"texts": [{"sha256": "a"}]}}
-    doubt = text_doubt(report, {"text_sha256": digest, "fitted_on": fitted_on, **({"overlap": told} if told else {})})
+def test_the_words_go_by_the_share_and_by_what_was_compared(found, was_fitted, digest, holds, words):
+    report = Fitted.model_validate(full_report())
+    report.calibration.texts[0].sha256 = "a"
+    protocol = report.perplexity.protocol.model_copy(update={"text_sha256": digest, "fitted_on": was_fitted})
+    protocol.overlap = Overlap(**{"complete": True, "words": 20, **found}) if found else None
+    doubt = text_doubt(protocol, report)
     assert doubt[0] is holds
     assert words in doubt[1]
-    assert text_doubt({}, {})[0] is None
+    report.calibration = protocol.overlap = protocol.fitted_on = None
+    assert text_doubt(protocol, report)[0] is None
+    assert text_doubt(protocol) is None
 
 
 def test_hashes_have_no_pattern():

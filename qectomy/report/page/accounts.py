@@ -1,10 +1,10 @@
 """The sections on sizes, speed, time and provenance."""
 
 from collections.abc import Callable
-from typing import Any
 
 from qectomy.models.query_maps import ranges
 from qectomy.record.bench import BenchModel, Decode, Prefill, Spread
+from qectomy.record.reduced import ExactLayer, Fitted, Layer, Reduced
 from qectomy.report.page import numbers
 from qectomy.report.page.blocks import Block, Cell, Chart, Command, Facts, Prose, Section, Table
 from qectomy.report.page.charts import removed_chart, singular_chart
@@ -21,7 +21,7 @@ def removed_section(folder: Folder, key: str) -> Section:
         rows = [(layer.index, float(layer.query_before), float(layer.query_after)) for layer in layers]
         caption = "Outlines: W_Q as it was. Filled: what stands in its place."
         blocks.append(Chart(picture=removed_chart(f"{key}-removed", rows), caption=caption))
-        maps = {layer["index"]: layer["map"] for layer in report["layers"]}
+        maps = {layer.index: layer.map for layer in report.layers}
         table = Table(
             caption="Numbers stored by each layer",
             columns=("layer", "map", "queries before", "now", "all else before", "now", "bytes now"),
@@ -45,36 +45,32 @@ def removed_section(folder: Folder, key: str) -> Section:
     return Section(key=f"{key}-removed", title="What was removed, and where", blocks=blocks)
 
 
-def _totals(report: dict[str, Any], folder: Folder) -> Table:
-    rows = [("the whole model", report["parameters"], numbers.whole)]
+def _totals(report: Reduced, folder: Folder) -> Table:
+    parts: list[tuple[str, float, float, Callable[[float], str]]] = [
+        ("the whole model", report.parameters.before, report.parameters.after, numbers.whole)
+    ]
     if (queries := query_share(report)) is not None:
-        pair = {"before": queries.before, "after": queries.after}
-        rows.append(("W_Q of all layers, and what stands in its place", pair, numbers.whole))
+        what = "W_Q of all layers, and what stands in its place"
+        parts.append((what, queries.before, queries.after, numbers.whole))
     if folder.layers:
-        rest = [sum(layer.rest_before for layer in folder.layers), sum(layer.rest_after for layer in folder.layers)]
-        rows.append(("all else in its layers", {"before": float(rest[0]), "after": float(rest[1])}, numbers.whole))
-    rows.append(("bytes of the weights", report["bytes"], numbers.bytes_))
+        rest = sum(layer.rest_before for layer in folder.layers), sum(layer.rest_after for layer in folder.layers)
+        parts.append(("all else in its layers", *rest, numbers.whole))
+    parts.append(("bytes of the weights", report.bytes.before, report.bytes.after, numbers.bytes_))
     return Table(
         caption="Numbers stored, net: all that was added is counted",
         columns=("part", "before", "now", "removed", "share"),
         rows=[
-            (
-                name,
-                write(pair["before"]),
-                write(pair["after"]),
-                write(pair["before"] - pair["after"]),
-                numbers.percent(1 - pair["after"] / pair["before"], 2),
-            )
-            for name, pair, write in rows
+            (name, write(before), write(after), write(before - after), numbers.percent(1 - after / before, 2))
+            for name, before, after, write in parts
         ],
     )
 
 
-def recipe_words(report: dict[str, Any]) -> str:
+def recipe_words(report: Reduced) -> str:
     """Name the maps and the layers that have them: 'key-shared in layers 0-4, dense in layer 5'."""
     found: dict[str, list[int]] = {}
-    for layer in report["layers"]:
-        found.setdefault(_map_words(layer, report.get("method") == "exact"), []).append(layer["index"])
+    for layer in report.layers:
+        found.setdefault(_map_words(layer), []).append(layer.index)
     if len(found) == 1:
         return f"{next(iter(found))} in every layer"
     return ", ".join(
@@ -82,19 +78,18 @@ def recipe_words(report: dict[str, Any]) -> str:
     )
 
 
-def _map_words(layer: dict[str, Any], exact: bool) -> str:
+def _map_words(layer: Layer) -> str:
     """One layer's map; of an exact fold, what became of each projection that changed."""
-    if not exact:
-        return str(layer["map"])
-    fields = {"W_Q": "map", "W_V": "value_map", "W_O": "output_map"}
-    changed = [f"{name} {layer[field]}" for name, field in fields.items() if layer.get(field, "dense") != "dense"]
-    return ", ".join(changed) or "as it was"
+    if not isinstance(layer, ExactLayer):
+        return layer.map
+    maps = {"W_Q": layer.map, "W_V": layer.value_map, "W_O": layer.output_map}
+    return ", ".join(f"{name} {found}" for name, found in maps.items() if found != "dense") or "as it was"
 
 
 def singular_section(folder: Folder, key: str) -> Section | None:
     """How W_Q's singular values fall: how far from low rank each one was."""
-    held = [layer for layer in folder.report["layers"] if "singular_values" in layer]
-    found = [(layer["index"], layer["singular_values"]) for layer in held]
+    layers = folder.report.layers if isinstance(folder.report, Fitted) else ()
+    found = [(layer.index, layer.singular_values or []) for layer in layers]
     found = [(index, values) for index, values in found if len(values) > 1 and max(values) == values[0] > 0]
     if not found:
         return None
@@ -176,73 +171,61 @@ def _spread(found: Spread | None, write: Callable[[float], str]) -> str:
 def timing_section(folder: Folder, key: str) -> Section | None:
     """Where the time of the conversion went."""
     report = folder.report
-    stages = {name: value for name, value in report.get("seconds", {}).items() if name != "total"}
+    stages = {name: value for name, value in report.seconds.items() if name != "total"}
     if not stages:
         return None
-    total = report["seconds"].get("total") or sum(stages.values()) or 1.0
+    total = report.seconds.get("total") or sum(stages.values()) or 1.0
     rows: list[tuple[str | Cell, ...]] = [
         (name, numbers.seconds(value), Cell(text=numbers.percent(value / total, 0), share=min(value / total, 1)))
         for name, value in sorted(stages.items(), key=lambda item: -item[1])
     ]
     rows.append(("total", numbers.seconds(total), ""))
-    facts = []
-    if report.get("forward_pass_seconds"):
-        times = numbers.plain(total / report["forward_pass_seconds"], 1)
-        facts.append(("Times as long as the original takes to read the same tokens", times))
-    if "peak_memory_bytes" in report:
-        facts.append(("Peak memory", numbers.bytes_(report["peak_memory_bytes"])))
-    if "device" in report:
-        facts.append(("Device", report["device"]))
+    facts = [("Peak memory", numbers.bytes_(report.peak_memory_bytes))]
+    if isinstance(report, Fitted) and report.forward_pass_seconds:
+        times = numbers.plain(total / report.forward_pass_seconds, 1)
+        facts.insert(0, ("Times as long as the original takes to read the same tokens", times))
+    if isinstance(report, Fitted) and report.device:
+        facts.append(("Device", report.device))
     table = Table(caption="The conversion, by stage", columns=("stage", "time", "share"), rows=rows)
-    blocks = (table, Facts(rows=facts)) if facts else (table,)
-    return Section(key=f"{key}-time", title="Time", blocks=blocks)
+    return Section(key=f"{key}-time", title="Time", blocks=(table, Facts(rows=facts)))
 
 
 def provenance_section(folder: Folder, key: str) -> Section:
     """Where everything came from: the source and its hashes, the texts, versions, and the commands that repeat it."""
-    report, healing = folder.report, folder.report.get("healing", {})
-    source, calibration = report.get("source", {}), report.get("calibration", {})
+    report, source = folder.report, folder.report.source
+    fitted = report if isinstance(report, Fitted) else None
+    calibration, healing = (fitted.calibration, fitted.healing) if fitted else (None, None)
     rows = [
-        ("Original", source.get("name", "")),
-        ("Family, stored in", ", ".join(source[name] for name in ("model_type", "dtype") if name in source)),
-        ("Fitted" if "healing" in report else "Made", report.get("created", "")),
-        ("Healed", healing.get("created", "")),
-        ("Seed, context of the fit", ", ".join(str(calibration[n]) for n in ("seed", "context") if n in calibration)),
-        (
-            "Versions",
-            ", ".join(f"{n} {v}" for n, v in {"qectomy": report["qectomy"], **report.get("versions", {})}.items()),
-        ),
+        ("Original", source.name),
+        ("Family, stored in", f"{source.model_type}, {source.dtype}"),
+        ("Fitted" if healing else "Made", report.created),
+        ("Healed", healing.created if healing else ""),
+        ("Seed, context of the fit", f"{calibration.seed}, {calibration.context}" if calibration else ""),
+        ("Versions", ", ".join(f"{n} {v}" for n, v in {"qectomy": report.qectomy, **report.versions}.items())),
     ]
     blocks: list[Block] = [Facts(rows=[row for row in rows if row[1]])]
-    texts = [(text.get("file", "?"), "fit", text) for text in calibration.get("texts", [])]
-    texts += [(text.get("text", "?"), "healing", text) for text in healing.get("texts", [])]
+    texts = [(text.file, "fit", text.tokens, text.sha256) for text in (calibration.texts if calibration else ())]
+    texts += [(text.text, "healing", text.tokens, text.sha256) for text in (healing.texts if healing else ())]
     if texts:
         blocks.append(
             Table(
                 caption="Texts",
                 columns=("text", "used for", "tokens", "sha256"),
                 words=(0, 1, 3),
-                rows=[
-                    (n, use, numbers.whole(t.get("tokens")), Cell(text=t.get("sha256", ""), mark="hash"))
-                    for n, use, t in texts
-                ],
+                rows=[(n, use, numbers.whole(tokens), Cell(text=sha, mark="hash")) for n, use, tokens, sha in texts],
             )
         )
-    hashes = [
-        ("original", source.get("sha256", {})),
-        ("fitted checkpoint that was healed", healing.get("fitted_sha256", {})),
-    ]
+    hashes = [("original", source.sha256)]
+    hashes += [("fitted checkpoint that was healed", healing.fitted_sha256)] if healing else []
     for whose, found in hashes:
-        if found:
-            blocks.append(
-                Table(
-                    caption=f"Files of the {whose}",
-                    columns=("file", "sha256"),
-                    words=(0, 1),
-                    rows=[(name, Cell(text=digest, mark="hash")) for name, digest in found.items()],
-                )
+        blocks.append(
+            Table(
+                caption=f"Files of the {whose}",
+                columns=("file", "sha256"),
+                words=(0, 1),
+                rows=[(name, Cell(text=digest, mark="hash")) for name, digest in found.items()],
             )
-    commands = dict.fromkeys(c for c in (report.get("command"), healing.get("command")) if c)
-    for place, command in enumerate(commands):
+        )
+    for place, command in enumerate(dict.fromkeys([report.command, *([healing.command] if healing else [])])):
         blocks.append(Command(label="To make it again" if place == 0 else "Then, to heal it", text=command))
     return Section(key=f"{key}-provenance", title="Provenance", blocks=blocks)

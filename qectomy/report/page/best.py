@@ -1,7 +1,9 @@
 """Which measurement of a checkpoint the verdict goes by: its report's own, or one that `qectomy eval --save` left."""
 
+from dataclasses import dataclass
 from typing import Any
 
+from qectomy.record.reduced import Exact, Reduced
 from qectomy.record.scores import Perplexity
 from qectomy.report.page.reading import Folder
 from qectomy.report.text_words import text_doubt
@@ -13,39 +15,49 @@ NOT_ITS_ORIGINAL = (
 )
 
 
-def best_report(folder: Folder) -> dict[str, Any]:
-    """Return the report with the best measurement of the ratio there is as its `perplexity`, `file` saying whose it is.
+@dataclass(frozen=True)
+class Measurement:
+    """A perplexity, and the file that says so."""
+
+    perplexity: Perplexity
+    file: str = OWN
+
+
+def own_measurement(report: Reduced) -> Measurement | None:
+    return Measurement(report.perplexity) if report.perplexity else None
+
+
+def best_measurement(folder: Folder) -> Measurement | None:
+    """Return the best measurement of the ratio there is.
 
     Better is a text that was not fitted on, then an interval, then more tokens, then a narrower interval. What a proof
     says needs none: an exact fold keeps its own.
     """
-    report = folder.report
-    own = {**report["perplexity"], "file": OWN} if "perplexity" in report else None
-    if report.get("method") == "exact":
-        return report
+    own = own_measurement(folder.report)
+    if isinstance(folder.report, Exact):
+        return own
     found = [one for one in (own, saved_measurement(folder)) if one is not None]
-    return {**report, "perplexity": max(found, key=lambda one: _worth(report, one))} if found else report
+    return max(found, key=lambda one: _worth(folder.report, one.perplexity), default=None)
 
 
-def saved_measurement(folder: Folder) -> dict[str, Any] | None:
+def saved_measurement(folder: Folder) -> Measurement | None:
     """Return what evaluation.json says of this checkpoint beside its original, both known by their files; else None."""
     rows = folder.results
     mine = next((row for row in rows if row.paired and row.fingerprint in folder.fingerprints), None)
-    if mine is None or mine.paired is None or rows[0].fingerprint != folder.report.get("source", {}).get("fingerprint"):
+    if mine is None or mine.paired is None or rows[0].fingerprint != folder.report.source.fingerprint:
         return None
     found = Perplexity(
         before=rows[0].perplexity,
         before_95=rows[0].perplexity_95,
         after=mine.perplexity,
         after_95=mine.perplexity_95,
-        protocol=mine.protocol.model_copy(update={"overlap": mine.overlap}),
+        protocol=mine.own_protocol,
         **mine.paired.model_dump(exclude={"against"}),
     )
-    return {**found.model_dump(exclude_none=True), "file": SAVED}
+    return Measurement(found, SAVED)
 
 
-def _worth(report: dict[str, Any], perplexity: dict[str, Any]) -> tuple[Any, ...]:
-    protocol, interval = perplexity.get("protocol", {}), perplexity.get("ratio_95")
-    width = interval[1] - interval[0] if interval else 0.0
-    doubt = text_doubt(report, protocol)
-    return doubt is None or doubt[0] is not False, bool(interval), protocol.get("scored_tokens", 0), -width
+def _worth(report: Reduced, found: Perplexity) -> tuple[Any, ...]:
+    width = found.ratio_95[1] - found.ratio_95[0] if found.ratio_95 else 0.0
+    doubt = text_doubt(found.protocol, report)
+    return doubt is None or doubt[0] is not False, bool(found.ratio_95), found.protocol.scored_tokens, -width

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qectomy.record.reduced import Fitted
 from qectomy.report.page import numbers
 from qectomy.report.page.accounts import recipe_words
-from qectomy.report.page.best import best_report
+from qectomy.report.page.best import best_measurement
 from qectomy.report.page.blocks import Block, Cell, Chart, Prose, Section, Table
 from qectomy.report.page.charts import pareto_chart
 from qectomy.report.page.reading import Folder, Point
-from qectomy.report.page.verdict import judged, removed_share
+from qectomy.report.page.verdict import judged
 from qectomy.report.query_share import query_share
 
 
@@ -20,7 +21,7 @@ class Placed:
 
     name: str
     removed: float
-    ratio: float | None
+    ratio: float
     ratio_95: tuple[float, float] | None = None
     anchor: str = ""
 
@@ -29,14 +30,13 @@ def place(folders: Sequence[Folder], points: Sequence[Point]) -> list[Placed]:
     """Return everything that is compared; an exact one that no text was measured for has a ratio of 1."""
     found = []
     for number, folder in enumerate(folders):
-        cost = best_report(folder).get("perplexity", {})
-        exact = 1.0 if folder.report.get("method") == "exact" else None
+        best = best_measurement(folder)
         found.append(
             Placed(
                 name=folder.name,
-                removed=removed_share(folder.report),
-                ratio=cost.get("ratio", exact),
-                ratio_95=cost.get("ratio_95"),
+                removed=folder.report.parameters.removed,
+                ratio=best.perplexity.ratio if best else 1.0,
+                ratio_95=best.perplexity.ratio_95 if best else None,
                 anchor=f"m{number}",
             )
         )
@@ -46,10 +46,8 @@ def place(folders: Sequence[Folder], points: Sequence[Point]) -> list[Placed]:
 def frontier(placed: Sequence[Placed]) -> list[Placed]:
     """Return those that none beats: no other removes as much or more at a ratio as low or lower, and one strictly."""
     kept: list[Placed] = []
-    measured = [one for one in placed if one.ratio is not None]
-    for one in sorted(measured, key=lambda p: (-p.removed, p.ratio)):  # each costs less than all that remove more
-        assert one.ratio is not None
-        lowest = min((k.ratio for k in kept if k.ratio is not None), default=None)
+    for one in sorted(placed, key=lambda p: (-p.removed, p.ratio)):  # each costs less than all that remove more
+        lowest = min((k.ratio for k in kept), default=None)
         twin = any((k.removed, k.ratio) == (one.removed, one.ratio) for k in kept)
         if lowest is None or one.ratio < lowest or twin:
             kept.append(one)
@@ -60,17 +58,11 @@ def compare_section(folders: Sequence[Folder], points: Sequence[Point]) -> Secti
     """The picture of cost against what was removed, and one table of all."""
     placed = place(folders, points)
     best = frontier(placed)
-    blocks: list[Block] = []
-    if best:
-        shown = [(p.name, p.removed, p.ratio, p.ratio_95, bool(p.anchor)) for p in placed if p.ratio is not None]
-        picture = pareto_chart("compare", shown, [(p.removed, p.ratio) for p in best if p.ratio is not None])
-        caption = (
-            "Further right removes more, lower costs less; the grey line joins those that none beats. Filled: the "
-        )
-        caption += "checkpoints of this page, with 95 % intervals where known. Open squares: others, for comparison."
-        blocks.append(Chart(picture=picture, caption=caption))
-    blocks.append(_table(folders, points, placed, best))
-    blocks += _warnings(folders)
+    shown = [(p.name, p.removed, p.ratio, p.ratio_95, bool(p.anchor)) for p in placed]
+    picture = pareto_chart("compare", shown, [(p.removed, p.ratio) for p in best])
+    caption = "Further right removes more, lower costs less; the grey line joins those that none beats. Filled: the "
+    caption += "checkpoints of this page, with 95 % intervals where known. Open squares: others, for comparison."
+    blocks = [Chart(picture=picture, caption=caption), _table(folders, points, placed, best), *_warnings(folders)]
     return Section(key="comparison", title="Comparison", blocks=blocks)
 
 
@@ -102,7 +94,7 @@ def _table(
     for one, folder in zip(placed, folders, strict=False):
         report = folder.report
         queries = query_share(report)
-        healed = " (healed)" if "healing" in report else ""
+        healed = " (healed)" if isinstance(report, Fitted) and report.healing else ""
         rows.append(
             (
                 Cell(text=one.name, mark=f"#{one.anchor}"),
@@ -129,17 +121,17 @@ def _table(
 
 def _warnings(folders: Sequence[Folder]) -> list[Block]:
     """Say where ratios stand side by side that were not measured alike."""
-    protocols = [best_report(folder).get("perplexity", {}).get("protocol", {}) for folder in folders]
+    measured = [best.perplexity.protocol for folder in folders if (best := best_measurement(folder))]
     found: list[Block] = []
-    for names, what in (
-        (("text_sha256", "scored_tokens"), "on different texts or numbers of tokens"),
-        (("context", "stride"), "in windows of different lengths"),
+    for kinds, what in (
+        ({(p.text_sha256, p.scored_tokens) for p in measured}, "on different texts or numbers of tokens"),
+        ({(p.context, p.stride) for p in measured}, "in windows of different lengths"),
     ):
-        if len({tuple(p.get(name) for name in names) for p in protocols if p}) > 1:
+        if len(kinds) > 1:
             found.append(
                 Prose(text=f"Careful: these ratios were measured {what}. Compare them by `qectomy eval` on one.")
             )
-    sources = {folder.report.get("source", {}).get("sha256", {}).get("model.safetensors") for folder in folders}
+    sources = {folder.report.source.sha256.get("model.safetensors") for folder in folders}
     if len(sources) > 1:
         found.append(Prose(text="These checkpoints were not all made from the same original."))
     return found

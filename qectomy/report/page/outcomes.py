@@ -1,9 +1,10 @@
 """The sections on what healing won and how the model does on the tasks of lm-eval."""
 
 import math
-from typing import Any
 
 from qectomy.record.evaluation import Task, TaskValue
+from qectomy.record.healing import Healing
+from qectomy.record.reduced import Fitted
 from qectomy.report.page import numbers
 from qectomy.report.page.blocks import Block, Cell, Chart, Facts, Section, Table
 from qectomy.report.page.charts import healing_chart
@@ -12,52 +13,35 @@ from qectomy.report.page.reading import Folder
 
 def healing_section(folder: Folder, key: str) -> Section | None:
     """The curve of a healing run and what it was made of."""
-    healing = folder.report.get("healing")
+    healing = folder.report.healing if isinstance(folder.report, Fitted) else None
     if healing is None:
         return None
-    curve = [(row["tokens"], row["validation_perplexity"]) for row in folder.curve if "validation_perplexity" in row]
-    kept = healing["best_step"] * healing["tokens_a_step"] if {"best_step", "tokens_a_step"} <= healing.keys() else None
     blocks: list[Block] = []
-    if curve:
-        original = healing.get("validation", {}).get("original_perplexity")
+    if curve := [(row.tokens, row.validation_perplexity) for row in healing.validation.curve]:
+        kept, original = healing.best_step * healing.tokens_a_step, healing.validation.original_perplexity
         picture = healing_chart(f"{key}-heal", curve, original, kept)
         blocks.append(Chart(picture=picture, caption="Perplexity on windows that are neither trained nor measured on."))
-    settings, seconds = healing.get("settings", {}), healing.get("seconds", {}).get("training")
+    kl, agreement = healing.kl, healing.top1_agreement
     rows = [
-        ("Trained on", f"{healing['tokens']:,} tokens" if "tokens" in healing else ""),
-        ("Texts", ", ".join(text.get("text", "?") for text in healing.get("texts", []))),
+        ("Trained on", f"{healing.tokens:,} tokens"),
+        ("Texts", ", ".join(text.text for text in healing.texts)),
         ("Steps", _steps(healing)),
-        ("Loss", str(settings.get("loss", ""))),
-        ("Largest learning rate", numbers.short(settings["lr"]) if _is_number(settings.get("lr")) else ""),
-        ("Time", numbers.seconds(seconds) if seconds is not None else ""),
-        ("Device", healing.get("device", "")),
+        ("Loss", healing.settings.loss),
+        ("Largest learning rate", numbers.short(healing.settings.lr)),
+        ("Time", numbers.seconds(healing.seconds.training)),
+        ("Device", healing.device),
+        ("Mean KL to the original, fitted → healed", f"{numbers.short(kl.fitted)} → {numbers.short(kl.healed)}"),
+        ("Same most likely token", f"{numbers.percent(agreement.fitted)} → {numbers.percent(agreement.healed)}"),
     ]
-    for name, words in (
-        ("kl", "Mean KL to the original, fitted → healed"),
-        ("top1_agreement", "Same most likely token"),
-    ):
-        pair = healing.get(name, {})
-        if {"fitted", "healed"} <= pair.keys():
-            write = numbers.short if name == "kl" else numbers.percent
-            rows.append((words, f"{write(pair['fitted'])} → {write(pair['healed'])}"))
-    blocks.append(Facts(rows=[row for row in rows if row[1]]))
+    blocks.append(Facts(rows=rows))
     return Section(key=f"{key}-healing", title="Healing", blocks=blocks)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _steps(healing: dict[str, Any]) -> str:
-    if "steps" not in healing:
-        return ""
-    words = f"{healing['steps']:,}"
-    if healing.get("planned_steps", healing["steps"]) > healing["steps"]:
-        words += f" of {healing['planned_steps']:,} planned"
-    if "best_step" in healing:
-        best = healing["best_step"]
-        words += f"; step {best:,} is kept" if best else "; none was better than the start, which is kept"
-    return words
+def _steps(healing: Healing) -> str:
+    words, best = f"{healing.steps:,}", healing.best_step
+    if healing.planned_steps > healing.steps:
+        words += f" of {healing.planned_steps:,} planned"
+    return words + (f"; step {best:,} is kept" if best else "; none was better than the start, which is kept")
 
 
 def task_section(folder: Folder, key: str) -> Section | None:

@@ -10,14 +10,15 @@ from markupsafe import Markup, escape
 
 from qectomy import __version__
 from qectomy.errors import clean
+from qectomy.record.reduced import Exact, Fitted
 from qectomy.report.page import accounts, outcomes, quality, texts
 from qectomy.report.page.accounts import recipe_words
-from qectomy.report.page.best import SAVED, best_report
+from qectomy.report.page.best import SAVED, best_measurement
 from qectomy.report.page.blocks import Section
 from qectomy.report.page.compare import compare_section
-from qectomy.report.page.numbers import DASH, between, bytes_, percent, ratio, rough
+from qectomy.report.page.numbers import between, bytes_, percent, ratio, rough
 from qectomy.report.page.reading import Folder, Point
-from qectomy.report.page.verdict import Check, Verdict, checks, judged, removed_share
+from qectomy.report.page.verdict import Check, Verdict, checks, judged
 from qectomy.report.query_share import kind_words, query_share
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -82,12 +83,11 @@ def page(folders: Sequence[Folder], *, points: Sequence[Point] = (), title: str 
 def part(folder: Folder, key: str) -> Part:
     """Return what the page says of one folder; its anchors begin with `key`."""
     report = folder.report
-    name = report.get("source", {}).get("name", "A checkpoint")
-    exact = report.get("method") == "exact"
-    healed = ", healed" if "healing" in report else ""
+    exact = isinstance(report, Exact)
+    healed = ", healed" if isinstance(report, Fitted) and report.healing else ""
     return Part(
         key=key,
-        title=f"{name}{',' * exact} {kind_words(report)}{healed}",
+        title=f"{report.source.name}{',' * exact} {kind_words(report)}{healed}",
         name=folder.name,
         subtitle=recipe_words(report),
         figures=_figures(folder),
@@ -98,26 +98,24 @@ def part(folder: Folder, key: str) -> Part:
 
 
 def _figures(folder: Folder) -> list[Figure]:
-    report = best_report(folder)
-    parameters, size, found = report["parameters"], report["bytes"], report.get("perplexity")
-    saved = size["before"] - size["after"]
+    report, found = folder.report, best_measurement(folder)
+    saved, removed = report.bytes.before - report.bytes.after, report.parameters.removed
     figures = [
         Figure(
             label="Parameters removed",
-            value=percent(removed_share(report), 2 if removed_share(report) < 0.1 else 1),
-            below=f"of {rough(parameters['before'])}; {bytes_(saved)}",
+            value=percent(removed, 2 if removed < 0.1 else 1),
+            below=f"of {rough(report.parameters.before)}; {bytes_(saved)}",
         )
     ]
     if found:
-        interval = f"95 %: {between(found['ratio_95'], 'ratio')}" if "ratio_95" in found else "no interval recorded"
-        interval = "1 but for rounding" if report.get("method") == "exact" else interval
-        interval += f"; by {SAVED}" if found.get("file") == SAVED else ""
-        figures.append(Figure(label="Perplexity, times the original’s", value=ratio(found["ratio"]), below=interval))
-    elif "logit_error" in report:
-        error = f"{report['logit_error']:.1e}"
+        times, ends = found.perplexity.ratio, found.perplexity.ratio_95
+        interval = f"95 %: {between(ends, 'ratio')}" if ends else "no interval recorded"
+        interval = "1 but for rounding" if isinstance(report, Exact) else interval
+        interval += f"; by {SAVED}" if found.file == SAVED else ""
+        figures.append(Figure(label="Perplexity, times the original’s", value=ratio(times), below=interval))
+    elif isinstance(report, Exact):
+        error = f"{report.logit_error:.1e}"
         figures.append(Figure(label="Largest error of a logit", value=error, below="as a share of the largest logit"))
-    else:
-        figures.append(Figure(label="Perplexity, times the original’s", value=DASH, below="not measured"))
     if (queries := query_share(report)) is not None:
         figures.append(Figure(label="W_Q removed", value=percent(queries.removed), below=queries.words))
     return figures

@@ -1,10 +1,17 @@
 """What a reduced checkpoint is fit for, by a rule that is stated, and what speaks for and against the numbers."""
 
 from dataclasses import dataclass
-from typing import Any
 
+from qectomy.record.reduced import Exact, Fitted, FittedLayer, Reduced
 from qectomy.report.page import numbers
-from qectomy.report.page.best import NOT_ITS_ORIGINAL, SAVED, best_report, saved_measurement
+from qectomy.report.page.best import (
+    NOT_ITS_ORIGINAL,
+    SAVED,
+    Measurement,
+    best_measurement,
+    own_measurement,
+    saved_measurement,
+)
 from qectomy.report.page.reading import Folder
 from qectomy.report.text_words import text_doubt
 
@@ -34,37 +41,29 @@ class Check:
     text: str
 
 
-def removed_share(report: dict[str, Any]) -> float:
-    """The share of the model's parameters that went."""
-    return 1 - report["parameters"]["after"] / report["parameters"]["before"]
+def verdict(report: Reduced, measured: Measurement | None = None) -> Verdict:
+    """Return what a checkpoint is fit for: an exact fold by its proof, others by the upper end of their ratio.
 
-
-def verdict(report: dict[str, Any]) -> Verdict:
-    """Return what a checkpoint is fit for, by its method, else by the upper end of its perplexity ratio."""
-    perplexity = report.get("perplexity")
-    if report.get("method") == "exact":
+    `measured`: a better measurement than the report's own.
+    """
+    if isinstance(report, Exact):
         return Verdict(
-            word="Lossless" if report.get("logit_error", 0.0) <= SAME_LOGITS else "Exact up to rounding",
+            word="Lossless" if report.logit_error <= SAME_LOGITS else "Exact up to rounding",
             tone="good",
             meaning="Nothing was fitted. What went was folded into what stayed, by algebra: up to rounding the reduced "
             "model computes what the original does. That is a proof, not a measurement; the numbers below only "
             "confirm it. `qectomy verify` makes the certificate.",
             rule="made with --query exact",
         )
-    if perplexity is None:
-        return Verdict(
-            word="Not measured",
-            tone="fair",
-            meaning=f"The report holds no perplexity. Measure it before use: {MEASURE}.",
-            rule="no perplexity in qectomy.json",
-        )
-    interval = perplexity.get("ratio_95")
-    top = interval[1] if interval else perplexity["ratio"]
+    measured = measured or own_measurement(report)
+    assert measured is not None, "a fit is always measured"
+    perplexity, interval = measured.perplexity, measured.perplexity.ratio_95
+    top = interval[1] if interval else perplexity.ratio
     what = "the upper end of the ratio’s 95 % interval" if interval else "the ratio, for which there is no interval,"
-    healed = "healing" in report
-    tokens = perplexity.get("protocol", {}).get("scored_tokens")
-    what += f" on {tokens:,} tokens ({SAVED})" if tokens and perplexity.get("file") == SAVED else ""
-    few = tokens is not None and tokens < FEW_TOKENS
+    healed = isinstance(report, Fitted) and report.healing is not None
+    tokens = perplexity.protocol.scored_tokens
+    what += f" on {tokens:,} tokens ({SAVED})" if measured.file == SAVED else ""
+    few = tokens < FEW_TOKENS
     if top <= CLOSE and (few or not interval):
         return Verdict(
             word="Close, on little text",
@@ -101,98 +100,78 @@ def verdict(report: dict[str, Any]) -> Verdict:
 
 def judged(folder: Folder) -> Verdict:
     """Return the verdict on a folder by the best measurement that lies in it."""
-    return verdict(best_report(folder))
+    return verdict(folder.report, best_measurement(folder))
 
 
 def checks(folder: Folder) -> list[Check]:
     """Return what speaks for and against the numbers of a report, those in doubt first."""
-    report = best_report(folder)
-    found = [*_measure_checks(report), *_fit_checks(report), *_file_checks(report)]
-    if len(folder.results) > 1 and folder.owns(folder.results) and report.get("method") != "exact":
+    report = folder.report
+    found = [*_measure_checks(report, best_measurement(folder)), *_fit_checks(report), *_file_checks(report)]
+    if len(folder.results) > 1 and folder.owns(folder.results) and isinstance(report, Fitted):
         found += [] if saved_measurement(folder) else [Check(holds=None, text=NOT_ITS_ORIGINAL)]
     return sorted(found, key=lambda check: {False: 0, None: 1, True: 2}[check.holds])
 
 
-def _measure_checks(report: dict[str, Any]) -> list[Check]:
-    perplexity = report.get("perplexity")
-    if report.get("method") == "exact":
+def _measure_checks(report: Reduced, measured: Measurement | None) -> list[Check]:
+    if isinstance(report, Exact):
         return _exact_checks(report)
-    if perplexity is None:
-        return [Check(holds=None, text="No text was measured.")]
-    found = []
-    protocol = perplexity.get("protocol", {})
-    tokens = protocol.get("scored_tokens")
-    if tokens is not None:
-        few = tokens < FEW_TOKENS
-        advice = f": few. Measure at least {FEW_TOKENS:,}" if few else ""
-        by = f" ({SAVED})" if perplexity.get("file") == SAVED else ""
-        found.append(Check(holds=not few, text=f"Perplexity is measured on {tokens:,} tokens{by}{advice}."))
-    if "ratio_95" in perplexity:
-        low, high = perplexity["ratio_95"]
-        windows = f" over {perplexity['windows']:,} windows" if "windows" in perplexity else ""
+    assert measured is not None, "a fit is always measured"
+    perplexity, tokens = measured.perplexity, measured.perplexity.protocol.scored_tokens
+    advice = f": few. Measure at least {FEW_TOKENS:,}" if tokens < FEW_TOKENS else ""
+    by = f" ({SAVED})" if measured.file == SAVED else ""
+    found = [Check(holds=not advice, text=f"Perplexity is measured on {tokens:,} tokens{by}{advice}.")]
+    if perplexity.ratio_95:
+        low, high = perplexity.ratio_95
         told = "is within the noise of this text" if low <= 1 <= high else "is beyond the noise of this text"
-        found.append(Check(holds=True, text=f"The difference {told}, by a paired bootstrap{windows}."))
+        text = f"The difference {told}, by a paired bootstrap over {perplexity.windows:,} windows."
+        found.append(Check(holds=True, text=text))
     else:
-        found.append(Check(holds=None, text="There is no interval of the ratio: too few windows, or an older version."))
-    return [*found, *_text_check(report, protocol)]
+        found.append(Check(holds=None, text="There is no interval of the ratio: too few windows."))
+    if doubt := text_doubt(perplexity.protocol, report):
+        found.append(Check(holds=doubt[0], text=f"{doubt[1][0].upper()}{doubt[1][1:]}."))
+    return found
 
 
-def _exact_checks(report: dict[str, Any]) -> list[Check]:
-    found = []
-    if "logit_error" in report:
-        on, most = report.get("logit_error_on", "a text"), numbers.short(report["logit_error"])
-        text = f"In float64 no logit is off by more than {most} of the largest, on {on}."
-        found.append(Check(holds=report["logit_error"] <= SAME_LOGITS, text=text))
-    if "perplexity" in report:
-        tokens = report["perplexity"].get("protocol", {}).get("scored_tokens")
-        on = f" on {tokens:,} tokens" if tokens else ""
-        times = report["perplexity"]["ratio"]
-        text = f"Perplexity{on} is {numbers.ratio(times)} times the original’s."
+def _exact_checks(report: Exact) -> list[Check]:
+    on, most = report.logit_error_on, numbers.short(report.logit_error)
+    text = f"In float64 no logit is off by more than {most} of the largest, on {on}."
+    found = [Check(holds=report.logit_error <= SAME_LOGITS, text=text)]
+    if report.perplexity:
+        times, tokens = report.perplexity.ratio, report.perplexity.protocol.scored_tokens
+        text = f"Perplexity on {tokens:,} tokens is {numbers.ratio(times)} times the original’s."
         found.append(Check(holds=abs(times - 1) <= SAME_LOGITS, text=text))
     text = "This page holds no certificate: `qectomy verify` proves each tensor against the original."
     return [*found, Check(holds=None, text=text)]
 
 
-def _text_check(report: dict[str, Any], protocol: dict[str, Any]) -> list[Check]:
-    """Whether the measured text is another than those fitted and trained on."""
-    if "text_sha256" not in protocol:
-        return []
-    doubt = text_doubt(report, protocol)
-    return [] if doubt is None else [Check(holds=doubt[0], text=f"{doubt[1][0].upper()}{doubt[1][1:]}.")]
-
-
-def heldout_ratio(layer: dict[str, Any]) -> float | None:
+def heldout_ratio(layer: FittedLayer) -> float | None:
     """Return a layer's held-out attention KL over the fitted one; None where nothing was fitted or both are rounding.
 
     A dense layer has no fit: its attention is off by what the layers before it left over alone.
     """
-    fitted, heldout = (layer.get("attention_kl", {}).get(name) for name in ("fitted", "heldout"))
-    if layer["map"] == "dense" or fitted is None or heldout is None or fitted < LEAST_KL:
+    if layer.map == "dense" or layer.attention_kl is None or layer.attention_kl.fitted < LEAST_KL:
         return None
-    return heldout / fitted
+    return layer.attention_kl.heldout / layer.attention_kl.fitted
 
 
-def _fit_checks(report: dict[str, Any]) -> list[Check]:
-    pairs = [layer["attention_kl"] for layer in report["layers"] if heldout_ratio(layer) is not None]
-    if not pairs or "healing" in report:  # healing has changed what the fit left
+def _fit_checks(report: Reduced) -> list[Check]:
+    if not isinstance(report, Fitted) or report.healing:  # healing has changed what the fit left
         return []
-    fitted, heldout = (sum(pair[name] for pair in pairs) for name in ("fitted", "heldout"))
-    times = heldout / fitted
+    pairs = [layer.attention_kl for layer in report.layers if layer.attention_kl and heldout_ratio(layer) is not None]
+    if not pairs:
+        return []
+    times = sum(pair.heldout for pair in pairs) / sum(pair.fitted for pair in pairs)
     advice = "more calibration tokens would help" if times > OVERFIT else "the fit carries over to text it has not seen"
-    where = "" if len(pairs) == len(report["layers"]) else f" in the {len(pairs)} layers that were fitted"
+    where = "" if len(pairs) == len(report.layers) else f" in the {len(pairs)} layers that were fitted"
     text = f"Held-out attention error{where} is {times:.2f} times the fitted one: {advice}."
     return [Check(holds=times <= OVERFIT, text=text)]
 
 
-def _file_checks(report: dict[str, Any]) -> list[Check]:
-    found = []
-    error = report.get("reload_check", {}).get("largest_relative_logit_error")
-    if error is not None:
-        same = "the same logits" if error == 0 else f"logits off by {numbers.short(error)} of the largest"
-        found.append(Check(holds=error <= SAME_LOGITS, text=f"A fresh process loaded what was written: {same}."))
-    if report.get("healing", {}).get("teacher_is_source") is False:
+def _file_checks(report: Reduced) -> list[Check]:
+    error = report.reload_check.largest_relative_logit_error
+    same = "the same logits" if error == 0 else f"logits off by {numbers.short(error)} of the largest"
+    found = [Check(holds=error <= SAME_LOGITS, text=f"A fresh process loaded what was written: {same}.")]
+    if isinstance(report, Fitted) and report.healing and not report.healing.teacher_is_source:
         text = "It was healed against another checkpoint than it was made from."
         found.append(Check(holds=False, text=text))
-    if report.get("source", {}).get("sha256"):
-        found.append(Check(holds=True, text="The original is pinned by the hashes of its files, see provenance."))
-    return found
+    return [*found, Check(holds=True, text="The original is pinned by the hashes of its files, see provenance.")]

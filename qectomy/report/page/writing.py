@@ -4,21 +4,22 @@ import os
 from pathlib import Path
 
 from qectomy.errors import ReportError, note
+from qectomy.record.reduced import Reduced
 from qectomy.report.page.page import page
-from qectomy.report.page.reading import read_folder
+from qectomy.report.page.reading import folder_of
 from qectomy.report.saved import write_whole
 
 OURS = b'<meta name="generator" content="qectomy '
 NAME, COMPARISON = "report.html", "qectomy-comparison.html"
 
 
-def write_page(folder: Path) -> Path | None:
-    """Write the page of a reduced checkpoint to report.html in its folder; return its path.
+def write_page(folder: Path, report: Reduced) -> Path | None:
+    """Write the page of a reduced checkpoint that was just made to report.html in its folder; return its path.
 
     For the end of a conversion, which a page that cannot be made must not undo: then None, and a note.
     """
     try:
-        return write_html(page([read_folder(folder)]), folder / NAME)
+        return write_html(page([folder_of(folder, report)]), folder / NAME)
     except Exception as error:
         reason = str(error) if isinstance(error, ReportError) else f"{type(error).__name__}: {error}"
         note(f"no {NAME} was written ({' '.join(reason.split())})")
