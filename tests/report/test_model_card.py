@@ -297,11 +297,11 @@ def test_what_moved_is_a_table_of_every_layer(report, made):
     assert "| 1 | dense | 0 % | 0 % | 0.81 % | 55 % | b\\_O 3.0 % |" in card
     assert len([line for line in card.splitlines() if line.startswith(("| 0 | key-shared", "| 1 |"))]) == 2
     assert "refitted to them in closed form, also in layers that keep their W_Q (`dense`)." in " ".join(card.split())
-    report["layers"][1]["map"], kept = "key-shared", report["layers"][1]["map"]
+    report.layers[1].map, kept = "key-shared", report.layers[1].map
     other = " ".join(model_card(report, made(folder="reduced")).split())
     assert "refitted to them in closed form. " in other
     assert "of dense layers too" not in other
-    report["layers"][1]["map"] = kept
+    report.layers[1].map = kept
     assert "b_O of a reduced layer also takes in the bias of its values" in " ".join(card.split())
     assert "--no-refit they stay" in " ".join(card.split())
     report.calibration.refit = False
