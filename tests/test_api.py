@@ -242,6 +242,7 @@ def test_heal(quick, tiny_checkpoint, raven, tmp_path):
         (lambda model, out: qectomy.convert(model, out, heal="1k"), "--heal: '1k' is no whole number from 1 on"),
         (lambda model, out: qectomy.heal(model, model, out, eval_tokens=True), "--eval-tokens: True is no whole"),
         (lambda model, out: qectomy.heal(model, model, out, warmup=2), "--warmup: 2 is no number from 0 to 1"),
+        (lambda model, out: qectomy.heal(model, model, out, clip=float("inf")), "--clip: inf is no finite number"),
         (lambda model, out: qectomy.heal(model, model, out, lr="1e-3"), "--lr: '1e-3' is no number"),
         (lambda model, out: qectomy.convert(model, out, tokens=None), "--tokens: None is no whole number from 1 on"),
         (lambda model, out: qectomy.bench(model, model, batch=[1, 0]), "--batch: 0 is no whole number from 1 on"),

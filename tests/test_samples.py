@@ -46,7 +46,7 @@ def test_a_sample_was_trained(name):
         str(SAMPLES / name), read_source(str(SAMPLES / "kjv_heldout.txt")), Protocol(context=256, tokens=4096)
     )
     low, high = PERPLEXITY[name]
-    assert low < found["perplexity"] < high
+    assert low < found.perplexity < high
 
 
 def test_the_texts_do_not_overlap():

@@ -5,6 +5,7 @@ functions refuse by them what the command line would not have let through.
 """
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -38,11 +39,13 @@ class Option:
             return
         for number in value if isinstance(value, list | tuple) else [value]:
             fits = isinstance(number, int if whole else int | float) and not isinstance(number, bool)
+            fits = fits and math.isfinite(number)
             if fits and (self.min is None or number >= self.min) and (self.max is None or number <= self.max):
                 continue
             least = "" if self.min is None else f" from {self.min}"
             most = " on" if least and self.max is None else "" if self.max is None else f" to {self.max}"
-            what = "whole number" if whole else "number"
+            endless = isinstance(number, float) and not math.isfinite(number)
+            what = "whole number" if whole else "finite number" if endless else "number"
             raise UsageError(f"{shown(number)} is no {what}{least}{most}", f"--{name.replace('_', '-')}")
 
 

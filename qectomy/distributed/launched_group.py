@@ -22,6 +22,8 @@ from qectomy.errors import QectomyError, Stopped, reason_of
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # of the processes that wait while the main one packs or writes text
 FAILED, ENDED = "a process has failed with", "the main process has ended"  # keys of the store
+HEARD = "the failure is known to process "  # likewise, before its rank
+HEARING = 2.0  # seconds that the main process waits for all others to hear of its failure
 
 
 class LaunchedGroup(ProcessGroup):
@@ -102,6 +104,7 @@ class LaunchedGroup(ProcessGroup):
         with suppress(RuntimeError):  # of a store that is gone with the process that had it
             if self._store.check([FAILED]):
                 found: Exception = pickle.loads(bytes.fromhex(self._store.get(FAILED).decode()))
+                self._store.set(f"{HEARD}{self.rank}", "")
                 return found
         return None
 
@@ -118,8 +121,14 @@ class LaunchedGroup(ProcessGroup):
         distributed.destroy_process_group()
         if error and not self.is_main:
             with suppress(RuntimeError):
+                self._store.set(f"{HEARD}{self.rank}", "")
                 while not self._store.check([ENDED]):
                     time.sleep(0.1)
+        elif error:  # without a launcher the store goes with this process
+            until, others = time.monotonic() + HEARING, [f"{HEARD}{rank}" for rank in range(1, self.world_size)]
+            with suppress(RuntimeError):
+                while time.monotonic() < until and not self._store.check(others):
+                    time.sleep(0.01)
 
     def _end(self) -> None:
         """Release the processes that wait for this one's end."""

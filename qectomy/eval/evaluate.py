@@ -131,9 +131,11 @@ def _evaluate(name: str, source: Source, measure: Measure, progress: Progress | 
     return result, _Found(windows, scores)
 
 
-def _overlap(windows: ScoringWindows, path: Path) -> Overlap:
-    """Return how much of the measured text stands in what a checkpoint was fitted on, by its report."""
+def _overlap(windows: ScoringWindows, path: Path) -> Overlap | None:
+    """Return how much of the measured text stands in what a checkpoint was fitted on; None of a fold: in nothing."""
     report = read_if_can(path)
+    if isinstance(report, Exact):
+        return None
     same_text = report is not None and windows.report.text_sha256 in report.fitted_hashes
     return Overlap(**overlap(windows.text, fitted_on(report)), fitted_text=same_text or None)
 

@@ -32,6 +32,7 @@ from qectomy.runs.records import DRAFT, differences, read_record, write_record
 CONVERTING, HEALING = "converting", "healing"  # what the folder is called after OUT
 LOCK, RECORD, JOURNAL, RESULT, SCRATCH = "lock", "run.json", "journal", "result", "scratch"
 TOLD = "qectomy-run.json"  # in an output
+WEIGHTS = "weights"  # there: the bytes of each file of weights
 ANEW = "start anew with --clean"
 MADE_BY = "made by"  # in every record
 VERSIONS = ("qectomy", "torch", "transformers")  # in the fingerprint of what goes on to the same bytes alone
@@ -170,7 +171,7 @@ class RunDir:
 
     def publish(self) -> None:
         """Bring the result to the disk and let it appear as the output, whole; remove the rest."""
-        write_record(self.result / TOLD, self.fingerprint)
+        write_record(self.result / TOLD, self.fingerprint | {WEIGHTS: _weights(self.result)})
         move(self.result, self.out)
         self.remove()
 
@@ -178,7 +179,8 @@ class RunDir:
         """Remove what an earlier run left. Raises QectomyError if another process works here, or no run ever did."""
         if not self.path.exists():
             return
-        if (self.path / RECORD).exists() and MADE_BY not in self.record():
+        ours = "qectomy" in self.fingerprint or MADE_BY in self.record() if (self.path / RECORD).exists() else True
+        if not ours:
             raise QectomyError(f"{self.path} is no run's folder: its {RECORD} is not qectomy's; it was left as it is")
         self.take()
         self.remove()
@@ -237,6 +239,12 @@ def finished(out: Path, told: dict[str, Any], kind: str = CONVERTING) -> bool:
     if not (out / TOLD).is_file():
         return False
     before = {name: value for name, value in read_record(out / TOLD).items() if name not in VERSIONS}
+    weights, there = before.pop(WEIGHTS, {}), _weights(out)
+    if lost := sorted(name for name, size in weights.items() if there.get(name) != size):
+        raise OutputError(
+            f"{out} was made by a run that finished, and {lost[0]} is not there as it was written: it was removed, or "
+            "a copy was cut short. Remove the folder and begin anew, or copy it once more"
+        )
     if differing := differences(before, json.loads(json.dumps(told))):
         raise QectomyError(
             f"{out} is whole, and another run made it: {'; '.join(differing)}. Give what that run was given, or "
@@ -245,6 +253,11 @@ def finished(out: Path, told: dict[str, Any], kind: str = CONVERTING) -> bool:
     note(f"{out} is whole, and this run made it: there was nothing left to do")
     RunDir(out, kind).remove_rest()
     return True
+
+
+def _weights(folder: Path) -> dict[str, int]:
+    """Return {file name: bytes} of the weights in a folder."""
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
 
 
 def versions() -> dict[str, str]:

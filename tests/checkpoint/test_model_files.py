@@ -33,7 +33,7 @@ def edit_config(folder, **fields):
 def test_which_files_travel(tmp_path):
     names = {name: [file.name for file in model_files(family)] for name, family in FAMILIES.items()}
     llama = ["modeling_qectomy_llama.py", MLX]
-    assert names == {"gpt2": ["modeling_qectomy_gpt2.py"], "llama": llama, "mistral": llama}
+    assert names == {"gpt2": ["modeling_qectomy_gpt2.py"], "llama": llama, "mistral": llama, "qwen2": llama[:1]}
     for name, family in FAMILIES.items():
         assert model_files(family)[0] == model_code(family)
         (tmp_path / name).mkdir()

@@ -166,7 +166,7 @@ def test_an_exact_conversion_is_of_the_model_that_transformers_loads(tied, store
             convert_exact(open_checkpoint(folder), out, ConvertSettings())
         return
     report = convert_exact(open_checkpoint(folder), out, ConvertSettings())
-    assert report["logit_error"] < 1e-5
+    assert report.logit_error < 1e-5
     scale = float(expected.abs().max())
     for read in (resident, streamed):
         assert float((read(out) - expected).abs().max()) <= 1e-4 * scale, read

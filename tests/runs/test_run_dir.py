@@ -405,3 +405,16 @@ def test_what_a_kill_leaves_of_a_folder_that_is_made_or_removed(there, out, tmp_
         (folder / name).mkdir() if name in ("result", "scratch") else (folder / name).write_text("")
     make(out)
     assert names(tmp_path) == ["out"]
+
+
+def test_a_finished_output_without_its_weights_is_no_finished_one(out):
+    with run_dir(out, TOLD) as work:
+        (work.result / "model.safetensors").write_text("weights")
+        work.publish()
+    assert finished(out, TOLD)
+    (out / "model.safetensors").write_text("weig")
+    with pytest.raises(OutputError, match=r"model\.safetensors is not there as it was written"):
+        finished(out, TOLD)
+    (out / "model.safetensors").unlink()
+    with pytest.raises(OutputError, match=r"model\.safetensors is not there as it was written"):
+        finished(out, TOLD)

@@ -123,14 +123,14 @@ def test_register_can_be_called_again_and_registers_every_family(stand_in):
 import json
 from transformers import AutoConfig, AutoModelForCausalLM
 kinds = [AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(kind))].__name__
-         for kind in ("qectomy_llama", "qectomy_mistral", "qectomy_gpt2")]
+         for kind in ("qectomy_llama", "qectomy_mistral", "qectomy_qwen2", "qectomy_gpt2")]
 classes = {getattr(import_module(m), c).__name__ for m, c in (where.split(":") for where in registered.values())}
 print(json.dumps([sorted(registered), ModelRegistry.calls, kinds, sorted(classes)]))
 """
-    names = [f"Qectomy{stem}ForCausalLM" for stem in ("GPT2", "Llama", "Mistral")]
+    names = [f"Qectomy{stem}ForCausalLM" for stem in ("GPT2", "Llama", "Mistral", "Qwen2")]
     got, calls, kinds, classes = run(stand_in, script)
     assert got == names
-    assert calls == 2 * len(FAMILIES) == 6
+    assert calls == 2 * len(FAMILIES) == 8
     assert sorted(kinds) == names
     assert classes == ["TransformersForCausalLM"]  # by this name vLLM knows its Transformers backend
 

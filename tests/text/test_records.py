@@ -11,6 +11,7 @@ from tiny_models import tiny_tokenizer
 
 from qectomy import errors
 from qectomy.errors import TextError
+from qectomy.record.texts import ReadAs, TextProtocol
 from qectomy.report.text_words import read_as_words
 from qectomy.text import columns as columns_module
 from qectomy.text import documents as documents_module
@@ -112,7 +113,8 @@ def test_what_looks_like_records_and_is_read_as_prose_is_said(write, notes, name
     found = read_source(path)
     assert found.text == content
     assert found.read_as == {"kind": "plain text", "looks_like": likely}
-    assert read_as_words({"text_read_as": found.read_as}) == f"read as prose, though it looks like {likely}"
+    protocol = TextProtocol.model_construct(text_read_as=ReadAs(**found.read_as))
+    assert read_as_words(protocol) == f"read as prose, though it looks like {likely}"
     (told,) = notes
     assert told.startswith(f"{path} looks like {likely} and is read as prose, with all its marks; as records are read")
 
