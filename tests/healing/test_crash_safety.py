@@ -46,7 +46,8 @@ def whole(pair, raven, tmp_path_factory):
 @pytest.fixture
 def run(pair, raven, tmp_path):
     """Return a function (settings) that heals into tmp_path / out."""
-    return lambda **settings: heal_tiny(pair(), tmp_path / "out", raven, **{**STEPS, **settings})
+    made = pair()  # here, as what kills a healing at its end would kill the conversion that makes it, too
+    return lambda **settings: heal_tiny(made, tmp_path / "out", raven, **{**STEPS, **settings})
 
 
 @pytest.fixture
