@@ -64,6 +64,16 @@ class Layer(Record):
     map: Text
 
 
+class OfLayers(Totals):
+    """What has a record a layer."""
+
+    layers: Sequence[Layer]
+
+    @property
+    def maps(self) -> Sequence[str]:
+        return [layer.map for layer in self.layers]
+
+
 class Plan(Totals):
     """What a fit would write, and what that needs."""
 
@@ -154,12 +164,11 @@ class Written(Record):
     tensors_sha256: dict[str, str] | None = None
 
 
-class Reduced(Totals, Made):
+class Reduced(OfLayers, Made):
     """What every reduced checkpoint says of itself."""
 
     format: Literal[1] = FORMAT
     source: Source
-    layers: Sequence[Layer]
     perplexity: Perplexity | None = None
     bits_per_byte: Change | None = None
     word_perplexity: Change | None = None
@@ -174,10 +183,6 @@ class Reduced(Totals, Made):
     generation: Generation | None = None
     tensors_sha256: dict[str, str]
     renewed: Renewed | None = None
-
-    @property
-    def maps(self) -> Sequence[str]:
-        return [layer.map for layer in self.layers]
 
     @property
     def fitted_hashes(self) -> set[str]:
@@ -272,15 +277,11 @@ class ExactLayer(Layer):
         return [condition for condition in found if condition is not None]
 
 
-class Folded(Totals):
+class Folded(OfLayers):
     """What an exact fold comes to, done or planned."""
 
     layers: list[ExactLayer]
     tie: Text  # of embedding and head: none, kept or broken
-
-    @property
-    def maps(self) -> Sequence[str]:
-        return [layer.map for layer in self.layers]
 
 
 class FoldPlan(Folded):

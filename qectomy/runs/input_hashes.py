@@ -10,20 +10,20 @@ from qectomy.checkpoint.config_files import copied_companions
 from qectomy.checkpoint.headers import INDEX
 from qectomy.errors import Stopped
 
-FirstAlone = Callable[[Callable[[], Any]], Any]
+OnMain = Callable[[Callable[[], Any]], Any]
 
 
 class FileWatch:
     """Files as they were when this was made, by the names that they have for the run.
 
-    Of several processes, which `first_alone` lets hear what the first one finds, that one reads the files; another one
+    Of several processes, which `on_main` lets hear what the first one finds, that one reads the files; another one
     does so where what it sees there are other files.
     """
 
-    def __init__(self, files: dict[str, Path], first_alone: FirstAlone = lambda act: act()):
+    def __init__(self, files: dict[str, Path], on_main: OnMain = lambda act: act()):
         self._files = files
         self._seen = {name: _status(path) for name, path in files.items()}
-        seen, self.hashes = first_alone(lambda: (self._shared_status(), self._read()))
+        seen, self.hashes = on_main(lambda: (self._shared_status(), self._read()))
         if seen != self._shared_status():
             self.hashes = self._read()
         self.check()  # nothing may have changed while it was hashed
@@ -65,12 +65,12 @@ class FileWatch:
 class SourceWatch(FileWatch):
     """The files of a checkpoint as they were when this was made: weights, config and what is copied along."""
 
-    def __init__(self, source: Checkpoint, first_alone: FirstAlone = lambda act: act()):
+    def __init__(self, source: Checkpoint, on_main: OnMain = lambda act: act()):
         names = {"config.json", *source.files, *(path.name for path in copied_companions(source.folder))}
         if (source.folder / INDEX).is_file():
             names.add(INDEX)
         self._weights = ["config.json", *source.files]
-        super().__init__({name: source.folder / name for name in sorted(names)}, first_alone)
+        super().__init__({name: source.folder / name for name in sorted(names)}, on_main)
 
     @property
     def weights(self) -> dict[str, str]:

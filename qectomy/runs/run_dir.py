@@ -179,8 +179,8 @@ class RunDir:
         """Remove what an earlier run left. Raises QectomyError if another process works here, or no run ever did."""
         if not self.path.exists():
             return
-        ours = "qectomy" in self.fingerprint or MADE_BY in self.record() if (self.path / RECORD).exists() else True
-        if not ours:
+        there = (self.path / RECORD).exists()
+        if there and MADE_BY not in self.record() and "qectomy" not in self.fingerprint:  # the mark of older versions
             raise QectomyError(f"{self.path} is no run's folder: its {RECORD} is not qectomy's; it was left as it is")
         self.take()
         self.remove()
